@@ -1,0 +1,1 @@
+"""One question a file, each run as ``python -m benchmarks.NAME``."""

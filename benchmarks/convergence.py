@@ -1,0 +1,188 @@
+"""Does a network of whitened layers converge in fewer steps and less time than the plain one?
+
+Trains the same network plain and whitened: same initial weights, same batches, same schedule. Of
+several learning rates the one that is best for the plain network is used for both.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+import whiten_layers.models
+from whiten_layers import whiten
+
+from .data import DATASETS
+from .environment import describe, environment
+from .training import OPTIMIZERS, SMOOTHING, Curve, add_transform_options, train, transform_from
+
+MODELS = [name for name in whiten_layers.models.__all__ if not name.startswith("whitened_")]
+Runs = dict[tuple[str, float, int], Curve]  # by variant, learning rate, seed
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--dataset", choices=DATASETS, default="digits")
+    parser.add_argument("--model", choices=MODELS, default="resnet20")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
+    parser.add_argument("--lr", type=float, nargs="+", help="several: the plain network's best is used (0.1; adamw 0.003)")
+    parser.add_argument("--epochs", type=int, help="default: 10 for digits, 5 for crops")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=Path("results/convergence"), help="folder for results.json and curves.png")
+    add_transform_options(parser)
+    options = parser.parse_args(arguments)
+    options.lr = options.lr or [{"sgd": 0.1, "adamw": 0.003}[options.optimizer]]
+    options.epochs = options.epochs or {"digits": 10, "crops": 5}[options.dataset]
+    try:
+        options.transform = transform_from(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def run(options: argparse.Namespace, runs: Runs) -> float:
+    """Fill `runs`, plain at every learning rate and whitened at the best; return that rate."""
+    data = DATASETS[options.dataset]()
+    settings = {name: getattr(options, name) for name in ("optimizer", "epochs", "batch_size")}
+
+    def measure(variant: str, lr: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        network = getattr(whiten_layers.models, options.model)(data.num_classes)
+        if variant == "whitened":
+            whiten(network, options.transform)
+        label = f"{variant:8}  lr {lr:g}  seed {seed}"
+        curve = runs[variant, lr, seed] = Curve()
+        train(network, data, lr=lr, seed=seed, label=label, curve=curve, **settings)
+
+    # Plain and whitened in turn, so that a machine that slows down slows both.
+    best = options.lr[0]
+    if len(options.lr) > 1:
+        for lr in options.lr:
+            for seed in options.seeds:
+                measure("plain", lr, seed)
+        best = min(options.lr, key=lambda lr: statistics.median(runs["plain", lr, seed].final_loss for seed in options.seeds))
+    for seed in options.seeds:
+        if len(options.lr) == 1:
+            measure("plain", best, seed)
+        measure("whitened", best, seed)
+    return best
+
+
+def summarise(runs: Runs) -> list[dict]:
+    """One row a run; the target of a run is the final smoothed loss of the plain run with its seed and rate."""
+    rows = []
+    for (variant, lr, seed), curve in runs.items():
+        plain = runs.get(("plain", lr, seed), Curve())
+        reached = curve.steps_until(plain.final_loss)
+        rows.append(
+            {
+                "variant": variant,
+                "lr": lr,
+                "seed": seed,
+                "steps": len(curve.losses),
+                "seconds": curve.seconds[-1] if curve.seconds else 0.0,
+                "training_loss": curve.final_loss,
+                "test_loss": curve.test_loss,
+                "test_accuracy": curve.test_accuracy,
+                "steps_to_plain": reached,
+                "seconds_to_plain": None if reached is None else curve.seconds[reached - 1],
+            }
+        )
+    return rows
+
+
+def medians(rows: list[dict], variant: str, lr: float) -> dict:
+    """The median over seeds of every figure; a run that never reached the plain loss counts as infinitely late."""
+    chosen = [row for row in rows if row["variant"] == variant and row["lr"] == lr]
+    if not chosen:
+        return {}
+    median = {"variant": variant, "lr": lr, "seed": "median"}
+    for key in [key for key in chosen[0] if key not in median]:
+        median[key] = statistics.median(float("inf") if row[key] is None else row[key] for row in chosen)
+    return median
+
+
+def table(rows: list[dict]) -> str:
+    heads = ["", "lr", "seed", "steps", "seconds", "training loss", "test loss", "test acc.", "steps to plain", "seconds to plain"]
+    lines = [heads]
+    for row in rows:
+        late = row["steps_to_plain"] is None or row["steps_to_plain"] == float("inf")
+        lines.append(
+            [
+                row["variant"],
+                f"{row['lr']:g}",
+                str(row["seed"]),
+                f"{row['steps']:g}",
+                f"{row['seconds']:.1f}",
+                f"{row['training_loss']:.4f}",
+                f"{row['test_loss']:.4f}",
+                f"{row['test_accuracy']:.4f}",
+                "never" if late else f"{row['steps_to_plain']:g}",
+                "never" if late else f"{row['seconds_to_plain']:.1f}",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def plot(runs: Runs, lr: float, title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    colors = {"plain": "tab:gray", "whitened": "tab:blue"}
+    for (variant, rate, _), curve in runs.items():
+        losses = curve.smoothed()
+        if rate != lr or not losses:
+            continue
+        for panel, xs in zip(panels, [range(SMOOTHING, len(curve.losses) + 1), curve.seconds[SMOOTHING - 1 :]], strict=True):
+            known = variant in panel.get_legend_handles_labels()[1]
+            panel.plot(xs, losses, color=colors[variant], alpha=0.8, label=None if known else variant)
+    for panel, name in zip(panels, ["steps", "seconds of training"], strict=True):
+        panel.set_xlabel(name)
+        panel.set_yscale("log")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(f"training loss (mean of {SMOOTHING} steps)")
+    panels[0].legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; return the exit status: 130 where Ctrl-C cut it short."""
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(describe())
+    runs: Runs = {}
+    best, interrupted = options.lr[0], False
+    try:
+        best = run(options, runs)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("\ninterrupted: what follows is what was measured until then", file=sys.stderr)
+    rows = summarise(runs)
+    summary = [row for row in (medians(rows, variant, best) for variant in ("plain", "whitened")) if row]
+    title = f"{options.model} on {options.dataset}, {options.optimizer}, lr {best:g}, {options.transform.extra_repr()}"
+    print(f"\n{title}\n{table([*rows, *(summary if len(options.seeds) > 1 else [])])}")
+    print(f"'to plain': until the mean loss of {SMOOTHING} steps is at most the plain run's last, with the same seed.")
+    chosen = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key != "transform"}
+    result = {"environment": environment(), "options": chosen, "transform": repr(options.transform), "lr": best}
+    result |= {"interrupted": interrupted, "rows": rows, "medians": summary}
+    result["curves"] = [{"variant": v, "lr": r, "seed": s, **copy.copy(vars(c))} for (v, r, s), c in runs.items()]
+    (options.out / "results.json").write_text(json.dumps(result, indent=1))
+    plot(runs, best, title, options.out / "curves.png")
+    print(f"written: {options.out / 'results.json'}, {options.out / 'curves.png'}")
+    return 130 if interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""What a measurement was taken on."""
+
+import os
+import platform
+
+import torch
+import torchvision
+
+import whiten_layers
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, str | int]:
+    """Machine and versions, to stand beside every figure."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "whiten_layers": getattr(whiten_layers, "__version__", "checkout"),
+    }
+
+
+def describe() -> str:
+    """One line of `environment()`."""
+    return ", ".join(f"{name} {value}" for name, value in environment().items())

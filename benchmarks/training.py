@@ -1,0 +1,122 @@
+"""Training one network and keeping its curve; the transform's options on a command line."""
+
+import argparse
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+from whiten_layers import FeatureWhitening
+
+from .data import Images
+
+OPTIMIZERS = {
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=5e-4),
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr, weight_decay=5e-4),
+}
+SMOOTHING = 25  # steps that a point of the smoothed loss averages over
+
+
+@dataclass
+class Curve:
+    """What a run measured: the loss of every step, the seconds of training at it, and the test at the end."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    test_loss: float = float("nan")
+    test_accuracy: float = float("nan")
+
+    def smoothed(self) -> list[float]:
+        """The mean loss of the last `SMOOTHING` steps, for every step that has as many behind it."""
+        losses = torch.tensor(self.losses, dtype=torch.float64)
+        return losses.unfold(0, SMOOTHING, 1).mean(-1).tolist() if len(losses) >= SMOOTHING else []
+
+    @property
+    def final_loss(self) -> float:
+        """The last point of the smoothed loss."""
+        return self.smoothed()[-1] if len(self.losses) >= SMOOTHING else float("nan")
+
+    def steps_until(self, loss: float) -> int | None:
+        """The first step at which the smoothed loss is at most `loss`."""
+        reached = [step for step, value in enumerate(self.smoothed(), start=SMOOTHING) if value <= loss]
+        return reached[0] if reached else None
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy."""
+    network.eval()
+    logits = torch.cat([network(part) for part in images.split(400)])
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
+
+
+def train(
+    network: nn.Module,
+    data: Images,
+    *,
+    optimizer: str,
+    lr: float,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    label: str,
+    curve: Curve,
+) -> None:
+    """Train with a one-cycle schedule, writing into `curve`, so that an interrupted run keeps what it measured.
+
+    Batches and augmentations depend on `seed` alone: two networks with one seed see the same.
+    """
+    generator = Generator().manual_seed(seed)
+    images, labels = data.train
+    steps = epochs * (len(labels) // batch_size)
+    method = OPTIMIZERS[optimizer](network.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(method, lr, total_steps=steps, cycle_momentum=False)
+    network.train()
+    seconds, correct = 0.0, 0.0
+    with tqdm(total=steps, desc=label, unit="step", dynamic_ncols=True) as bar:
+        for _ in range(epochs):
+            order = torch.randperm(len(labels), generator=generator)
+            for batch in order.split(batch_size)[: len(labels) // batch_size]:
+                inputs, targets = data.augment(images[batch], generator), labels[batch]
+                start = time.perf_counter()
+                method.zero_grad()
+                logits = network(inputs)
+                loss = F.cross_entropy(logits, targets)
+                loss.backward()
+                method.step()
+                schedule.step()
+                seconds += time.perf_counter() - start
+                curve.losses.append(loss.item())
+                curve.seconds.append(seconds)
+                correct += 0.1 * ((logits.argmax(1) == targets).float().mean().item() - correct)
+                bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{correct:.2f}")
+                bar.update()
+    curve.test_loss, curve.test_accuracy = evaluate(network, *data.test)
+
+
+def add_transform_options(parser: argparse.ArgumentParser) -> None:
+    """Give a command line the options of `FeatureWhitening`; what is not named keeps its default."""
+    group = parser.add_argument_group("transform (defaults: those of FeatureWhitening)")
+    group.add_argument("--exact", action="store_true", help="start from FeatureWhitening.exact()")
+    group.add_argument("--method")
+    group.add_argument("--features")
+    for name in ("power", "output-power", "damping", "decay"):
+        group.add_argument(f"--{name}", type=float)
+    for name in ("update-interval", "statistics-interval", "max-rows"):
+        group.add_argument(f"--{name}", type=int)
+    for name in ("center", "rescale"):
+        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
+
+
+def transform_from(options: argparse.Namespace) -> FeatureWhitening:
+    """The transform that `add_transform_options` describes.
+
+    Raises:
+        ValueError: as `FeatureWhitening` does.
+    """
+    names = "method features power output_power damping decay update_interval statistics_interval max_rows center rescale"
+    given = {name: getattr(options, name) for name in names.split() if getattr(options, name) is not None}
+    return FeatureWhitening.exact(**given) if options.exact else FeatureWhitening(**given)

@@ -1,0 +1,7 @@
+"""Drop-in whitening layers for PyTorch: swap them in, change nothing else, converge in fewer steps."""
+
+from .convert import unwhiten, whiten
+from .layers import WhitenedConv2d, WhitenedLinear
+from .transforms import FeatureWhitening, GradientTransform
+
+__all__ = ["FeatureWhitening", "GradientTransform", "WhitenedConv2d", "WhitenedLinear", "unwhiten", "whiten"]

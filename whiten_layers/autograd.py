@@ -1,0 +1,99 @@
+"""The custom autograd Functions: the identity forward, a gradient transform backward.
+
+A whitened layer is its plain self on parameters that have passed through `TransformGradient`. The
+forward pass, the gradient of the input, autocast and every further derivative are PyTorch's own;
+between the plain gradient of the parameters and the parameters stands one linear map.
+
+In backward the map is looked up by an integer. That keeps Python objects, and buffers that later
+passes write to, out of what autograd saves: two forward passes may precede a backward, and a
+compiled graph holds the call as one opaque operation.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .numerics import full_precision
+from .transforms.base import GradientTransform
+
+
+def _transform_gradient(gradients: list[Tensor], input: Tensor, handle: int) -> list[Tensor]:
+    """Map ``[weight gradient]`` or ``[weight gradient, bias gradient]``, then observe the batch."""
+    transform = GradientTransform.from_handle(handle)
+    grad_weight, grad_bias = gradients[0], gradients[1] if len(gradients) > 1 else None
+    with full_precision():
+        transformed = transform.transform(grad_weight, grad_bias)
+        with torch.no_grad():
+            transform.observe(input, grad_weight)
+    return [gradient for gradient in transformed if gradient is not None]
+
+
+def _observe_output(grad_output: Tensor, handle: int) -> Tensor:
+    with torch.no_grad(), full_precision():
+        GradientTransform.from_handle(handle).observe_output(grad_output)
+    return grad_output
+
+
+@torch.library.custom_op("whiten_layers::transform_gradient", mutates_args=())
+def _transform_gradient_op(gradients: list[Tensor], input: Tensor, handle: int) -> list[Tensor]:
+    return _transform_gradient(gradients, input, handle)
+
+
+@_transform_gradient_op.register_fake
+def _(gradients: list[Tensor], input: Tensor, handle: int) -> list[Tensor]:
+    return [torch.empty_like(gradient) for gradient in gradients]
+
+
+@torch.library.custom_op("whiten_layers::observe_output", mutates_args=())
+def _observe_output_op(grad_output: Tensor, handle: int) -> Tensor:
+    # An operation may not return its argument, and one whose result nobody uses is dropped: hence a copy.
+    return _observe_output(grad_output, handle).clone()
+
+
+@_observe_output_op.register_fake
+def _(grad_output: Tensor, handle: int) -> Tensor:
+    return torch.empty_like(grad_output)
+
+
+class TransformGradient(torch.autograd.Function):
+    """``(weight, bias, input, handle) -> (weight, bias)``; saves the input, which the layer's operation saves anyway."""
+
+    @staticmethod
+    def forward(weight: Tensor, bias: Tensor | None, input: Tensor, handle: int) -> tuple[Tensor, Tensor | None]:
+        return weight.view_as(weight), None if bias is None else bias.view_as(bias)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+        _, _, input, ctx.handle = inputs
+        ctx.save_for_backward(input)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_weight: Tensor | None, grad_bias: Tensor | None):  # type: ignore[no-untyped-def, override]
+        if grad_weight is None:  # only the bias was asked for
+            return None, grad_bias, None, None
+        (input,) = ctx.saved_tensors
+        gradients = [grad_weight] if grad_bias is None else [grad_weight, grad_bias]
+        # Called directly, the operation costs a quarter of what the dispatcher makes of it.
+        call = _transform_gradient_op if torch.compiler.is_compiling() else _transform_gradient
+        grad_weight, *rest = call(gradients, input, ctx.handle)
+        return grad_weight, rest[0] if rest else None, None, None
+
+
+class ObserveOutput(torch.autograd.Function):
+    """``(output, handle) -> output``, showing the gradient of the output to a transform that observes it."""
+
+    @staticmethod
+    def forward(output: Tensor, handle: int) -> Tensor:
+        return output
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        # Not a view: an activation may work in place on what a layer returns.
+        ctx.mark_dirty(inputs[0])
+        ctx.handle = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def, override]
+        call = _observe_output_op if torch.compiler.is_compiling() else _observe_output
+        return call(grad_output, ctx.handle), None

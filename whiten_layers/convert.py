@@ -1,0 +1,102 @@
+"""Turning a model's layers into their whitened twins, and back."""
+
+import fnmatch
+import logging
+from collections.abc import Iterable
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from .layers import WhitenedConv2d, WhitenedLinear, attach
+from .transforms import GradientTransform
+
+logger = logging.getLogger("whiten_layers")
+
+M = TypeVar("M", bound=nn.Module)
+
+TWINS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: WhitenedLinear, nn.Conv2d: WhitenedConv2d}
+PLAIN = {whitened: plain for plain, whitened in TWINS.items()}
+
+
+def whiten(
+    model: M,
+    transform: GradientTransform | str | None = None,
+    *,
+    include: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+) -> M:
+    """Turn every `nn.Linear` and `nn.Conv2d` of a model into its whitened twin, in place.
+
+    A layer stays the same object with the same parameters, so optimizers, hooks, references, device,
+    dtype and training mode are as before; a module that is shared is converted once. Layers that are
+    whitened already keep their transform and its state.
+
+    Args:
+        model: any module; a single layer is one too.
+        transform: what each layer gets a copy of, as for `WhitenedLinear`.
+        include: names to convert, as glob patterns of `model.named_modules()` ("layer1.*"); None for all.
+        skip: names to leave as they are.
+
+    Returns:
+        `model`. What was left alone that looks like a layer, and why, goes to the logger
+        "whiten_layers" at level INFO.
+
+    Raises:
+        ValueError: a pattern matches no layer that could be converted.
+    """
+    include, skip = _patterns(include), _patterns(skip)
+    layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) in TWINS}
+    for option, patterns in [("include", include), ("skip", skip)]:
+        for pattern in patterns or []:
+            if not fnmatch.filter(layers, pattern):
+                names = ", ".join(layers) or "none"
+                raise ValueError(f"{option}={pattern!r} matches no layer that can be whitened: there are {names}")
+    skipped = {id(module) for name, module in layers.items() if _matches(name, skip)}
+    for name, module in layers.items():
+        if type(module) not in TWINS:  # shared, and converted under another name
+            continue
+        if id(module) in skipped or (include is not None and not _matches(name, include)):
+            continue
+        twin = TWINS[type(module)]
+        attach(module, twin.geometry(module), transform)
+        module.__class__ = twin
+    for name, module in model.named_modules():
+        reason = _reason_left(module, skipped)
+        if reason:
+            logger.info("left %s (%s): %s", name or "the model", type(module).__name__, reason)
+    return model
+
+
+def unwhiten(model: M) -> M:
+    """Turn every whitened layer back into the plain one, in place: the same objects and parameters, without a transform."""
+    for module in model.modules():
+        if type(module) in PLAIN:
+            del module.transform
+            module.__class__ = PLAIN[type(module)]
+    return model
+
+
+def _patterns(patterns: str | Iterable[str] | None) -> list[str] | None:
+    return [patterns] if isinstance(patterns, str) else None if patterns is None else list(patterns)
+
+
+def _matches(name: str, patterns: list[str] | None) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns or [])
+
+
+def _reason_left(module: nn.Module, skipped: set[int]) -> str | None:
+    """Why a module that computes with a weight of its own was not converted; None for one that was, or has none."""
+    if type(module) in PLAIN or isinstance(module, GradientTransform):
+        return None
+    if id(module) in skipped:
+        return "skip names it"
+    if type(module) in TWINS:
+        return "include does not name it"
+    for plain in TWINS:
+        if isinstance(module, plain):
+            lazy = isinstance(module._parameters.get("weight"), UninitializedParameter)
+            return "not initialised yet" if lazy else f"a subclass of nn.{plain.__name__}, which may compute otherwise"
+    if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        return "no whitened twin"
+    return None

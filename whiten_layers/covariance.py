@@ -1,0 +1,92 @@
+"""The running mean and covariance of a set of features."""
+
+import torch
+from torch import Tensor, nn
+
+
+def moments(rows: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of rows: ``(groups, n, M) -> (groups, M), (groups, M, M)``.
+
+    The covariance divides by n. With ``center=False`` the mean is zero and the second is the
+    second moment about zero. Rows of fewer than 32 bits are taken as float32.
+    """
+    if torch.finfo(rows.dtype).bits < 32:
+        rows = rows.float()
+    if center:
+        mean = rows.mean(dim=1)
+        rows = rows - mean.unsqueeze(1)
+    else:
+        mean = rows.new_zeros(rows.shape[0], rows.shape[2])
+    return mean, rows.mT @ rows / rows.shape[1]
+
+
+class FeatureCovariance(nn.Module):
+    """A count-weighted running mean and covariance, one for each group, updated in place.
+
+    A batch of n rows weighs n, and every later batch multiplies its weight by `decay`: the first
+    batch counts in full, nothing is biased towards the initial zero, and batches of different
+    sizes weigh as many rows as they have. Two means are merged with the covariance between them
+    (Chan, Golub & LeVeque 1983), so the covariance is about the mean of all rows.
+
+    Args:
+        groups, features: the shape of the statistics.
+        decay: what a batch's weight is multiplied by at each later one; in [0, 1).
+        dtype: float32 or float64. Casting the module to a narrower type leaves its buffers as they are.
+
+    Buffers: ``running_count`` (), ``running_mean`` (groups, M), ``running_covariance`` (groups, M, M).
+    """
+
+    running_count: Tensor
+    running_mean: Tensor
+    running_covariance: Tensor
+
+    def __init__(
+        self,
+        groups: int,
+        features: int,
+        *,
+        decay: float,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("running_count", torch.zeros((), device=device, dtype=dtype))
+        self.register_buffer("running_mean", torch.zeros(groups, features, device=device, dtype=dtype))
+        self.register_buffer("running_covariance", torch.zeros(groups, features, features, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, covariance: Tensor, count: int, valid: Tensor | bool = True) -> Tensor:
+        """Merge a batch of `count` rows, unless it is not `valid` or not finite.
+
+        Returns:
+            Whether the batch was merged, as a bool tensor on the buffers' device: nothing here
+            waits for the device. A finite trace is proof enough, since |cᵢⱼ|² ≤ cᵢᵢ cⱼⱼ and a mean
+            that overflows makes the variances NaN.
+        """
+        trace = covariance.diagonal(dim1=-2, dim2=-1).sum()
+        valid = torch.isfinite(trace) & valid
+        total = self.decay * self.running_count + count
+        weight = torch.where(valid, count / total, 0.0).to(total.dtype)
+        # NaN times a weight of zero is NaN: what is not valid must be replaced as well.
+        mean = torch.where(valid, mean.to(total.dtype), self.running_mean)
+        covariance = torch.where(valid, covariance.to(total.dtype), self.running_covariance)
+        shift = mean - self.running_mean
+        self.running_covariance.lerp_(covariance, weight)
+        self.running_covariance.add_(weight * (1 - weight) * shift.unsqueeze(-1) * shift.unsqueeze(-2))
+        self.running_mean.lerp_(mean, weight)
+        self.running_count.copy_(torch.where(valid, total, self.running_count))
+        return valid
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and torch.finfo(new.dtype).bits < 32:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        groups, features = self.running_mean.shape
+        return f"{features}" if groups == 1 else f"{features}, groups={groups}"

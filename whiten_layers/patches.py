@@ -1,0 +1,154 @@
+"""Rows of features as a layer sees them: sampled positions, patches, and the correlation of taps.
+
+A linear layer sees the rows of its input; a convolution sees a patch of its input at every output
+position. Statistics need only a sample of those rows, so everything here takes ``max_rows`` and a
+``phase``: rows are taken at even steps through the batch and through space, and the phase (which
+batch this is) moves the first one, so that a run needs no random numbers and can be repeated.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a layer reads its input. Channels are counted within one group.
+
+    A linear layer has no kernel: ``kernel_size == ()``, and its features are its channels.
+    """
+
+    in_channels: int
+    out_channels: int
+    groups: int = 1
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()  # as F.pad takes it: last dimension first, both sides
+    padding_mode: str = "constant"
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel_size)
+
+    @property
+    def spatial_dims(self) -> int:
+        return len(self.kernel_size)
+
+
+def _even_steps(batch: int, sizes: Sequence[int], max_rows: int | None, phase: int) -> tuple[slice, tuple[slice, ...]]:
+    """Slices of the batch and of each spatial dimension that leave at most `max_rows` positions.
+
+    Space is thinned before the batch: two images tell more than two positions of one image do.
+    """
+    if max_rows is None:
+        return slice(None), tuple(slice(None) for _ in sizes)
+    every = max(1, math.ceil(batch / max_rows))
+    images, step, longest = math.ceil(batch / every), 1, max(sizes, default=1)
+    while step < longest and images * math.prod(math.ceil(size / step) for size in sizes) > max_rows:
+        step += 1
+    steps = [max(1, min(step, size)) for size in sizes]
+    starts = [phase // math.prod(steps[:i]) % steps[i] for i in range(len(steps))]
+    return slice(phase % every, None, every), tuple(map(slice, starts, itertools.repeat(None), steps))
+
+
+def _batched(input: Tensor, spatial_dims: int) -> Tensor:
+    return input.unsqueeze(0) if input.dim() == spatial_dims + 1 else input
+
+
+def linear_rows(input: Tensor, max_rows: int | None = None, phase: int = 0) -> Tensor:
+    """Rows of a linear layer's input (or output gradient): ``(..., M) -> (1, rows, M)``."""
+    rows = input.reshape(-1, input.shape[-1])
+    every = 1 if max_rows is None else max(1, math.ceil(len(rows) / max_rows))
+    # A step that shares a divisor with the sequence length would meet the same positions of every sequence.
+    length = input.shape[-2] if input.dim() > 2 else 1
+    while every > 1 and math.gcd(every, length) > 1:
+        every += 1
+    return rows[phase % every :: every].unsqueeze(0)
+
+
+def channel_rows(
+    input: Tensor, groups: int, spatial_dims: int, max_rows: int | None = None, phase: int = 0
+) -> Tensor:
+    """The channels at sampled positions: ``(N, groups·C, *space) -> (groups, rows, C)``."""
+    input = _batched(input, spatial_dims)
+    images, space = _even_steps(input.shape[0], input.shape[2:], max_rows, phase)
+    return rearrange(input[(images, slice(None), *space)], "n (g c) ... -> g (n ...) c", g=groups)
+
+
+def patch_rows(input: Tensor, geometry: Geometry, max_rows: int | None = None, phase: int = 0) -> Tensor:
+    """Patches at sampled output positions: ``(N, groups·C, *space) -> (groups, rows, C·taps)``.
+
+    Exact for every stride, padding, dilation and number of groups: ``rows @ weight.flatten(1).T``
+    is the convolution's output at those positions.
+    """
+    input = _batched(input, geometry.spatial_dims)
+    if any(geometry.padding):
+        input = F.pad(input, geometry.padding, mode=geometry.padding_mode)
+    window = input
+    for axis in range(geometry.spatial_dims):
+        span = geometry.dilation[axis] * (geometry.kernel_size[axis] - 1) + 1
+        window = window.unfold(axis + 2, span, geometry.stride[axis])[..., :: geometry.dilation[axis]]
+    outputs = window.shape[2 : 2 + geometry.spatial_dims]
+    images, space = _even_steps(window.shape[0], outputs, max_rows, phase)
+    window = window[(images, slice(None), *space)]
+    window = window.flatten(2 + geometry.spatial_dims)  # copies the sampled patches, and only those
+    return rearrange(window, "n (g c) ... taps -> g (n ...) (c taps)", g=geometry.groups)
+
+
+def tap_correlation(input: Tensor, geometry: Geometry, max_rows: int | None = None, phase: int = 0) -> Tensor:
+    """How the input correlates between the taps of a kernel: ``(N, groups·C, *space) -> (groups, taps, taps)``.
+
+    The entry of two taps is the autocorrelation of the centred channels, summed over channels, at the
+    displacement from one tap to the other, divided by the one at displacement zero: unit diagonal.
+    The image counts as zero outside its borders, so the result is positive semidefinite. Whole images
+    are sampled, so that at least one is and otherwise at most `max_rows` positions are. NaN for an
+    input that is constant.
+
+    No patch is unfolded: a product ``(W × rows)(rows × W)`` of the image with itself, shifted along
+    all dimensions but the last, has every displacement along the last one as a sum of a diagonal.
+    """
+    input = _batched(input, geometry.spatial_dims)
+    batch, positions = input.shape[0], math.prod(input.shape[2:])
+    every = 1 if max_rows is None else min(batch, max(1, math.ceil(batch * positions / max_rows)))
+    images = rearrange(input[phase % every :: every], "n (g c) ... -> g c n ...", g=geometry.groups)
+    images = images - images.mean(dim=tuple(range(2, images.dim())), keepdim=True)
+    images = images.flatten(1, 2)  # (groups, channels and images, *space)
+
+    grams: dict[tuple[int, ...], Tensor] = {}
+
+    def autocorrelation(displacement: tuple[int, ...]) -> Tensor:
+        *lead, last = displacement
+        if tuple(lead) not in grams:
+            here, there = images, images
+            for axis, shift in enumerate(lead, start=2):
+                length = max(0, images.shape[axis] - abs(shift))
+                here = here.narrow(axis, min(max(0, -shift), images.shape[axis] - length), length)
+                there = there.narrow(axis, min(max(0, shift), images.shape[axis] - length), length)
+            here, there = (rearrange(part, "g ... w -> g (...) w") for part in (here, there))
+            grams[tuple(lead)] = here.mT @ there
+        gram = grams[tuple(lead)]
+        if abs(last) >= gram.shape[-1]:
+            return gram.new_zeros(gram.shape[0])
+        return gram.diagonal(last, -2, -1).sum(-1)
+
+    taps = list(itertools.product(*map(range, geometry.kernel_size)))
+    values: dict[tuple[int, ...], Tensor] = {}
+    rows = []
+    for here in taps:
+        row = []
+        for there in taps:
+            step = tuple((b - a) * d for a, b, d in zip(here, there, geometry.dilation, strict=True))
+            step = max(step, tuple(-s for s in step))  # the autocorrelation is even
+            if step not in values:
+                values[step] = autocorrelation(step)
+            row.append(values[step])
+        rows.append(torch.stack(row, -1))
+    correlation = torch.stack(rows, -2)
+    return correlation / correlation[:, :1, :1]

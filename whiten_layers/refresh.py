@@ -1,0 +1,59 @@
+"""Inverting covariances when a backward pass has ended, all that are due together.
+
+Nothing may change in the middle of a pass: a layer that is due only signs up here. The autograd
+engine calls back when the pass is over, and then matrices of one size are inverted in one batched
+call and written in place, in force from the next pass on.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from weakref import WeakValueDictionary
+
+import torch
+
+from .factor import WhiteningFactor
+from .inverse import METHODS, resolve
+from .numerics import full_precision
+
+# The factors that are due when a backward pass ends, each once, by the pass's number. A pass that
+# ends in an error never calls back; weak references keep no model alive for it.
+_due: dict[int, WeakValueDictionary[int, WhiteningFactor]] = {}
+
+
+def request(factors: Iterable[WhiteningFactor]) -> None:
+    """Refresh `factors` when the backward pass that is running has ended; at once where none is."""
+    task = torch._C._current_graph_task_id()
+    if task == -1:
+        refresh(factors)
+        return
+    if task not in _due:
+        _due[task] = WeakValueDictionary()
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: refresh(list(_due.pop(task).values())))
+    _due[task].update((id(factor), factor) for factor in factors)
+
+
+@torch.no_grad()
+def refresh(factors: Iterable[WhiteningFactor]) -> None:
+    """Bring the precision of every factor up to its running covariance, one batched call for each matrix size."""
+    alike = defaultdict(list)
+    for factor in factors:
+        covariance = factor.running_covariance
+        method = resolve(factor.method, factor.power)
+        alike[method, factor.power, covariance.shape[-1], covariance.dtype, covariance.device].append(factor)
+    with full_precision():
+        for (method, power, *_), group in alike.items():
+            inverse = METHODS[method].inverse(torch.cat([factor.damped() for factor in group]), power)
+            for factor, part in zip(group, inverse.split([len(factor.scale) for factor in group]), strict=True):
+                factor.install(part)
+
+
+def is_due(batch: int, interval: int) -> bool:
+    """Whether to refresh after the `batch`-th batch, counted from 1.
+
+    After 1, 2, 4, 8, … up to the largest power of two within `interval`, so that the first steps
+    are whitened too, and every `interval` batches from there.
+    """
+    early = 1 << (interval.bit_length() - 1)
+    if batch <= early:
+        return batch & (batch - 1) == 0
+    return (batch - early) % interval == 0

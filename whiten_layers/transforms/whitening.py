@@ -1,0 +1,229 @@
+"""Feature whitening by transforming the gradient (arXiv 2010.01546).
+
+A layer ``y = W x + b`` trained on whitened inputs ``x̃ = T (x − μ)``, ``TᵀT = P``, has parameters
+``W̃`` and ``b̃`` with ``W = W̃ T`` and ``b = b̃ − W̃ T μ``. With ``G = ∂L/∂W = Σ δ xᵀ`` and
+``g = ∂L/∂b = Σ δ`` the chain rule gives ``∂L/∂W̃ = Σ δ x̃ᵀ = (G − g μᵀ) Tᵀ`` and ``∂L/∂b̃ = g``. A
+gradient step on ``(W̃, b̃)`` therefore moves the plain parameters by
+
+    Ĝ = (G − g μᵀ) P            ĝ = g − Ĝ μ
+
+for one product a batch, where whitening the samples takes two for each sample. Without a bias
+nothing can absorb the shift, the samples are ``x̃ = T x``, and ``Ĝ = G P``.
+
+On the other side, an output ``y = R ỹ`` with ``R Rᵀ = Q`` has ``∂L/∂ỹ = Rᵀ δ``: the plain parameters
+move by ``Q Ĝ`` and ``Q ĝ``. Here ``Q = k' (D + λI)^(-q)``, D the second moment of δ, as ``P = k (C + λI)^(-p)``.
+"""
+
+import math
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .. import refresh
+from ..covariance import moments
+from ..factor import WhiteningFactor
+from ..inverse import METHODS, supports
+from ..patches import Geometry, channel_rows, linear_rows, patch_rows, tap_correlation
+from .base import GradientTransform
+
+FEATURES = ("kronecker", "patch")
+
+
+class FeatureWhitening(GradientTransform):
+    """Whiten a layer's input features, and with `output_power` the gradients of its outputs.
+
+    Args:
+        method: how the inverse is computed: "cholesky" (power 1 only), "eigh" (any power), or
+            "auto", the cheapest that gives the power asked for.
+        features: what is whitened together in a convolution. "patch": all ``M = C·taps`` entries
+            of a patch, the paper's form. "kronecker": ``C ≈ A ⊗ B`` with the channels' covariance
+            A and the taps' correlation B (unit diagonal), each damped and inverted for itself;
+            no patch is unfolded, and C² + taps² numbers are kept. The same for a linear layer
+            and for a kernel of one tap. Groups are whitened each for itself.
+        power: p in ``P = k (C + λI)^(-p)``, in [0, 1]: 1 whitens (the paper), ½ half way.
+        output_power: q in ``Q = k' (D + λI)^(-q)``, in [0, 1]: D is the second moment of the
+            output's gradient, its trace normalised at each batch so that loss scaling cancels.
+        damping: λ as a multiple of the mean variance of the features, at least 0.
+        decay: weight of the past at each statistics update, in [0, 1).
+        center: whiten about the mean (covariance) or about zero (second moment).
+        rescale: choose k such that the expected norm of the gradient stays that of the plain one,
+            so that a learning rate tuned for the plain network still fits; otherwise k = 1.
+        update_interval: batches between two refreshes of P, after 1, 2, 4, 8, … at first.
+        statistics_interval: batches between two statistics updates, once the running average has
+            filled its window of ``1 / (1 − decay)`` batches; before that every batch is taken.
+        max_rows: rows (positions, for a convolution) sampled for an update; None for all.
+
+    Raises:
+        ValueError: an option is outside what is allowed; the message names it, its value and the choices.
+
+    State, after `bind`: one `WhiteningFactor` each for ``inputs``, or ``channels`` and ``taps``,
+    and ``outputs`` where they are whitened.
+    """
+
+    def __init__(
+        self,
+        method: str = "auto",
+        *,
+        features: str = "kronecker",
+        power: float = 0.5,
+        output_power: float = 0.0,
+        damping: float = 0.03,
+        decay: float = 0.95,
+        center: bool = True,
+        rescale: bool = True,
+        update_interval: int = 10,
+        statistics_interval: int = 5,
+        max_rows: int | None = 4096,
+    ) -> None:
+        super().__init__()
+        _check("method", method, method == "auto" or method in METHODS, f"one of {', '.join(['auto', *METHODS])}")
+        _check("features", features, features in FEATURES, f"one of {', '.join(FEATURES)}")
+        _check("damping", damping, _is_real(damping) and 0 <= damping < math.inf, "a number of at least 0")
+        _check("decay", decay, _is_real(decay) and 0 <= decay < 1, "a number in [0, 1)")
+        for name, value in [("power", power), ("output_power", output_power)]:
+            _check(name, value, _is_real(value) and 0 <= value <= 1, "a number in [0, 1]")
+            choices = [key for key in ("auto", *METHODS) if supports(key, value)]
+            _check(name, value, value == 0 or method in choices, f"another power, or method {' or '.join(choices)}")
+        for name, value in [("center", center), ("rescale", rescale)]:
+            _check(name, value, isinstance(value, bool), "True or False")
+        for name, value in [("update_interval", update_interval), ("statistics_interval", statistics_interval)]:
+            _check(name, value, _is_count(value), "an integer of at least 1")
+        _check("max_rows", max_rows, max_rows is None or _is_count(max_rows), "an integer of at least 1, or None")
+        self.method, self.features = method, features
+        self.power, self.output_power = power, output_power
+        self.damping, self.decay, self.center, self.rescale = damping, decay, center, rescale
+        self.update_interval, self.statistics_interval, self.max_rows = update_interval, statistics_interval, max_rows
+        self.geometry: Geometry | None = None
+
+    @classmethod
+    def exact(cls, method: str = "auto", **options: Any) -> Self:
+        """The paper's own form: whole patches, power 1, no rescaling, every row of every batch, a refresh after each."""
+        exact = {"features": "patch", "power": 1.0, "rescale": False}
+        every = {"update_interval": 1, "statistics_interval": 1, "max_rows": None}
+        return cls(method, **(exact | every | options))
+
+    @property
+    def observes_output(self) -> bool:
+        return self.output_power > 0
+
+    def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
+        self.geometry = geometry
+        self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._bind_counters(device)
+
+        def factor(features: int, power: float) -> WhiteningFactor:
+            return WhiteningFactor(
+                geometry.groups,
+                features,
+                method=self.method,
+                power=power,
+                damping=self.damping,
+                decay=self.decay,
+                rescale=self.rescale,
+                device=device,
+                dtype=self.state_dtype,
+            )
+
+        self.separable = self.features == "kronecker" and geometry.taps > 1
+        if self.power > 0 and self.separable:
+            self.channels = factor(geometry.in_channels, self.power)
+            self.taps = factor(geometry.taps, self.power)
+        elif self.power > 0:
+            self.inputs = factor(geometry.in_channels * geometry.taps, self.power)
+        if self.output_power > 0:
+            self.outputs = factor(geometry.out_channels, self.output_power)
+        return self
+
+    def factors(self) -> list[WhiteningFactor]:
+        return [child for child in self.children() if isinstance(child, WhiteningFactor)]
+
+    def transform(self, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        geometry, dtype = self.geometry, self.state_dtype
+        shape = (geometry.groups, geometry.out_channels, geometry.in_channels, geometry.taps)
+        weight = grad_weight.reshape(shape).to(dtype)
+        bias = None if grad_bias is None else grad_bias.reshape(shape[:2]).to(dtype)
+
+        mean = None
+        if bias is not None and self.power > 0 and self.center:
+            # The mean of a patch: over its taps the mean of a channel, where the two are separate.
+            mean = self.channels.mean.unsqueeze(-1) if self.separable else self.inputs.mean.view(shape[0], *shape[2:])
+            weight = weight - bias[:, :, None, None] * mean.unsqueeze(1)
+        if self.power > 0 and self.separable:
+            # Two plain products; a broadcast one would multiply row by row, at three times the time.
+            weight = (weight.flatten(1, 2) @ self.taps.precision).view(shape)
+            weight = weight.transpose(2, 3).flatten(1, 2) @ self.channels.precision
+            weight = weight.view(shape[0], shape[1], shape[3], shape[2]).transpose(2, 3)
+        elif self.power > 0:
+            weight = (weight.flatten(2) @ self.inputs.precision).view(shape)
+        if self.output_power > 0:
+            weight = (self.outputs.precision @ weight.flatten(2)).view(shape)
+            bias = None if bias is None else (self.outputs.precision @ bias.unsqueeze(-1)).squeeze(-1)
+        if bias is not None and mean is not None:
+            bias = bias - (weight * mean.unsqueeze(1)).sum((-2, -1))
+        weight = weight.reshape(grad_weight.shape).to(grad_weight.dtype)
+        return weight, None if bias is None else bias.reshape(grad_bias.shape).to(grad_bias.dtype)
+
+    def observe_output(self, grad_output: Tensor) -> None:
+        batch = int(self.num_batches_tracked) + 1
+        if grad_output.numel() == 0 or not self._is_observed(batch):
+            return
+        rows = self._rows(grad_output, batch)
+        _, moment = moments(rows, center=False)
+        trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+        # A loss that is zero for a whole batch tells nothing of D; update() leaves 0/0 out.
+        self.outputs.update(
+            torch.zeros_like(self.outputs.running_mean), moment / trace[:, None, None], rows.shape[1]
+        )
+
+    def observe(self, input: Tensor, grad_weight: Tensor) -> None:
+        if input.numel() == 0:
+            return
+        batch = int(self.num_batches_tracked.add_(1))
+        # A NaN or Inf anywhere in the input or in the output's gradient reaches the weight's gradient.
+        valid = torch.isfinite(grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32)))
+        if self._is_observed(batch) and self.power > 0:
+            valid = self._observe_features(input, batch, valid)
+        self.num_batches_skipped.add_(~valid)
+        if refresh.is_due(batch, self.update_interval):
+            refresh.request(self.factors())
+
+    def _is_observed(self, batch: int) -> bool:
+        return batch * (1 - self.decay) <= 1 or batch % self.statistics_interval == 0
+
+    def _rows(self, tensor: Tensor, batch: int) -> Tensor:
+        phase = batch // self.statistics_interval
+        if self.geometry.spatial_dims == 0:
+            return linear_rows(tensor, self.max_rows, phase)
+        return channel_rows(tensor, self.geometry.groups, self.geometry.spatial_dims, self.max_rows, phase)
+
+    def _observe_features(self, input: Tensor, batch: int, valid: Tensor) -> Tensor:
+        phase = batch // self.statistics_interval
+        if not self.separable:
+            if self.geometry.spatial_dims == 0:
+                rows = linear_rows(input, self.max_rows, phase)
+            else:
+                rows = patch_rows(input, self.geometry, self.max_rows, phase)
+            return self.inputs.update(*moments(rows, self.center), rows.shape[1], valid)
+        rows = self._rows(input, batch)
+        valid = self.channels.update(*moments(rows, self.center), rows.shape[1], valid)
+        correlation = tap_correlation(input, self.geometry, self.max_rows, phase)
+        self.taps.update(torch.zeros_like(self.taps.running_mean), correlation, rows.shape[1], valid)
+        return valid
+
+    def extra_repr(self) -> str:
+        options = {"power": self.power, "output_power": self.output_power, "features": self.features}
+        return ", ".join([repr(self.method), *(f"{name}={value!r}" for name, value in options.items())])
+
+
+def _check(name: str, value: object, allowed: bool, choices: str) -> None:
+    if not allowed:
+        raise ValueError(f"{name}={value!r} is not possible: give {choices}")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
