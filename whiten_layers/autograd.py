@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .numerics import full_precision
 from .transforms.base import GradientTransform
 
 
@@ -21,15 +20,14 @@ def _transform_gradient(gradients: list[Tensor], input: Tensor, handle: int) -> 
     """Map ``[weight gradient]`` or ``[weight gradient, bias gradient]``, then observe the batch."""
     transform = GradientTransform.from_handle(handle)
     grad_weight, grad_bias = gradients[0], gradients[1] if len(gradients) > 1 else None
-    with full_precision():
-        transformed = transform.transform(grad_weight, grad_bias)
-        with torch.no_grad():
-            transform.observe(input, grad_weight)
+    transformed = transform.transform(grad_weight, grad_bias)
+    with torch.no_grad():
+        transform.observe(input, grad_weight)
     return [gradient for gradient in transformed if gradient is not None]
 
 
 def _observe_output(grad_output: Tensor, handle: int) -> Tensor:
-    with torch.no_grad(), full_precision():
+    with torch.no_grad():
         GradientTransform.from_handle(handle).observe_output(grad_output)
     return grad_output
 

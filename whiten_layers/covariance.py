@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .numerics import full_precision
+
 
 def moments(rows: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
     """Mean and covariance of rows: ``(groups, n, M) -> (groups, M), (groups, M, M)``.
@@ -17,7 +19,8 @@ def moments(rows: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
         rows = rows - mean.unsqueeze(1)
     else:
         mean = rows.new_zeros(rows.shape[0], rows.shape[2])
-    return mean, rows.mT @ rows / rows.shape[1]
+    with full_precision():
+        return mean, rows.mT @ rows / rows.shape[1]
 
 
 class FeatureCovariance(nn.Module):
@@ -57,24 +60,21 @@ class FeatureCovariance(nn.Module):
 
     @torch.no_grad()
     def update(self, mean: Tensor, covariance: Tensor, count: int, valid: Tensor | bool = True) -> Tensor:
-        """Merge a batch of `count` rows, unless it is not `valid` or not finite.
+        """Merge a batch of `count` rows, unless it is not `valid` or the result would not be finite.
 
         Returns:
             Whether the batch was merged, as a bool tensor on the buffers' device: nothing here
-            waits for the device. A finite trace is proof enough, since |cᵢⱼ|² ≤ cᵢᵢ cⱼⱼ and a mean
-            that overflows makes the variances NaN.
+            waits for the device. A finite trace is proof enough, since |cᵢⱼ|² ≤ cᵢᵢ cⱼⱼ, and a
+            mean that is not finite makes the variances so.
         """
-        trace = covariance.diagonal(dim1=-2, dim2=-1).sum()
-        valid = torch.isfinite(trace) & valid
         total = self.decay * self.running_count + count
-        weight = torch.where(valid, count / total, 0.0).to(total.dtype)
-        # NaN times a weight of zero is NaN: what is not valid must be replaced as well.
-        mean = torch.where(valid, mean.to(total.dtype), self.running_mean)
-        covariance = torch.where(valid, covariance.to(total.dtype), self.running_covariance)
-        shift = mean - self.running_mean
-        self.running_covariance.lerp_(covariance, weight)
-        self.running_covariance.add_(weight * (1 - weight) * shift.unsqueeze(-1) * shift.unsqueeze(-2))
-        self.running_mean.lerp_(mean, weight)
+        weight = (count / total).to(total.dtype)
+        shift = mean.to(total.dtype) - self.running_mean
+        merged = torch.lerp(self.running_covariance, covariance.to(total.dtype), weight)
+        merged += (weight * (1 - weight) * shift).unsqueeze(-1) * shift.unsqueeze(-2)
+        valid = torch.isfinite(merged.diagonal(dim1=-2, dim2=-1).sum()) & valid
+        self.running_covariance.copy_(torch.where(valid, merged, self.running_covariance))
+        self.running_mean.copy_(torch.where(valid, self.running_mean + weight * shift, self.running_mean))
         self.running_count.copy_(torch.where(valid, total, self.running_count))
         return valid
 
@@ -83,7 +83,7 @@ class FeatureCovariance(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
-            if old is not None and new is not None and torch.finfo(new.dtype).bits < 32:
+            if old is not None and new is not None and new.is_floating_point() and torch.finfo(new.dtype).bits < 32:
                 self._buffers[name] = old.to(new.device)
         return self
 

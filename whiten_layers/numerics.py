@@ -5,25 +5,34 @@ from contextlib import contextmanager
 
 import torch
 
+_BACKENDS = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+
+
+def _fp32_precisions() -> list[str | None]:
+    return [getattr(backend, "fp32_precision", None) for backend in _BACKENDS]  # None before torch 2.9
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Multiply float32 matrices in float32 inside this context, not in TF32 or bf16.
 
     TF32 keeps ten bits of a mantissa, too few for a covariance or its inverse. The setting is the
-    process's own and is put back afterwards.
+    process's own and is put back afterwards; where it is full already, nothing is touched.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        name, exact = "fp32_precision", "ieee"
-    else:  # torch < 2.9 has one switch a device
-        name, exact = "allow_tf32", False
-        backends = backends[:1]
-    before = [getattr(backend, name) for backend in backends]
     try:
-        for backend in backends:
-            setattr(backend, name, exact)
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for each backend, which this question does not understand
+        overall = None
+    before = _fp32_precisions()
+    if overall == "highest" and set(before) <= {None, "none", "ieee"}:
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            setattr(backend, name, value)
+        if overall is not None:
+            torch.set_float32_matmul_precision(overall)
+        for backend, value, now in zip(_BACKENDS, before, _fp32_precisions(), strict=True):
+            if value != now:
+                backend.fp32_precision = value

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .numerics import full_precision
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -68,7 +70,7 @@ def linear_rows(input: Tensor, max_rows: int | None = None, phase: int = 0) -> T
     every = 1 if max_rows is None else max(1, math.ceil(len(rows) / max_rows))
     # A step that shares a divisor with the sequence length would meet the same positions of every sequence.
     length = input.shape[-2] if input.dim() > 2 else 1
-    while every > 1 and math.gcd(every, length) > 1:
+    while every < len(rows) and math.gcd(every, length) > 1:
         every += 1
     return rows[phase % every :: every].unsqueeze(0)
 
@@ -118,6 +120,8 @@ def tap_correlation(input: Tensor, geometry: Geometry, max_rows: int | None = No
     batch, positions = input.shape[0], math.prod(input.shape[2:])
     every = 1 if max_rows is None else min(batch, max(1, math.ceil(batch * positions / max_rows)))
     images = rearrange(input[phase % every :: every], "n (g c) ... -> g c n ...", g=geometry.groups)
+    if torch.finfo(images.dtype).bits < 32:
+        images = images.float()
     images = images - images.mean(dim=tuple(range(2, images.dim())), keepdim=True)
     images = images.flatten(1, 2)  # (groups, channels and images, *space)
 
@@ -132,7 +136,8 @@ def tap_correlation(input: Tensor, geometry: Geometry, max_rows: int | None = No
                 here = here.narrow(axis, min(max(0, -shift), images.shape[axis] - length), length)
                 there = there.narrow(axis, min(max(0, shift), images.shape[axis] - length), length)
             here, there = (rearrange(part, "g ... w -> g (...) w") for part in (here, there))
-            grams[tuple(lead)] = here.mT @ there
+            with full_precision():
+                grams[tuple(lead)] = here.mT @ there
         gram = grams[tuple(lead)]
         if abs(last) >= gram.shape[-1]:
             return gram.new_zeros(gram.shape[0])

@@ -16,5 +16,7 @@ def cholesky(covariance: Tensor, power: float) -> Tensor:
         ``(..., M, M)``; a matrix that is not positive definite comes back as NaN.
     """
     factor, info = torch.linalg.cholesky_ex(covariance)
-    inverse = torch.cholesky_inverse(factor)
-    return torch.where((info == 0)[..., None, None], inverse, torch.nan)
+    succeeded = (info == 0)[..., None, None]
+    # cholesky_inverse raises where a factor is singular: it must not see one.
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.where(succeeded, torch.cholesky_inverse(torch.where(succeeded, factor, identity)), torch.nan)

@@ -95,6 +95,7 @@ class FeatureWhitening(GradientTransform):
         self.damping, self.decay, self.center, self.rescale = damping, decay, center, rescale
         self.update_interval, self.statistics_interval, self.max_rows = update_interval, statistics_interval, max_rows
         self.geometry: Geometry | None = None
+        self._output_moment: tuple[Tensor, int] | None = None
 
     @classmethod
     def exact(cls, method: str = "auto", **options: Any) -> Self:
@@ -170,11 +171,8 @@ class FeatureWhitening(GradientTransform):
             return
         rows = self._rows(grad_output, batch)
         _, moment = moments(rows, center=False)
-        trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
-        # A loss that is zero for a whole batch tells nothing of D; update() leaves 0/0 out.
-        self.outputs.update(
-            torch.zeros_like(self.outputs.running_mean), moment / trace[:, None, None], rows.shape[1]
-        )
+        # Kept until `observe` knows whether the batch is a good one.
+        self._output_moment = moment / moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None], rows.shape[1]
 
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:
         if input.numel() == 0:
@@ -184,6 +182,10 @@ class FeatureWhitening(GradientTransform):
         valid = torch.isfinite(grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32)))
         if self._is_observed(batch) and self.power > 0:
             valid = self._observe_features(input, batch, valid)
+        if self._output_moment is not None:
+            # Where the gradient is zero for a whole batch, 0/0 tells update() to leave it out.
+            self.outputs.update(torch.zeros_like(self.outputs.running_mean), *self._output_moment, valid)
+            self._output_moment = None
         self.num_batches_skipped.add_(~valid)
         if refresh.is_due(batch, self.update_interval):
             refresh.request(self.factors())

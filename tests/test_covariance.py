@@ -1,0 +1,79 @@
+"""The running covariance against all rows at once."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whiten_layers.covariance import FeatureCovariance, moments
+
+from . import reference
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_moments(center):
+    rows = torch.randn(3, 11, 4, dtype=torch.float64) + 2
+    mean, covariance = moments(rows, center)
+    for group in range(3):
+        expected = reference.moments(rows[group], center)
+        torch.testing.assert_close((mean[group], covariance[group]), expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    counts=st.lists(st.integers(1, 20), min_size=1, max_size=8),
+    decay=st.sampled_from([0.0, 0.3, 0.95, 0.999]),
+    features=st.integers(1, 6),
+    offset=st.floats(-100, 100),
+    seed=st.integers(0, 2**20),
+)
+def test_running_moments_are_the_weighted_moments_of_all_rows(counts, decay, features, offset, seed):
+    generator = torch.Generator().manual_seed(seed)
+    batches = [torch.randn(n, features, generator=generator, dtype=torch.float64) * (i + 1) + offset for i, n in enumerate(counts)]
+    running = FeatureCovariance(1, features, decay=decay, dtype=torch.float64)
+    for batch in batches:
+        assert running.update(*moments(batch[None]), len(batch))
+    mean, covariance = reference.weighted_moments(batches, decay)
+    # The offset is squared in neither, so rounding is relative to it once.
+    tolerance = {"rtol": 1e-10, "atol": 1e-10 * (1 + abs(offset))}
+    torch.testing.assert_close(running.running_mean[0], mean, **tolerance)
+    torch.testing.assert_close(running.running_covariance[0], covariance, **tolerance)
+
+
+def test_float32_statistics_survive_a_mean_far_from_zero():
+    rows = torch.randn(1, 4000, 3, generator=torch.Generator().manual_seed(0)) + 1000
+    running = FeatureCovariance(1, 3, decay=0.9)
+    for part in rows.split(500, dim=1):
+        running.update(*moments(part), 500)
+    # Rounding of a value of 1000 is 6e-5; squared about zero it would be 0.06.
+    torch.testing.assert_close(running.running_covariance[0], torch.eye(3), rtol=0, atol=0.1)
+
+
+def test_half_precision_rows_are_summed_in_float32():
+    rows = torch.full((1, 100_000, 2), 1.001).to(torch.bfloat16) + torch.randn(1, 100_000, 2).to(torch.bfloat16)
+    mean, covariance = moments(rows)
+    assert mean.dtype == covariance.dtype == torch.float32
+    expected = rows[0].double()
+    torch.testing.assert_close(mean[0].double(), expected.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(covariance[0].double(), expected.T.cov(correction=0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e25])
+def test_what_is_not_finite_leaves_no_mark(bad, first):
+    running = FeatureCovariance(2, 3, decay=0.9)
+    if not first:
+        running.update(*moments(torch.randn(2, 8, 3)), 8)
+    before = {name: value.clone() for name, value in running.state_dict().items()}
+    rows = torch.randn(2, 8, 3)
+    rows[1, 4, 2] = bad
+    assert not running.update(*moments(rows), 8)
+    assert not running.update(*moments(torch.randn(2, 8, 3)), 8, valid=torch.tensor(False))
+    torch.testing.assert_close(before, dict(running.state_dict()), rtol=0, atol=0)
+
+
+def test_updates_are_in_place():
+    running = FeatureCovariance(1, 3, decay=0.9)
+    pointers = {name: value.data_ptr() for name, value in running.named_buffers()}
+    running.update(*moments(torch.randn(1, 8, 3)), 8)
+    assert pointers == {name: value.data_ptr() for name, value in running.named_buffers()}

@@ -1,0 +1,92 @@
+"""The founding equality: transforming the gradient is training on whitened samples."""
+
+import pytest
+import torch
+from torch import nn
+
+from whiten_layers import FeatureWhitening, whiten
+
+from . import reference
+
+DAMPING = 0.1
+
+NETWORKS = {
+    "linear": (lambda: [nn.Linear(6, 8), nn.Linear(8, 3)], (15, 6)),
+    "linear without bias": (lambda: [nn.Linear(6, 8, bias=False), nn.Linear(8, 3)], (15, 6)),
+    "conv": (
+        lambda: [
+            nn.Conv2d(4, 6, 3, stride=2, padding=1),
+            nn.Conv2d(6, 4, (3, 2), padding=2, dilation=2, groups=2),
+            nn.Conv2d(4, 3, 2, bias=False),
+        ],
+        (3, 4, 7, 8),
+    ),
+}
+
+TRANSFORMS = {
+    "exact": {},
+    "exact by eigh": {"method": "eigh"},
+    "about zero": {"center": False},
+    "half": {"power": 0.5},
+    "half, rescaled": {"power": 0.5, "rescale": True},
+    "both sides half": {"power": 0.5, "output_power": 0.5, "rescale": True},
+    "both sides whole": {"output_power": 1.0},
+    "output side": {"power": 0.0, "output_power": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS.keys())
+def test_training_follows_the_network_that_whitens_its_samples(network, options):
+    make, shape = network
+    torch.manual_seed(0)
+    layers = [layer.double() for layer in make()]
+    truth = [reference.SampleWhitening(layer) for layer in layers]
+    transform = FeatureWhitening.exact(**({"decay": 0.0, "damping": DAMPING} | options))
+    model = whiten(nn.Sequential(*layers), transform)
+    # D has trace 1: whitened whole and not rescaled, it makes steps that a larger rate lets diverge.
+    lr, rescale = 0.02 if transform.output_power < 1 else 0.0005, transform.rescale
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    started = [parameter.detach().clone() for parameter in model.parameters()]
+
+    for step in range(20):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        x = x + 0.5 * x.cumsum(-1) + 0.2
+
+        def objective(forwards, x=x):
+            for forward in forwards[:-1]:
+                x = torch.tanh(forward(x))
+            return (forwards[-1](x) - 0.5).square().mean()
+
+        optimizer.zero_grad()
+        objective(list(model)).backward()
+        optimizer.step()
+
+        objective(truth).backward()
+        for layer in truth:
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter -= lr * parameter.grad
+            # New transforms from this batch, group by group, for the same function.
+            identity = torch.eye(layer.seen.shape[-1], dtype=torch.float64)
+            means, roots, outputs = [], [], []
+            for seen, delta in zip(layer.seen.detach(), layer.result.grad, strict=True):
+                mean, covariance = reference.moments(seen, transform.center)
+                means.append(mean if transform.power else torch.zeros_like(mean))
+                precision = reference.inverse_power(covariance, transform.power, DAMPING, rescale)
+                roots.append(reference.root(precision) if transform.power else identity)
+                _, moment = reference.moments(delta, center=False)
+                moment = moment / moment.trace()
+                precision = reference.inverse_power(moment, transform.output_power, DAMPING, rescale)
+                outputs.append(reference.root(precision).T if transform.output_power else torch.eye(len(moment)).double())
+            layer.reparametrise(torch.stack(roots), torch.stack(means), torch.stack(outputs))
+
+        for layer, whitened in zip(truth, model, strict=True):
+            weight, bias = layer.plain()
+            torch.testing.assert_close(whitened.weight.detach(), weight, rtol=1e-9, atol=1e-9 * weight.abs().max().item())
+            if bias is not None:
+                torch.testing.assert_close(whitened.bias.detach(), bias, rtol=1e-9, atol=1e-9 * bias.abs().max().item())
+
+    moved = [(a - b.detach()).norm() / b.norm() for a, b in zip(started, model.parameters(), strict=True)]
+    assert max(moved) > 0.01  # the equality is not one of standing still

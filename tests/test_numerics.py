@@ -1,0 +1,47 @@
+"""Full precision inside, the user's own setting outside."""
+
+import pytest
+import torch
+
+from whiten_layers.numerics import _fp32_precisions, full_precision
+
+by_backend = pytest.mark.skipif(None in _fp32_precisions(), reason="torch has one precision for all backends before 2.9")
+
+
+@pytest.fixture(autouse=True)
+def put_back():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_the_users_setting_is_put_back(setting):
+    torch.set_float32_matmul_precision(setting)
+    tf32, before = torch.backends.cuda.matmul.allow_tf32, _fp32_precisions()
+    with pytest.raises(ZeroDivisionError), full_precision():
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.matmul.allow_tf32
+        _ = 1 / 0
+    assert torch.get_float32_matmul_precision() == setting
+    assert torch.backends.cuda.matmul.allow_tf32 == tf32
+    assert _fp32_precisions() == before
+
+
+@by_backend
+@pytest.mark.parametrize("setting", [("tf32", "ieee"), ("ieee", "bf16"), ("tf32", "bf16")])
+def test_a_setting_for_each_backend_is_put_back(setting):
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = setting
+    with full_precision():
+        assert _fp32_precisions() == ["ieee", "ieee"]
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert _fp32_precisions() == list(setting)
+
+
+@pytest.mark.parametrize("setting", ["highest", "medium"])
+def test_products_inside_are_exact_to_float32(setting):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    exact = (a.double() @ b.double()).float()
+    torch.set_float32_matmul_precision(setting)  # "medium": bf16 where the processor has it
+    with full_precision():
+        torch.testing.assert_close(a @ b, exact, rtol=1e-5, atol=1e-4)

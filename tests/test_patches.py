@@ -1,0 +1,91 @@
+"""Rows, patches and tap correlations against position-by-position references."""
+
+import pytest
+import torch
+from torch import nn
+
+from whiten_layers.patches import channel_rows, linear_rows, patch_rows, tap_correlation
+
+from . import reference
+from .cases import CASES
+
+CONVOLUTIONS = [case for case in CASES if case.plain is nn.Conv2d]
+each_convolution = pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.name)
+
+
+@each_convolution
+def test_patches_are_the_reference_patches(case):
+    layer, x = case.make_plain(), case.make_input()
+    rows = patch_rows(x, case.whitened.geometry(layer))
+    torch.testing.assert_close(rows, reference.rows(layer, x), rtol=0, atol=0)
+
+
+@each_convolution
+def test_patches_times_the_weight_are_the_convolution(case):
+    layer, x = case.make_plain(), case.make_input()
+    rows = patch_rows(x, case.whitened.geometry(layer))
+    product = rows @ layer.weight.view(layer.groups, -1, rows.shape[-1]).mT
+    if layer.bias is not None:
+        product = product + layer.bias.view(layer.groups, 1, -1)
+    torch.testing.assert_close(product, reference.output_rows(layer, layer(x)), rtol=1e-12, atol=1e-12)
+
+
+@each_convolution
+def test_tap_correlation_is_the_reference_autocorrelation(case):
+    layer, x = case.make_plain(), case.make_input()
+    result = tap_correlation(x, case.whitened.geometry(layer))
+    torch.testing.assert_close(result, reference.tap_correlation(layer, x), rtol=1e-10, atol=1e-12)
+    assert torch.linalg.eigvalsh(result).min() > -1e-12
+    torch.testing.assert_close(result.diagonal(dim1=1, dim2=2), torch.ones(result.shape[:2], dtype=torch.float64))
+
+
+def test_taps_farther_apart_than_the_image_is_wide_do_not_correlate():
+    layer = nn.Conv2d(2, 3, 3, dilation=4, padding=4).double()
+    x = torch.randn(2, 2, 3, 5, dtype=torch.float64)
+    from whiten_layers import WhitenedConv2d
+
+    result = tap_correlation(x, WhitenedConv2d.geometry(layer))
+    torch.testing.assert_close(result, reference.tap_correlation(layer, x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_rows", [1, 7, 40, 10_000, None])
+@pytest.mark.parametrize("shape", [(1, 3), (50, 3), (8, 6, 3), (4, 5, 6, 3), (7,)])
+def test_sampled_linear_rows_are_rows_and_few(shape, max_rows):
+    x = torch.randn(shape)
+    seen = set()
+    for phase in range(130):
+        rows = linear_rows(x, max_rows, phase)
+        assert rows.dim() == 3 and 1 <= rows.shape[1] <= (max_rows or rows.shape[1])
+        every = {tuple(row) for row in x.reshape(-1, shape[-1]).tolist()}
+        seen |= {tuple(row) for row in rows[0].tolist()}
+        assert seen <= every
+    assert seen == every  # the phase brings every row in turn
+
+
+@pytest.mark.parametrize("max_rows", [1, 5, 33, 200, 10_000, None])
+@pytest.mark.parametrize("shape", [(1, 2, 1, 9), (6, 4, 5, 7), (40, 2, 3, 3), (3, 2, 12, 12)])
+def test_sampled_positions_are_positions_and_few(shape, max_rows):
+    x = torch.randn(shape)
+    for phase in range(20):
+        rows = channel_rows(x, 2, 2, max_rows, phase)
+        assert rows.shape[0] == 2 and rows.shape[2] == shape[1] // 2
+        assert 1 <= rows.shape[1] <= (max_rows or rows.shape[1])
+        every = {tuple(row) for row in x.movedim(1, -1).reshape(-1, shape[1]).tolist()}
+        assert {tuple(row) for row in torch.cat(list(rows), -1).tolist()} <= every
+
+
+def test_sampling_thins_space_before_the_batch():
+    x = torch.arange(32.0).view(32, 1, 1, 1).expand(32, 2, 16, 16)
+    assert channel_rows(x, 1, 2, max_rows=64).unique().numel() == 32
+
+
+@pytest.mark.parametrize("max_rows", [1, 9, 60])
+def test_sampled_patches_are_patches(max_rows):
+    for case in CONVOLUTIONS:
+        layer, x = case.make_plain(), case.make_input()
+        geometry = case.whitened.geometry(layer)
+        every = {tuple(row) for row in patch_rows(x, geometry)[0].tolist()}
+        for phase in range(4):
+            rows = patch_rows(x, geometry, max_rows, phase)[0]
+            assert 1 <= len(rows) <= max_rows
+            assert {tuple(row) for row in rows.tolist()} <= every

@@ -1,0 +1,287 @@
+"""FeatureWhitening: its options, its schedule, the Kronecker form, the scalar k."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear
+from whiten_layers.refresh import is_due
+
+from .. import reference
+from ..cases import CASES
+from ..memory import PeakMemory
+
+CONVOLUTIONS = [case for case in CASES if case.plain is nn.Conv2d and 1 not in (case.arguments[2],)]
+OPTIONS = {
+    "power one": {"power": 1.0},
+    "half": {"power": 0.5},
+    "not rescaled": {"power": 1.0, "rescale": False},
+    "both sides": {"output_power": 0.5},
+    "about zero": {"center": False},
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.name)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_the_kronecker_gradient_is_the_dense_kronecker_products(case, options):
+    """Statistics and gradient, over batches: P is the dense product of the two factors' inverses."""
+    transform = FeatureWhitening(damping=0.05, decay=0.8, update_interval=1, statistics_interval=1, max_rows=None, **options)
+    plain, whitened = case.make_pair(transform)
+    groups, taps = plain.groups, plain.weight[0, 0].numel()
+    channels_seen, correlations, moments_seen = [], [], []
+    for seed in range(3):
+        x = case.make_input(seed)
+        upstream = torch.randn(plain(x).shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for layer in (plain, whitened):
+            layer.zero_grad()
+            layer(x).backward(upstream)
+        if seed > 0:
+            means, precisions, outputs = [], [], []
+            for group in range(groups):
+                mean, a = reference.weighted_moments([rows[group] for rows in channels_seen], 0.8)
+                if not transform.center:
+                    a, mean = a + torch.outer(mean, mean), torch.zeros_like(mean)
+                b = weighted([c[group] for c in correlations], 0.8)
+                pair = [reference.inverse_power(m, transform.power, 0.05, transform.rescale) for m in (a, b)]
+                precisions.append(torch.kron(*pair))
+                means.append(mean.repeat_interleave(taps))
+                d = weighted([m[group] for m in moments_seen], 0.8)
+                outputs.append(reference.inverse_power(d, transform.output_power, 0.05, transform.rescale))
+            weight, bias = reference.transformed(
+                plain.weight.grad,
+                None if plain.bias is None else plain.bias.grad,
+                torch.stack(means),
+                torch.stack(precisions),
+                torch.stack(outputs) if transform.output_power else None,
+            )
+            torch.testing.assert_close(whitened.weight.grad, weight, rtol=1e-9, atol=1e-9 * weight.abs().max().item())
+            if bias is not None:
+                torch.testing.assert_close(whitened.bias.grad, bias, rtol=1e-9, atol=1e-9 * bias.abs().max().item())
+        batched = x if x.dim() == 4 else x[None]
+        channels_seen.append(batched.movedim(1, -1).reshape(-1, groups, batched.shape[1] // groups).movedim(1, 0))
+        correlations.append(reference.tap_correlation(plain, x))
+        deltas = reference.output_rows(plain, upstream)
+        moments_seen.append([m / m.trace() for m in (reference.moments(d, center=False)[1] for d in deltas)])
+
+
+def weighted(batches, decay):
+    """Batches of one size, each weighing ``decay^age``."""
+    weights = [decay**age for age in range(len(batches) - 1, -1, -1)]
+    return sum(w * b for w, b in zip(weights, batches, strict=True)) / sum(weights)
+
+
+def test_grouped_is_one_layer_a_group():
+    torch.manual_seed(0)
+    transform = FeatureWhitening(update_interval=1, output_power=0.5)
+    grouped = WhitenedConv2d(6, 8, 3, groups=2, dtype=torch.float64, transform=transform)
+    singles = [WhitenedConv2d(3, 4, 3, dtype=torch.float64, transform=transform) for _ in range(2)]
+    for i, single in enumerate(singles):
+        with torch.no_grad():
+            single.weight.copy_(grouped.weight.chunk(2)[i])
+            single.bias.copy_(grouped.bias.chunk(2)[i])
+    for _ in range(3):
+        grouped.zero_grad()
+        x = torch.randn(4, 6, 6, 6, dtype=torch.float64)
+        grouped(x).square().sum().backward()
+        for i, single in enumerate(singles):
+            single.zero_grad()
+            single(x.chunk(2, 1)[i]).square().sum().backward()
+            torch.testing.assert_close(grouped.weight.grad.chunk(2)[i], single.weight.grad, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(grouped.bias.grad.chunk(2)[i], single.bias.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_kronecker_statistics_unfold_no_patch():
+    x = torch.randn(16, 32, 32, 32)
+
+    def peak(features):
+        transform = FeatureWhitening(features=features, max_rows=None)
+        layer = WhitenedConv2d(32, 32, 3, padding=1, bias=False, transform=transform)
+        gradient = torch.zeros_like(layer.weight)
+        with torch.no_grad(), PeakMemory() as memory:
+            layer.transform.observe(x, gradient)
+        return memory.peak / (x.numel() * x.element_size())
+
+    # Of the input's own size at a time: its rows and what centring makes of them, or an image beside
+    # its two shifted views. A patch matrix alone is nine.
+    assert peak("kronecker") < 4.5
+    assert peak("patch") > 9
+
+
+@pytest.mark.parametrize("power", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("features", ["patch", "kronecker"])
+def test_rescaling_keeps_the_expected_norm_of_the_gradient(power, features):
+    """For δ that does not depend on x, E‖Ĝ‖² = E‖G‖²: k is about the mean over many batches, never about one."""
+    torch.manual_seed(0)
+    transform = FeatureWhitening(features=features, power=power, update_interval=1, max_rows=None)
+    layer = WhitenedConv2d(6, 5, 3, bias=False, dtype=torch.float64, transform=transform)
+    mixing = torch.randn(6, 6, dtype=torch.float64)
+
+    def batch():
+        # Of separable covariance, so that the Kronecker form describes it exactly but for the borders.
+        return torch.einsum("cd,ndhw->nchw", mixing, torch.randn(8, 6, 12, 12, dtype=torch.float64))
+
+    for _ in range(30):
+        layer(batch()).sum().backward()
+    layer.transform.update_interval = 10**6
+    plain = transformed = 0.0
+    for _ in range(60):
+        layer.zero_grad()
+        x = batch()
+        upstream = torch.randn(layer(x).shape, dtype=torch.float64)
+        layer(x).backward(upstream)
+        transformed += layer.weight.grad.square().sum().item()
+        plain += torch.nn.grad.conv2d_weight(x, layer.weight.shape, upstream).square().sum().item()
+    # 60 × 270 squared normals each: a standard error of about 2%.
+    assert transformed == pytest.approx(plain, rel=0.1)
+
+
+def test_the_step_is_a_descent_direction():
+    """P and Q are symmetric positive definite: ⟨G, Ĝ⟩ + ⟨g, ĝ⟩ > 0 for any gradient, with a bias and without."""
+    for case in CASES:
+        for options in OPTIONS.values():
+            plain, whitened = case.make_pair(FeatureWhitening(**options))
+            for seed in range(4):
+                x = case.make_input(seed)
+                for layer in (plain, whitened):
+                    layer.zero_grad()
+                    layer(x).sin().sum().backward()
+                product = sum((a.grad * b.grad).sum() for a, b in zip(plain.parameters(), whitened.parameters(), strict=True))
+                assert product > 0
+
+
+def test_sampled_statistics_approach_those_of_all_rows():
+    generator = torch.Generator().manual_seed(0)
+    options = {"decay": 0.99, "statistics_interval": 1}
+    layers = [
+        WhitenedConv2d(4, 3, 3, transform=FeatureWhitening(max_rows=rows, **options)) for rows in (256, None)
+    ]
+    for _ in range(100):
+        x = torch.randn(16, 4, 12, 12, generator=generator).cumsum(2)
+        for layer in layers:
+            layer(x).sum().backward()
+    for name in ("channels", "taps"):
+        few, every = (getattr(layer.transform, name).running_covariance for layer in layers)
+        assert (few - every).norm() / every.norm() < 0.15
+
+
+def test_refreshes_come_early_and_then_at_the_interval():
+    assert [batch for batch in range(1, 60) if is_due(batch, 10)] == [1, 2, 4, 8, 18, 28, 38, 48, 58]
+    assert [batch for batch in range(1, 8) if is_due(batch, 1)] == [1, 2, 3, 4, 5, 6, 7]
+    assert [batch for batch in range(1, 40) if is_due(batch, 8)] == [1, 2, 4, 8, 16, 24, 32]
+    for interval in (1, 3, 10, 64, 1000):
+        due = [batch for batch in range(1, 5000) if is_due(batch, interval)]
+        gaps = [b - a for a, b in zip(due, due[1:], strict=False)]
+        assert due[0] == 1 and max(gaps) == interval and gaps == sorted(gaps)
+
+
+def test_a_layer_keeps_to_its_intervals():
+    transform = FeatureWhitening(update_interval=4, statistics_interval=3, decay=0.8)
+    layer = WhitenedLinear(3, 2, transform=transform)
+    factor = layer.transform.inputs
+    refreshed, observed = [], []
+    for batch in range(1, 25):
+        before = factor.running_count.clone(), factor.num_refreshes.clone()
+        layer(torch.randn(7, 3)).sum().backward()
+        if factor.running_count != before[0]:
+            observed.append(batch)
+        if factor.num_refreshes != before[1]:
+            refreshed.append(batch)
+    assert refreshed == [1, 2, 4, 8, 12, 16, 20, 24]
+    assert observed == [1, 2, 3, 4, 5, 6, 9, 12, 15, 18, 21, 24]  # the window of 1 / (1 − 0.8) batches first
+    assert layer.transform.num_batches_tracked == 24
+
+
+def test_damping_is_relative_to_the_variance():
+    torch.manual_seed(0)
+    x = torch.randn(50, 4, dtype=torch.float64)
+    gradients = []
+    for scale in (1.0, 1e-4, 1e4):
+        layer = WhitenedLinear(4, 3, dtype=torch.float64, transform=FeatureWhitening(update_interval=1))
+        for _ in range(2):
+            layer.zero_grad()
+            # δ without the inputs' scale, so that k·P sees the scale alone
+            layer(x * scale).backward(torch.ones(50, 3, dtype=torch.float64))
+        gradients.append(layer.weight.grad / scale)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["cholesky", "eigh", "auto"])
+def test_methods_agree(method):
+    gradients = []
+    for name in (method, "eigh"):
+        torch.manual_seed(0)
+        layer = WhitenedLinear(5, 3, dtype=torch.float64, transform=FeatureWhitening(name, power=1.0, update_interval=1))
+        for _ in range(3):
+            layer.zero_grad()
+            layer(torch.randn(20, 5, dtype=torch.float64)).square().sum().backward()
+        gradients.append(layer.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_exact_is_the_papers_form_and_takes_options():
+    transform = FeatureWhitening.exact("eigh", damping=0.5)
+    assert (transform.method, transform.features, transform.power, transform.rescale) == ("eigh", "patch", 1.0, False)
+    assert (transform.update_interval, transform.statistics_interval, transform.max_rows) == (1, 1, None)
+    assert transform.damping == 0.5
+    assert FeatureWhitening.exact(power=0.5).power == 0.5
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "lu"}, "method='lu' is not possible: give one of auto, cholesky, eigh"),
+        ({"features": "channel"}, "features='channel' is not possible: give one of kronecker, patch"),
+        ({"power": 1.5}, r"power=1.5 is not possible: give a number in \[0, 1\]"),
+        ({"power": "1"}, r"power='1' is not possible: give a number in \[0, 1\]"),
+        ({"power": float("nan")}, r"power=nan is not possible"),
+        ({"output_power": -0.5}, r"output_power=-0.5 is not possible: give a number in \[0, 1\]"),
+        ({"method": "cholesky"}, "power=0.5 is not possible: give another power, or method auto or eigh"),
+        ({"method": "cholesky", "power": 1, "output_power": 0.5}, "output_power=0.5 is not possible: give another power"),
+        ({"damping": -1}, "damping=-1 is not possible: give a number of at least 0"),
+        ({"damping": float("inf")}, "damping=inf is not possible"),
+        ({"decay": 1.0}, r"decay=1.0 is not possible: give a number in \[0, 1\)"),
+        ({"center": 1}, "center=1 is not possible: give True or False"),
+        ({"rescale": None}, "rescale=None is not possible: give True or False"),
+        ({"update_interval": 0}, "update_interval=0 is not possible: give an integer of at least 1"),
+        ({"statistics_interval": 2.5}, "statistics_interval=2.5 is not possible: give an integer of at least 1"),
+        ({"max_rows": True}, "max_rows=True is not possible: give an integer of at least 1, or None"),
+    ],
+)
+def test_a_wrong_option_is_named_with_its_value_and_the_choices(options, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureWhitening(**options)
+
+
+def test_a_covariance_that_cannot_be_inverted_is_counted_and_changes_nothing():
+    layer = WhitenedLinear(5, 3, transform=FeatureWhitening.exact(damping=0.0))
+    layer(torch.randn(3, 5)).sum().backward()  # more features than rows, and nothing to damp
+    factor = layer.transform.inputs
+    assert factor.num_refreshes_failed == 1 and factor.num_refreshes == 0
+    torch.testing.assert_close(factor.precision[0], torch.eye(5))
+    for _ in range(5):
+        layer(torch.randn(40, 5)).sum().backward()
+    assert factor.num_refreshes_failed == 1 and factor.num_refreshes == 5
+
+
+def test_pickles_and_copies_train_for_themselves():
+    layer = WhitenedLinear(4, 3)
+    layer(torch.randn(9, 4)).sum().backward()
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert clone.transform.handle != layer.transform.handle
+        clone(torch.randn(9, 4)).sum().backward()
+        assert clone.transform.num_batches_tracked == 2
+    assert layer.transform.num_batches_tracked == 1
+
+
+def test_no_option_switched_on_is_the_plain_gradient():
+    layer = WhitenedLinear(4, 3, transform=FeatureWhitening(power=0.0))
+    plain = nn.Linear(4, 3)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    x = torch.randn(9, 4)
+    for module in (layer, plain):
+        module(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad, rtol=0, atol=0)
