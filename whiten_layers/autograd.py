@@ -34,7 +34,9 @@ def _observe_output(grad_output: Tensor, handle: int) -> Tensor:
 
 @torch.library.custom_op("whiten_layers::transform_gradient", mutates_args=())
 def _transform_gradient_op(gradients: list[Tensor], input: Tensor, handle: int) -> list[Tensor]:
-    return _transform_gradient(gradients, input, handle)
+    transformed = _transform_gradient(gradients, input, handle)
+    # The graph counts on new tensors of the gradients' strides.
+    return [torch.empty_like(old).copy_(new) for old, new in zip(gradients, transformed, strict=True)]
 
 
 @_transform_gradient_op.register_fake
@@ -64,14 +66,13 @@ class TransformGradient(torch.autograd.Function):
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
         _, _, input, ctx.handle = inputs
         ctx.save_for_backward(input)
-        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_weight: Tensor | None, grad_bias: Tensor | None):  # type: ignore[no-untyped-def, override]
-        if grad_weight is None:  # only the bias was asked for
-            return None, grad_bias, None, None
+    def backward(ctx, grad_weight: Tensor, grad_bias: Tensor | None):  # type: ignore[no-untyped-def, override]
         (input,) = ctx.saved_tensors
-        gradients = [grad_weight] if grad_bias is None else [grad_weight, grad_bias]
+        # Nothing absorbs a shift where there is no bias, or a frozen one. A bias whose gradient is
+        # zero takes part: autograd passes zeros for it.
+        gradients = [grad_weight, grad_bias] if ctx.needs_input_grad[1] else [grad_weight]
         # Called directly, the operation costs a quarter of what the dispatcher makes of it.
         call = _transform_gradient_op if torch.compiler.is_compiling() else _transform_gradient
         grad_weight, *rest = call(gradients, input, ctx.handle)

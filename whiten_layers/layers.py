@@ -29,9 +29,8 @@ def attach(layer: nn.Module, geometry: Geometry, transform: GradientTransform | 
     """Give a layer its own copy of a transform, with state on the weight's device and of its precision."""
     if layer.weight.is_complex():
         raise ValueError(f"dtype={layer.weight.dtype} is not possible: give a real floating-point type")
-    layer.transform = _make_transform(transform).bind(
-        geometry, device=layer.weight.device, dtype=layer.weight.dtype
-    )
+    transform = _make_transform(transform).bind(geometry, device=layer.weight.device, dtype=layer.weight.dtype)
+    layer.transform = transform.train(layer.training)
 
 
 def _is_transformed(layer: nn.Module) -> bool:
@@ -39,7 +38,8 @@ def _is_transformed(layer: nn.Module) -> bool:
 
 
 def _parameters(layer: nn.Module, input: Tensor) -> tuple[Tensor, Tensor | None]:
-    return TransformGradient.apply(layer.weight, layer.bias, input, layer.transform.handle)
+    # Detached, lest autograd take this for a way to the input's gradient and compute the weight's for it.
+    return TransformGradient.apply(layer.weight, layer.bias, input.detach(), layer.transform.handle)
 
 
 def _observed(layer: nn.Module, output: Tensor) -> Tensor:

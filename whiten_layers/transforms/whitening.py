@@ -110,7 +110,6 @@ class FeatureWhitening(GradientTransform):
 
     def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
         self.geometry = geometry
-        self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._bind_counters(device)
 
         def factor(features: int, power: float) -> WhiteningFactor:
@@ -123,7 +122,7 @@ class FeatureWhitening(GradientTransform):
                 decay=self.decay,
                 rescale=self.rescale,
                 device=device,
-                dtype=self.state_dtype,
+                dtype=torch.promote_types(dtype, torch.float32),
             )
 
         self.separable = self.features == "kronecker" and geometry.taps > 1
@@ -140,7 +139,8 @@ class FeatureWhitening(GradientTransform):
         return [child for child in self.children() if isinstance(child, WhiteningFactor)]
 
     def transform(self, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        geometry, dtype = self.geometry, self.state_dtype
+        geometry = self.geometry
+        dtype = torch.promote_types(grad_weight.dtype, torch.float32)
         shape = (geometry.groups, geometry.out_channels, geometry.in_channels, geometry.taps)
         weight = grad_weight.reshape(shape).to(dtype)
         bias = None if grad_bias is None else grad_bias.reshape(shape[:2]).to(dtype)

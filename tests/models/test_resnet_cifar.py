@@ -1,0 +1,77 @@
+"""The CIFAR ResNets against the paper's table, plain and whitened."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import whiten_layers.models as models
+from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear
+
+# He et al., arXiv 1512.03385, table 6: layers, and parameters in millions, of the CIFAR networks.
+PAPER = {20: 0.27, 32: 0.46, 44: 0.66, 56: 0.85, 110: 1.7}
+DEPTHS = [*PAPER, 18, 34, 50]
+
+
+def weighted_layers(network):
+    """Convolutions and linear layers, without the shortcuts' projections, which the paper's depth leaves out."""
+    return [m for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "downsample" not in name]
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("whitened", [False, True])
+def test_depth_and_parameters_are_the_papers(depth, whitened):
+    network = getattr(models, f"whitened_resnet{depth}" if whitened else f"resnet{depth}")()
+    assert len(weighted_layers(network)) == depth
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    if depth in PAPER:
+        assert round(parameters / 1e6, 2 if depth < 100 else 1) == PAPER[depth]
+    else:
+        # torchvision's network, of 1000 classes and a 7×7 stem, differs in these two layers alone.
+        imagenet = getattr(torchvision.models, f"resnet{depth}")()
+        features = imagenet.fc.in_features
+        assert parameters == sum(p.numel() for p in imagenet.parameters()) - 3 * 64 * (49 - 9) - 990 * (features + 1)
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_names_are_torchvisions(depth):
+    ours = {name: value.shape for name, value in getattr(models, f"resnet{depth}")(1000).state_dict().items()}
+    theirs = {name: value.shape for name, value in getattr(torchvision.models, f"resnet{depth}")().state_dict().items()}
+    assert ours.keys() == theirs.keys()
+    assert {name for name in ours if ours[name] != theirs[name]} == {"conv1.weight"}
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_whitened_is_plain_in_evaluation_and_trains(depth):
+    torch.manual_seed(0)
+    plain = getattr(models, f"resnet{depth}")(7).eval()
+    network = getattr(models, f"whitened_resnet{depth}")(7, transform=FeatureWhitening(power=1.0)).eval()
+    network.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert plain(x).shape == (2, 7)
+        torch.testing.assert_close(network(x), plain(x), rtol=0, atol=0)
+    network.train()(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+    layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert all(type(layer) in (WhitenedConv2d, WhitenedLinear) and layer.transform.power == 1.0 for layer in layers)
+
+
+def test_the_first_networks_have_no_parameters_in_shortcuts():
+    assert not [name for name, _ in models.resnet20().named_parameters() if "downsample" in name]
+
+
+def test_any_layer_can_stand_in():
+    class Counted(nn.Conv2d):
+        made = 0
+
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            Counted.made += 1
+
+    models.resnet50(conv_layer=Counted)
+    assert Counted.made == 49 + 4  # and four projections
+
+
+def test_every_builder_is_exported():
+    assert set(models.__all__) == {f"{prefix}resnet{depth}" for prefix in ("", "whitened_") for depth in DEPTHS}

@@ -1,0 +1,203 @@
+"""The Functions in the situations that autograd allows: several passes, higher derivatives, compiled graphs."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, whiten
+
+BOTH_SIDES = FeatureWhitening(output_power=0.5, update_interval=1)
+each_transform = pytest.mark.parametrize("transform", [FeatureWhitening(update_interval=1), BOTH_SIDES], ids=["input", "both"])
+
+
+def network(transform, inplace=True):
+    torch.manual_seed(0)
+    return whiten(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.ReLU(inplace=inplace),
+            nn.Conv2d(4, 4, 3, stride=2, bias=False),
+            nn.ReLU(inplace=inplace),
+            nn.Flatten(),
+            nn.Linear(36, 5),
+        ),
+        transform,
+    )
+
+
+def batch(seed):
+    return torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def buffers(model):
+    return {name: value.clone() for name, value in model.named_buffers()}
+
+
+@each_transform
+def test_two_forward_passes_before_two_backward_passes(transform):
+    model = network(transform)
+    first, second = model(batch(0)).square().sum(), model(batch(1)).square().sum()
+    first.backward()  # refreshes P in place
+    second.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model[0].transform.num_batches_tracked == 2
+
+
+@each_transform
+def test_a_module_used_twice_in_one_pass_meets_one_map_and_refreshes_once(transform):
+    layer = WhitenedLinear(4, 4, transform=transform)
+    layer(torch.randn(9, 4)).sum().backward()
+    refreshed = layer.transform.inputs.num_refreshes.item()
+    precision = layer.transform.inputs.precision.clone()
+    layer.zero_grad()
+    seen = []
+    x = torch.randn(9, 4, requires_grad=True)
+    y = layer(torch.tanh(layer(x)))
+    y.register_hook(lambda grad: seen.append(layer.transform.inputs.precision.clone()))
+    x.register_hook(lambda grad: seen.append(layer.transform.inputs.precision.clone()))
+    y.sum().backward()
+    assert all(torch.equal(p, precision) for p in seen) and len(seen) == 2
+    assert not torch.equal(layer.transform.inputs.precision, precision)
+    assert layer.transform.inputs.num_refreshes == refreshed + 1
+    assert layer.transform.num_batches_tracked == 3
+
+
+@each_transform
+def test_retain_graph(transform):
+    model = network(transform)
+    loss = model(batch(0)).square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert model[0].transform.num_batches_tracked == 2
+
+
+def test_the_gradient_of_the_input_alone_asks_nothing_of_the_weight():
+    layer = WhitenedLinear(4, 3)
+    x = torch.randn(9, 4, requires_grad=True)
+    torch.autograd.grad(layer(x).square().sum(), x)
+    assert layer.transform.num_batches_tracked == 0
+
+
+def test_only_the_bias_is_asked_for():
+    layer = WhitenedLinear(4, 3, transform=FeatureWhitening(update_interval=1))
+    layer(torch.randn(9, 4)).sum().backward()
+    layer.zero_grad()
+    loss = layer(torch.randn(9, 4) + 1).square().sum()
+    before = copy.deepcopy(layer.transform.state_dict())
+    (gradient,) = torch.autograd.grad(loss, [layer.bias], retain_graph=True)
+    layer.transform.load_state_dict(before)
+    loss.backward()
+    torch.testing.assert_close(gradient, layer.bias.grad, rtol=0, atol=0)
+
+
+def test_a_bias_whose_plain_gradient_is_zero_still_absorbs_the_shift():
+    layer = WhitenedLinear(4, 3, dtype=torch.float64, transform=FeatureWhitening.exact())
+    layer(torch.randn(20, 4, dtype=torch.float64) + 2).sum().backward()
+    mean = layer.transform.inputs.mean[0].clone()
+    x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    layer.zero_grad()
+    # The gradient of the input is W's alone: its derivative with respect to the bias is zero.
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    torch.testing.assert_close(layer.bias.grad, -layer.weight.grad @ mean)
+
+
+def test_a_frozen_bias_stays_without_a_gradient():
+    layer = WhitenedLinear(4, 3)
+    layer.bias.requires_grad_(False)
+    layer(torch.randn(9, 4)).sum().backward()
+    assert layer.bias.grad is None and layer.weight.grad is not None
+
+
+@each_transform
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_counts_a_batch_once(transform, reentrant):
+    plain, recomputed = network(transform, inplace=False), network(transform, inplace=False)
+    for seed in range(4):
+        x = batch(seed).requires_grad_()
+        for model in (plain, recomputed):
+            model.zero_grad()
+        plain(x).square().sum().backward()
+        checkpoint(recomputed, x, use_reentrant=reentrant).square().sum().backward()
+    torch.testing.assert_close(buffers(plain), buffers(recomputed), rtol=0, atol=0)
+    for a, b in zip(plain.parameters(), recomputed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
+
+
+@each_transform
+def test_a_gradient_penalty_is_the_plain_one_transformed(transform):
+    """The second derivative with respect to the input and then the weight is PyTorch's own, and passes the map."""
+    model = network(transform, inplace=False).double()
+    plain = copy.deepcopy(model).eval()
+    x = batch(0).double().requires_grad_()
+    penalties = []
+    for net in (model, plain):
+        (gradient,) = torch.autograd.grad(torch.tanh(net(x)).sum(), x, create_graph=True)
+        penalties.append(gradient.square().sum())
+        penalties[-1].backward()
+    torch.testing.assert_close(*penalties, rtol=0, atol=0)
+    # Nothing has been refreshed before this pass, so the map is the identity.
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
+
+
+@each_transform
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_is_eager_in_one_graph(transform, backend):
+    torch._dynamo.reset()
+    eager, compiled = network(transform), network(transform)
+    fast = torch.compile(compiled, backend=backend, fullgraph=True)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.01) for model in (eager, compiled)]
+    torch._dynamo.utils.counters.clear()
+    for seed in range(6):
+        for optimizer, model in zip(optimizers, (eager, fast), strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch(seed)), torch.arange(6) % 5).backward()
+            optimizer.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(dict(compiled.named_parameters()), dict(eager.named_parameters()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(buffers(compiled), buffers(eager), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_transform
+def test_autocast(transform, dtype):
+    model = network(transform)
+    for seed in range(3):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=dtype):
+            loss = model(batch(seed)).float().square().mean()
+        loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    assert all(b.dtype in (torch.float32, torch.long) for b in model.buffers())
+
+
+def test_an_error_in_backward_leaves_the_next_pass_whole():
+    layer = WhitenedLinear(4, 3, transform=FeatureWhitening(update_interval=1))
+
+    def fail(grad):
+        raise RuntimeError("from a hook")
+
+    x = torch.randn(9, 4, requires_grad=True)
+    middle = torch.tanh(x)
+    middle.register_hook(fail)
+    with pytest.raises(RuntimeError, match="from a hook"):
+        layer(middle).sum().backward()
+    layer(torch.randn(9, 4)).sum().backward()
+    assert layer.transform.inputs.num_refreshes >= 1
+
+
+def test_channels_last_and_strided_inputs():
+    layer = WhitenedConv2d(4, 3, 3, transform=FeatureWhitening(update_interval=1))
+    twin = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+    for _ in range(3):
+        x = torch.randn(5, 4, 6, 12)
+        for module, given in [(layer, x[..., ::2].contiguous()), (twin, x[..., ::2].contiguous(memory_format=torch.channels_last))]:
+            module.zero_grad()
+            module(given).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, twin.weight.grad, rtol=1e-4, atol=1e-3)
+    layer(x[..., ::2]).sum().backward()

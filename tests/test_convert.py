@@ -1,0 +1,147 @@
+"""whiten and unwhiten: the same objects, the same parameters, and nothing converted that should not be."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, unwhiten, whiten
+
+
+class OwnForward(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False))
+        self.again = self.block[0]  # shared
+        self.odd = OwnForward(4, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.odd(self.again(self.norm(self.block(self.stem(x))))).mean((2, 3)))
+
+
+def kinds(model):
+    return {name: type(module) for name, module in model.named_modules(remove_duplicate=False) if "transform" not in name}
+
+
+def test_layers_are_converted_in_place_with_everything_they_have():
+    model = Model().double().eval()
+    model.head.weight.requires_grad_(False)
+    model.stem.note = "kept"
+    calls = []
+    model.stem.register_forward_hook(lambda *_: calls.append(1))
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules(remove_duplicate=False))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    before = model(x)
+    assert whiten(model) is model
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+    assert calls == [1, 1] and model.stem.note == "kept"
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert all(module is modules[name] for name, module in model.named_modules(remove_duplicate=False) if name in modules)
+    assert type(model.stem) is WhitenedConv2d and type(model.head) is WhitenedLinear
+    assert model.again is model.block[0] and type(model.again) is WhitenedConv2d
+    assert not model.stem.training and not model.stem.transform.training
+    assert model.stem.transform.channels.precision.dtype == torch.float64
+
+
+def test_unwhiten_gives_the_plain_model_back():
+    model = Model()
+    expected, keys = kinds(model), set(model.state_dict())
+    parameters = dict(model.named_parameters())
+    whiten(model)
+    assert kinds(model) != expected and set(model.state_dict()) > keys
+    assert unwhiten(model) is model
+    assert kinds(model) == expected and set(model.state_dict()) == keys
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert not any("transform" in name for name, _ in model.named_modules())
+
+
+def test_an_optimizer_built_before_goes_on():
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    whiten(model)
+    model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "options, converted",
+    [
+        ({"include": "block.*"}, {"block.0", "block.2", "again"}),
+        ({"include": ["stem", "head"]}, {"stem", "head"}),
+        ({"skip": "*.2"}, {"stem", "block.0", "again", "head"}),
+        ({"skip": "again"}, {"stem", "block.2", "head"}),  # shared: under any of its names
+        ({"include": "block.*", "skip": ("*.0", "head")}, {"block.2"}),
+    ],
+)
+def test_include_and_skip(options, converted):
+    model = whiten(Model(), **options)
+    assert {name for name, kind in kinds(model).items() if kind in (WhitenedConv2d, WhitenedLinear)} == converted
+
+
+@pytest.mark.parametrize("option", ["include", "skip"])
+def test_a_pattern_that_matches_nothing_is_an_error(option):
+    with pytest.raises(ValueError, match=rf"{option}='layer9\.\*' matches no layer that can be whitened: there are stem, block"):
+        whiten(Model(), **{option: ["stem", "layer9.*"]})
+
+
+def test_what_is_left_alone_is_named_with_the_reason(caplog):
+    model = Model()
+    model.lazy = nn.LazyLinear(3)
+    model.attention = nn.MultiheadAttention(4, 2)
+    model.embedding = nn.Embedding(5, 4)
+    with caplog.at_level(logging.INFO, logger="whiten_layers"):
+        whiten(model, include=["stem", "head", "block.*"], skip="head")
+    told = {record.getMessage() for record in caplog.records}
+    assert "left odd (OwnForward): a subclass of nn.Conv2d, which may compute otherwise" in told
+    assert "left head (Linear): skip names it" in told
+    assert "left lazy (LazyLinear): not initialised yet" in told
+    assert "left embedding (Embedding): no whitened twin" in told
+    assert any(line.startswith("left attention (MultiheadAttention)") for line in told)
+    assert not any("norm" in line or "stem" in line for line in told)
+    assert type(model.odd) is OwnForward
+
+
+def test_a_single_layer_is_a_model_too():
+    layer = nn.Linear(4, 3)
+    assert whiten(layer) is layer and type(layer) is WhitenedLinear
+    assert type(unwhiten(layer)) is nn.Linear
+
+
+def test_whitening_twice_keeps_the_state():
+    model = whiten(Model())
+    model(torch.randn(4, 3, 8, 8)).sum().backward()
+    transform = model.stem.transform
+    whiten(model, FeatureWhitening(power=1.0))
+    assert model.stem.transform is transform and transform.num_batches_tracked == 1
+
+
+def test_each_layer_gets_its_own_transform():
+    given = FeatureWhitening(power=1.0)
+    model = whiten(Model(), given)
+    transforms = [module.transform for module in model.modules() if isinstance(module, (WhitenedConv2d, WhitenedLinear))]
+    assert len({id(transform) for transform in transforms}) == len(transforms) == 4
+    assert given not in transforms and all(transform.power == 1.0 for transform in transforms)
+
+
+def test_a_torchvision_network():
+    torch.manual_seed(0)
+    plain = torchvision.models.resnet18(num_classes=5)
+    model = whiten(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=0, atol=0)
+    model.train()(x).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    unwhiten(model).load_state_dict(plain.state_dict(), strict=True)

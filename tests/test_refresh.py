@@ -1,0 +1,76 @@
+"""The refresh at the end of a backward pass: together, in batches, in place."""
+
+import threading
+
+import torch
+from torch import nn
+
+from whiten_layers import FeatureWhitening, WhitenedLinear, refresh, whiten
+from whiten_layers.inverse import METHODS
+
+
+def test_matrices_of_one_size_are_inverted_in_one_call(monkeypatch):
+    calls = []
+    method = METHODS["cholesky"]
+
+    def counted(covariance, power):
+        calls.append(tuple(covariance.shape))
+        return method.inverse(covariance, power)
+
+    monkeypatch.setitem(METHODS, "cholesky", method._replace(inverse=counted))
+    model = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1, groups=g) for g in (1, 2, 1)], nn.Flatten(), nn.Linear(16, 4))
+    whiten(model, FeatureWhitening(power=1.0))
+    model(torch.randn(8, 4, 2, 2)).sum().backward()
+    # Channels 4, 2 × 2 and 4; taps 9, 2 × 9 and 9; features 16.
+    assert sorted(calls) == [(1, 16, 16), (2, 2, 2), (2, 4, 4), (4, 9, 9)]
+
+
+def test_precision_and_mean_are_written_in_place_after_the_pass():
+    layer = WhitenedLinear(4, 3)
+    factor = layer.transform.inputs
+    pointers = {name: value.data_ptr() for name, value in factor.named_buffers()}
+    x = torch.randn(9, 4, requires_grad=True)
+    y = layer(x)
+    during = []
+    x.register_hook(lambda grad: during.append(factor.precision.clone()))
+    y.sum().backward()
+    assert torch.equal(during[0][0], torch.eye(4))
+    assert not torch.equal(factor.precision[0], torch.eye(4))
+    assert pointers == {name: value.data_ptr() for name, value in factor.named_buffers()}
+
+
+def test_outside_a_pass_a_request_is_met_at_once():
+    layer = WhitenedLinear(4, 3)
+    layer(torch.randn(9, 4)).sum().backward()
+    factor = layer.transform.inputs
+    before = factor.num_refreshes.item()
+    refresh.request([factor])
+    assert factor.num_refreshes == before + 1
+
+
+def test_two_models_train_in_two_threads_as_in_one():
+    def train(model, generator):
+        for _ in range(20):
+            model.zero_grad()
+            model(torch.randn(9, 4, generator=generator)).square().sum().backward()
+
+    def make():
+        torch.manual_seed(0)
+        return WhitenedLinear(4, 3, transform=FeatureWhitening(update_interval=2))
+
+    expected = []
+    for seed in range(2):
+        model = make()
+        train(model, torch.Generator().manual_seed(seed))
+        expected.append(model)
+    models = [make() for _ in range(2)]
+    threads = [
+        threading.Thread(target=train, args=(model, torch.Generator().manual_seed(seed))) for seed, model in enumerate(models)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(expected, models, strict=True):
+        torch.testing.assert_close(a.weight.grad, b.weight.grad, rtol=0, atol=0)
+        torch.testing.assert_close(dict(a.named_buffers()), dict(b.named_buffers()), rtol=0, atol=0)
