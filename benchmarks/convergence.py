@@ -5,15 +5,16 @@ several learning rates the one that is best for the plain network is used for bo
 """
 
 import argparse
-import copy
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-
 import whiten_layers.models
+
 from whiten_layers import whiten
 
 from .data import DATASETS
@@ -25,15 +26,20 @@ Runs = dict[tuple[str, float, int], Curve]  # by variant, learning rate, seed
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a wrong option ends the program with one line and status 2."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__.split("\n\n")[0])
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
     parser.add_argument("--model", choices=MODELS, default="resnet20")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
-    parser.add_argument("--lr", type=float, nargs="+", help="several: the plain network's best is used (0.1; adamw 0.003)")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", help="several: the plain network's best is used (0.1; adamw 0.003)"
+    )
     parser.add_argument("--epochs", type=int, help="default: 10 for digits, 5 for crops")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", type=Path, default=Path("results/convergence"), help="folder for results.json and curves.png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/convergence"), help="folder for results.json and curves.png"
+    )
     add_transform_options(parser)
     options = parser.parse_args(arguments)
     options.lr = options.lr or [{"sgd": 0.1, "adamw": 0.003}[options.optimizer]]
@@ -65,7 +71,9 @@ def run(options: argparse.Namespace, runs: Runs) -> float:
         for lr in options.lr:
             for seed in options.seeds:
                 measure("plain", lr, seed)
-        best = min(options.lr, key=lambda lr: statistics.median(runs["plain", lr, seed].final_loss for seed in options.seeds))
+        best = min(
+            options.lr, key=lambda lr: statistics.median(runs["plain", lr, seed].final_loss for seed in options.seeds)
+        )
     for seed in options.seeds:
         if len(options.lr) == 1:
             measure("plain", best, seed)
@@ -108,7 +116,19 @@ def medians(rows: list[dict], variant: str, lr: float) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    heads = ["", "lr", "seed", "steps", "seconds", "training loss", "test loss", "test acc.", "steps to plain", "seconds to plain"]
+    """The rows of `summarise` and `medians`, aligned."""
+    heads = [
+        "",
+        "lr",
+        "seed",
+        "steps",
+        "seconds",
+        "training loss",
+        "test loss",
+        "test acc.",
+        "steps to plain",
+        "seconds to plain",
+    ]
     lines = [heads]
     for row in rows:
         late = row["steps_to_plain"] is None or row["steps_to_plain"] == float("inf")
@@ -131,6 +151,7 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(runs: Runs, lr: float, title: str, path: Path) -> None:
+    """Draw the smoothed loss of every run at the rate `lr`, against steps and against seconds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -142,7 +163,9 @@ def plot(runs: Runs, lr: float, title: str, path: Path) -> None:
         losses = curve.smoothed()
         if rate != lr or not losses:
             continue
-        for panel, xs in zip(panels, [range(SMOOTHING, len(curve.losses) + 1), curve.seconds[SMOOTHING - 1 :]], strict=True):
+        for panel, xs in zip(
+            panels, [range(SMOOTHING, len(curve.losses) + 1), curve.seconds[SMOOTHING - 1 :]], strict=True
+        ):
             known = variant in panel.get_legend_handles_labels()[1]
             panel.plot(xs, losses, color=colors[variant], alpha=0.8, label=None if known else variant)
     for panel, name in zip(panels, ["steps", "seconds of training"], strict=True):
@@ -155,6 +178,15 @@ def plot(runs: Runs, lr: float, title: str, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for every NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -174,11 +206,15 @@ def main(arguments: list[str] | None = None) -> int:
     title = f"{options.model} on {options.dataset}, {options.optimizer}, lr {best:g}, {options.transform.extra_repr()}"
     print(f"\n{title}\n{table([*rows, *(summary if len(options.seeds) > 1 else [])])}")
     print(f"'to plain': until the mean loss of {SMOOTHING} steps is at most the plain run's last, with the same seed.")
-    chosen = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key != "transform"}
+    chosen = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(options).items()
+        if key != "transform"
+    }
     result = {"environment": environment(), "options": chosen, "transform": repr(options.transform), "lr": best}
     result |= {"interrupted": interrupted, "rows": rows, "medians": summary}
-    result["curves"] = [{"variant": v, "lr": r, "seed": s, **copy.copy(vars(c))} for (v, r, s), c in runs.items()]
-    (options.out / "results.json").write_text(json.dumps(result, indent=1))
+    result["curves"] = [{"variant": v, "lr": r, "seed": s, **vars(c)} for (v, r, s), c in runs.items()]
+    (options.out / "results.json").write_text(json.dumps(finite(result), indent=1))
     plot(runs, best, title, options.out / "curves.png")
     print(f"written: {options.out / 'results.json'}, {options.out / 'curves.png'}")
     return 130 if interrupted else 0

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import whiten_layers.models
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import whiten_layers.models
 from whiten_layers import whiten
 
 from .convergence import MODELS

@@ -117,6 +117,8 @@ def transform_from(options: argparse.Namespace) -> FeatureWhitening:
     Raises:
         ValueError: as `FeatureWhitening` does.
     """
-    names = "method features power output_power damping decay update_interval statistics_interval max_rows center rescale"
+    names = (
+        "method features power output_power damping decay update_interval statistics_interval max_rows center rescale"
+    )
     given = {name: getattr(options, name) for name in names.split() if getattr(options, name) is not None}
     return FeatureWhitening.exact(**given) if options.exact else FeatureWhitening(**given)

@@ -1,7 +1,6 @@
 """Prebuilt networks, plain and whitened."""
 
 from .resnet_cifar import (
-    resnet110,
     resnet18,
     resnet20,
     resnet32,
@@ -9,7 +8,7 @@ from .resnet_cifar import (
     resnet44,
     resnet50,
     resnet56,
-    whitened_resnet110,
+    resnet110,
     whitened_resnet18,
     whitened_resnet20,
     whitened_resnet32,
@@ -17,10 +16,10 @@ from .resnet_cifar import (
     whitened_resnet44,
     whitened_resnet50,
     whitened_resnet56,
+    whitened_resnet110,
 )
 
 __all__ = [
-    "resnet110",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -28,7 +27,7 @@ __all__ = [
     "resnet44",
     "resnet50",
     "resnet56",
-    "whitened_resnet110",
+    "resnet110",
     "whitened_resnet18",
     "whitened_resnet20",
     "whitened_resnet32",
@@ -36,4 +35,5 @@ __all__ = [
     "whitened_resnet44",
     "whitened_resnet50",
     "whitened_resnet56",
+    "whitened_resnet110",
 ]

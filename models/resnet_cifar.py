@@ -44,7 +44,9 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int, shortcut: nn.Module | None, conv_layer: Layer) -> None:
+    def __init__(
+        self, in_channels: int, width: int, stride: int, shortcut: nn.Module | None, conv_layer: Layer
+    ) -> None:
         super().__init__()
         self.conv1 = conv_layer(in_channels, width, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -63,7 +65,9 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, shortcut: nn.Module | None, conv_layer: Layer) -> None:
+    def __init__(
+        self, in_channels: int, width: int, stride: int, shortcut: nn.Module | None, conv_layer: Layer
+    ) -> None:
         super().__init__()
         self.conv1 = conv_layer(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -184,7 +188,9 @@ def resnet50(num_classes: int = 10, *, conv_layer: Layer = nn.Conv2d, linear_lay
     return CifarResNet(Bottleneck, (3, 4, 6, 3), 64, num_classes, projection=True, **layers)
 
 
-def _whitened(builder: Callable[..., CifarResNet], num_classes: int, transform: GradientTransform | str | None) -> CifarResNet:
+def _whitened(
+    builder: Callable[..., CifarResNet], num_classes: int, transform: GradientTransform | str | None
+) -> CifarResNet:
     return builder(
         num_classes,
         conv_layer=partial(WhitenedConv2d, transform=transform),

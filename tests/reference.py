@@ -54,7 +54,9 @@ def moments(x: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
 def weighted_moments(batches: list[Tensor], decay: float) -> tuple[Tensor, Tensor]:
     """Mean and covariance of all rows of all batches, a row's weight being ``decay^age`` of its batch."""
     ages = range(len(batches) - 1, -1, -1)
-    weights = torch.cat([torch.full((len(b),), decay**age, dtype=b.dtype) for b, age in zip(batches, ages, strict=True)])
+    weights = torch.cat(
+        [torch.full((len(b),), decay**age, dtype=b.dtype) for b, age in zip(batches, ages, strict=True)]
+    )
     x = torch.cat(batches)
     mean = (weights[:, None] * x).sum(0) / weights.sum()
     return mean, ((x - mean).T * weights) @ (x - mean) / weights.sum()
@@ -93,14 +95,15 @@ def tap_correlation(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def transformed(
-    grad_weight: Tensor, grad_bias: Tensor | None, mean: Tensor | None, precision: Tensor, output_precision: Tensor | None
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    mean: Tensor | None,
+    precision: Tensor,
+    output_precision: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``Ĝ = Q (G − g μᵀ) P`` and ``ĝ = Q g − Ĝ μ``, group by group.
+    """``Ĝ = Q (G − g μᵀ) P`` and ``ĝ = Q g − Ĝ μ``, group by group; None for Q stands for the identity.
 
-    Args:
-        grad_weight: ``(S, ...)``; the rows of the groups follow one another.
-        mean: ``(groups, M)``; not used without a bias.
-        precision: ``(groups, M, M)``, output_precision: ``(groups, S / groups, S / groups)`` or None.
+    G ``(S, ...)``, g ``(S,)``, μ ``(groups, M)``, P ``(groups, M, M)``, Q ``(groups, S / groups, S / groups)``.
     """
     groups = len(precision)
     weights, biases = [], []
@@ -160,7 +163,13 @@ class SampleWhitening:
         if isinstance(self.layer, nn.Linear):
             return self.result[0].view(*x.shape[:-1], -1)
         spatial = F.conv2d(
-            padded(self.layer, x), self.layer.weight.detach(), None, self.layer.stride, 0, self.layer.dilation, self.groups
+            padded(self.layer, x),
+            self.layer.weight.detach(),
+            None,
+            self.layer.stride,
+            0,
+            self.layer.dilation,
+            self.groups,
         ).shape[2:]
         y = self.result.mT.reshape(self.groups * self.out_features, len(x), *spatial)
         return y.transpose(0, 1)

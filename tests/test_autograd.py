@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, whiten
 
 BOTH_SIDES = FeatureWhitening(output_power=0.5, update_interval=1)
-each_transform = pytest.mark.parametrize("transform", [FeatureWhitening(update_interval=1), BOTH_SIDES], ids=["input", "both"])
+each_transform = pytest.mark.parametrize(
+    "transform", [FeatureWhitening(update_interval=1), BOTH_SIDES], ids=["input", "both"]
+)
 
 
 def network(transform, inplace=True):
@@ -196,7 +198,10 @@ def test_channels_last_and_strided_inputs():
     twin = copy.deepcopy(layer).to(memory_format=torch.channels_last)
     for _ in range(3):
         x = torch.randn(5, 4, 6, 12)
-        for module, given in [(layer, x[..., ::2].contiguous()), (twin, x[..., ::2].contiguous(memory_format=torch.channels_last))]:
+        for module, given in [
+            (layer, x[..., ::2].contiguous()),
+            (twin, x[..., ::2].contiguous(memory_format=torch.channels_last)),
+        ]:
             module.zero_grad()
             module(given).square().sum().backward()
     torch.testing.assert_close(layer.weight.grad, twin.weight.grad, rtol=1e-4, atol=1e-3)

@@ -20,7 +20,12 @@ each_transform = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=T
 def plain():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 5)
+        nn.Conv2d(3, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3, groups=2),
+        nn.Flatten(),
+        nn.Linear(64, 5),
     )
 
 
@@ -76,7 +81,9 @@ def test_an_unwhitened_models_checkpoint_is_a_plain_one():
 
 def test_a_checkpoint_of_another_transform_is_an_error_that_names_the_keys():
     saved = whiten(plain(), FeatureWhitening(features="patch")).state_dict()
-    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*0\.transform\.channels\.running_count.*Unexpected.*0\.transform\.inputs"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)Missing key.*0\.transform\.channels\.running_count.*Unexpected.*0\.transform\.inputs"
+    ):
         whiten(plain()).load_state_dict(saved)
 
 

@@ -31,7 +31,9 @@ class Model(nn.Module):
 
 
 def kinds(model):
-    return {name: type(module) for name, module in model.named_modules(remove_duplicate=False) if "transform" not in name}
+    return {
+        name: type(module) for name, module in model.named_modules(remove_duplicate=False) if "transform" not in name
+    }
 
 
 def test_layers_are_converted_in_place_with_everything_they_have():
@@ -47,7 +49,9 @@ def test_layers_are_converted_in_place_with_everything_they_have():
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
     assert calls == [1, 1] and model.stem.note == "kept"
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
-    assert all(module is modules[name] for name, module in model.named_modules(remove_duplicate=False) if name in modules)
+    assert all(
+        module is modules[name] for name, module in model.named_modules(remove_duplicate=False) if name in modules
+    )
     assert type(model.stem) is WhitenedConv2d and type(model.head) is WhitenedLinear
     assert model.again is model.block[0] and type(model.again) is WhitenedConv2d
     assert not model.stem.training and not model.stem.transform.training
@@ -93,7 +97,9 @@ def test_include_and_skip(options, converted):
 
 @pytest.mark.parametrize("option", ["include", "skip"])
 def test_a_pattern_that_matches_nothing_is_an_error(option):
-    with pytest.raises(ValueError, match=rf"{option}='layer9\.\*' matches no layer that can be whitened: there are stem, block"):
+    with pytest.raises(
+        ValueError, match=rf"{option}='layer9\.\*' matches no layer that can be whitened: there are stem, block"
+    ):
         whiten(Model(), **{option: ["stem", "layer9.*"]})
 
 
@@ -105,11 +111,11 @@ def test_what_is_left_alone_is_named_with_the_reason(caplog):
     with caplog.at_level(logging.INFO, logger="whiten_layers"):
         whiten(model, include=["stem", "head", "block.*"], skip="head")
     told = {record.getMessage() for record in caplog.records}
-    assert "left odd (OwnForward): a subclass of nn.Conv2d, which may compute otherwise" in told
-    assert "left head (Linear): skip names it" in told
-    assert "left lazy (LazyLinear): not initialised yet" in told
-    assert "left embedding (Embedding): no whitened twin" in told
-    assert any(line.startswith("left attention (MultiheadAttention)") for line in told)
+    assert "left odd: OwnForward, a subclass of nn.Conv2d, which may compute otherwise" in told
+    assert "left head: Linear, not asked for" in told
+    assert "left lazy: LazyLinear, not initialised yet" in told
+    assert "left embedding: Embedding, no whitened twin" in told
+    assert any(line.startswith("left attention: MultiheadAttention") for line in told)
     assert not any("norm" in line or "stem" in line for line in told)
     assert type(model.odd) is OwnForward
 
@@ -131,7 +137,9 @@ def test_whitening_twice_keeps_the_state():
 def test_each_layer_gets_its_own_transform():
     given = FeatureWhitening(power=1.0)
     model = whiten(Model(), given)
-    transforms = [module.transform for module in model.modules() if isinstance(module, (WhitenedConv2d, WhitenedLinear))]
+    transforms = [
+        module.transform for module in model.modules() if isinstance(module, (WhitenedConv2d, WhitenedLinear))
+    ]
     assert len({id(transform) for transform in transforms}) == len(transforms) == 4
     assert given not in transforms and all(transform.power == 1.0 for transform in transforms)
 

@@ -29,7 +29,10 @@ def test_moments(center):
 )
 def test_running_moments_are_the_weighted_moments_of_all_rows(counts, decay, features, offset, seed):
     generator = torch.Generator().manual_seed(seed)
-    batches = [torch.randn(n, features, generator=generator, dtype=torch.float64) * (i + 1) + offset for i, n in enumerate(counts)]
+    batches = [
+        torch.randn(n, features, generator=generator, dtype=torch.float64) * (i + 1) + offset
+        for i, n in enumerate(counts)
+    ]
     running = FeatureCovariance(1, features, decay=decay, dtype=torch.float64)
     for batch in batches:
         assert running.update(*moments(batch[None]), len(batch))

@@ -79,12 +79,16 @@ def test_training_follows_the_network_that_whitens_its_samples(network, options)
                 _, moment = reference.moments(delta, center=False)
                 moment = moment / moment.trace()
                 precision = reference.inverse_power(moment, transform.output_power, DAMPING, rescale)
-                outputs.append(reference.root(precision).T if transform.output_power else torch.eye(len(moment)).double())
+                outputs.append(
+                    reference.root(precision).T if transform.output_power else torch.eye(len(moment)).double()
+                )
             layer.reparametrise(torch.stack(roots), torch.stack(means), torch.stack(outputs))
 
         for layer, whitened in zip(truth, model, strict=True):
             weight, bias = layer.plain()
-            torch.testing.assert_close(whitened.weight.detach(), weight, rtol=1e-9, atol=1e-9 * weight.abs().max().item())
+            torch.testing.assert_close(
+                whitened.weight.detach(), weight, rtol=1e-9, atol=1e-9 * weight.abs().max().item()
+            )
             if bias is not None:
                 torch.testing.assert_close(whitened.bias.detach(), bias, rtol=1e-9, atol=1e-9 * bias.abs().max().item())
 

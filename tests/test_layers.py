@@ -62,7 +62,9 @@ def test_until_the_first_refresh_the_gradient_is_plain(case, transform):
 
 
 @everywhere
-@pytest.mark.parametrize("power, output_power, rescale", [(1.0, 0.0, False), (0.5, 0.0, True), (0.5, 0.5, True), (0.0, 1.0, False)])
+@pytest.mark.parametrize(
+    "power, output_power, rescale", [(1.0, 0.0, False), (0.5, 0.0, True), (0.5, 0.5, True), (0.0, 1.0, False)]
+)
 @pytest.mark.parametrize("center", [True, False])
 def test_the_patch_gradient_equals_the_reference(case, power, output_power, rescale, center):
     if case.name.endswith(("one-row", "vector")) and (center or output_power):
@@ -84,13 +86,20 @@ def test_the_patch_gradient_equals_the_reference(case, power, output_power, resc
                 means.append(mean if power else torch.zeros_like(mean))
                 precisions.append(reference.inverse_power(covariance, power, damping, rescale and power > 0))
                 moment = sum(
-                    0.9 ** (len(deltas) - i) * len(d[group]) * reference.moments(d[group], center=False)[1] / (d[group] ** 2).sum(1).mean()
+                    0.9 ** (len(deltas) - i)
+                    * len(d[group])
+                    * reference.moments(d[group], center=False)[1]
+                    / (d[group] ** 2).sum(1).mean()
                     for i, d in enumerate(deltas)
                 )
                 moment = moment / moment.trace()
                 outputs.append(reference.inverse_power(moment, output_power, damping, rescale and output_power > 0))
             weight, bias = reference.transformed(
-                expected["weight"], expected.get("bias"), torch.stack(means), torch.stack(precisions), torch.stack(outputs)
+                expected["weight"],
+                expected.get("bias"),
+                torch.stack(means),
+                torch.stack(precisions),
+                torch.stack(outputs),
             )
             torch.testing.assert_close(result["weight"], weight, rtol=1e-9, atol=1e-9 * weight.abs().max().item())
             if bias is not None:
@@ -110,7 +119,9 @@ def test_evaluation_and_frozen_weights_are_plain_and_leave_no_trace(case, transf
         plain.weight.requires_grad_(not freeze), whitened.weight.requires_grad_(not freeze)
         saved: dict[nn.Module, list] = {plain: [], whitened: []}
         for layer in saved:
-            with torch.autograd.graph.saved_tensors_hooks(lambda t, l=layer: saved[l].append(t.shape) or t, lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, kept=saved[layer]: kept.append(t.shape) or t, lambda t: t
+            ):
                 layer(case.make_input(2).requires_grad_()).sum().backward()
             with torch.no_grad():
                 layer(case.make_input(2))
@@ -124,7 +135,9 @@ def test_evaluation_and_frozen_weights_are_plain_and_leave_no_trace(case, transf
 def test_training_saves_no_tensor_that_the_plain_layer_does_not(case, transform):
     def storages(layer):
         found = set()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.add(t.untyped_storage().data_ptr()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: found.add(t.untyped_storage().data_ptr()) or t, lambda t: t
+        ):
             layer(x)
         return found - {layer.weight.data_ptr(), x.data_ptr()}
 
@@ -150,7 +163,9 @@ def test_between_refreshes_backward_is_linear_in_the_upstream_gradient(case, tra
         return {name: parameter.grad for name, parameter in layer.named_parameters()}
 
     shape = whitened(x).shape
-    first, second = (torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    first, second = (
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (1, 2)
+    )
     one, two, both = gradient(first), gradient(second), gradient(3 * first - 0.5 * second)
     for name in one:
         expected = 3 * one[name] - 0.5 * two[name]
@@ -165,7 +180,7 @@ def test_accumulating_micro_batches_is_one_batch(transform):
     transform.update_interval = 4
     torch.manual_seed(0)
     layer = WhitenedConv2d(4, 5, 3, padding=1, dtype=torch.float64, transform=transform)
-    for seed in range(4):
+    for _ in range(4):
         layer(torch.randn(6, 4, 5, 5, dtype=torch.float64)).square().sum().backward()
     x = torch.randn(6, 4, 5, 5, dtype=torch.float64)
     whole, parts = copy.deepcopy(layer), copy.deepcopy(layer)

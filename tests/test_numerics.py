@@ -5,7 +5,9 @@ import torch
 
 from whiten_layers.numerics import _fp32_precisions, full_precision
 
-by_backend = pytest.mark.skipif(None in _fp32_precisions(), reason="torch has one precision for all backends before 2.9")
+by_backend = pytest.mark.skipif(
+    None in _fp32_precisions(), reason="torch has one precision for all backends before 2.9"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,8 @@ def test_two_models_train_in_two_threads_as_in_one():
         expected.append(model)
     models = [make() for _ in range(2)]
     threads = [
-        threading.Thread(target=train, args=(model, torch.Generator().manual_seed(seed))) for seed, model in enumerate(models)
+        threading.Thread(target=train, args=(model, torch.Generator().manual_seed(seed)))
+        for seed, model in enumerate(models)
     ]
     for thread in threads:
         thread.start()

@@ -2,6 +2,16 @@
 
 from .convert import unwhiten, whiten
 from .layers import WhitenedConv2d, WhitenedLinear
+from .report import Report, report
 from .transforms import FeatureWhitening, GradientTransform
 
-__all__ = ["FeatureWhitening", "GradientTransform", "WhitenedConv2d", "WhitenedLinear", "unwhiten", "whiten"]
+__all__ = [
+    "FeatureWhitening",
+    "GradientTransform",
+    "Report",
+    "WhitenedConv2d",
+    "WhitenedLinear",
+    "report",
+    "unwhiten",
+    "whiten",
+]

@@ -9,9 +9,10 @@ passes write to, out of what autograd saves: two forward passes may precede a ba
 compiled graph holds the call as one opaque operation.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .transforms.base import GradientTransform
 
@@ -56,19 +57,19 @@ def _(grad_output: Tensor, handle: int) -> Tensor:
 
 
 class TransformGradient(torch.autograd.Function):
-    """``(weight, bias, input, handle) -> (weight, bias)``; saves the input, which the layer's operation saves anyway."""
+    """``(weight, bias, input, handle) -> (weight, bias)``; saves the input, as the layer's operation does anyway."""
 
     @staticmethod
     def forward(weight: Tensor, bias: Tensor | None, input: Tensor, handle: int) -> tuple[Tensor, Tensor | None]:
         return weight.view_as(weight), None if bias is None else bias.view_as(bias)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         _, _, input, ctx.handle = inputs
         ctx.save_for_backward(input)
 
     @staticmethod
-    def backward(ctx, grad_weight: Tensor, grad_bias: Tensor | None):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple:  # type: ignore[override]
         (input,) = ctx.saved_tensors
         # Nothing absorbs a shift where there is no bias, or a frozen one. A bias whose gradient is
         # zero takes part: autograd passes zeros for it.
@@ -87,12 +88,12 @@ class ObserveOutput(torch.autograd.Function):
         return output
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         # Not a view: an activation may work in place on what a layer returns.
         ctx.mark_dirty(inputs[0])
         ctx.handle = inputs[1]
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
         call = _observe_output_op if torch.compiler.is_compiling() else _observe_output
         return call(grad_output, ctx.handle), None

@@ -15,8 +15,11 @@ logger = logging.getLogger("whiten_layers")
 
 M = TypeVar("M", bound=nn.Module)
 
-TWINS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: WhitenedLinear, nn.Conv2d: WhitenedConv2d}
-PLAIN = {whitened: plain for plain, whitened in TWINS.items()}
+TWINS: dict[type[nn.Module], type[WhitenedLinear] | type[WhitenedConv2d]] = {
+    nn.Linear: WhitenedLinear,
+    nn.Conv2d: WhitenedConv2d,
+}
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {whitened: plain for plain, whitened in TWINS.items()}
 
 
 def whiten(
@@ -52,24 +55,22 @@ def whiten(
             if not fnmatch.filter(layers, pattern):
                 names = ", ".join(layers) or "none"
                 raise ValueError(f"{option}={pattern!r} matches no layer that can be whitened: there are {names}")
-    skipped = {id(module) for name, module in layers.items() if _matches(name, skip)}
+    skipped = {id(module) for name, module in layers.items() if _matches(name, skip)}  # under any of its names
     for name, module in layers.items():
         if type(module) not in TWINS:  # shared, and converted under another name
             continue
         if id(module) in skipped or (include is not None and not _matches(name, include)):
             continue
         twin = TWINS[type(module)]
-        attach(module, twin.geometry(module), transform)
+        attach(module, twin.geometry(module), transform)  # type: ignore[arg-type]
         module.__class__ = twin
-    for name, module in model.named_modules():
-        reason = _reason_left(module, skipped)
-        if reason:
-            logger.info("left %s (%s): %s", name or "the model", type(module).__name__, reason)
+    for name, reason in reasons_left(model).items():
+        logger.info("left %s: %s", name, reason)
     return model
 
 
 def unwhiten(model: M) -> M:
-    """Turn every whitened layer back into the plain one, in place: the same objects and parameters, without a transform."""
+    """Turn every whitened layer back into the plain one, in place: the same objects and parameters."""
     for module in model.modules():
         if type(module) in PLAIN:
             del module.transform
@@ -85,14 +86,21 @@ def _matches(name: str, patterns: list[str] | None) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns or [])
 
 
-def _reason_left(module: nn.Module, skipped: set[int]) -> str | None:
-    """Why a module that computes with a weight of its own was not converted; None for one that was, or has none."""
+def reasons_left(model: nn.Module) -> dict[str, str]:
+    """The modules that compute with a matrix of their own and are plain, by name, with the reason."""
+    left = {}
+    for name, module in model.named_modules():
+        reason = _reason_left(module)
+        if reason:
+            left[name or "the model"] = f"{type(module).__name__}, {reason}"
+    return left
+
+
+def _reason_left(module: nn.Module) -> str | None:
     if type(module) in PLAIN or isinstance(module, GradientTransform):
         return None
-    if id(module) in skipped:
-        return "skip names it"
     if type(module) in TWINS:
-        return "include does not name it"
+        return "not asked for"
     for plain in TWINS:
         if isinstance(module, plain):
             lazy = isinstance(module._parameters.get("weight"), UninitializedParameter)

@@ -5,6 +5,7 @@ same operations, nothing saved, nothing observed.
 """
 
 import copy
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,24 +26,24 @@ def _make_transform(transform: GradientTransform | str | None) -> GradientTransf
     raise TypeError(f"transform={transform!r} is not possible: give a GradientTransform, a method's name, or None")
 
 
-def attach(layer: nn.Module, geometry: Geometry, transform: GradientTransform | str | None) -> None:
+def attach(layer: nn.Linear | nn.Conv2d, geometry: Geometry, transform: GradientTransform | str | None) -> None:
     """Give a layer its own copy of a transform, with state on the weight's device and of its precision."""
     if layer.weight.is_complex():
         raise ValueError(f"dtype={layer.weight.dtype} is not possible: give a real floating-point type")
-    transform = _make_transform(transform).bind(geometry, device=layer.weight.device, dtype=layer.weight.dtype)
-    layer.transform = transform.train(layer.training)
+    bound = _make_transform(transform).bind(geometry, device=layer.weight.device, dtype=layer.weight.dtype)
+    layer.transform = bound.train(layer.training)
 
 
-def _is_transformed(layer: nn.Module) -> bool:
+def _is_transformed(layer: "WhitenedLinear | WhitenedConv2d") -> bool:
     return layer.training and torch.is_grad_enabled() and layer.weight.requires_grad
 
 
-def _parameters(layer: nn.Module, input: Tensor) -> tuple[Tensor, Tensor | None]:
+def _parameters(layer: "WhitenedLinear | WhitenedConv2d", input: Tensor) -> tuple[Tensor, Tensor | None]:
     # Detached, lest autograd take this for a way to the input's gradient and compute the weight's for it.
     return TransformGradient.apply(layer.weight, layer.bias, input.detach(), layer.transform.handle)
 
 
-def _observed(layer: nn.Module, output: Tensor) -> Tensor:
+def _observed(layer: "WhitenedLinear | WhitenedConv2d", output: Tensor) -> Tensor:
     if layer.transform.observes_output:
         output = ObserveOutput.apply(output, layer.transform.handle)
     return output
@@ -107,7 +108,7 @@ class WhitenedConv2d(nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,

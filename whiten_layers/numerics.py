@@ -35,4 +35,4 @@ def full_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(overall)
         for backend, value, now in zip(_BACKENDS, before, _fp32_precisions(), strict=True):
             if value != now:
-                backend.fp32_precision = value
+                setattr(backend, "fp32_precision", value)  # noqa: B010 - absent before torch 2.9

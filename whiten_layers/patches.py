@@ -75,9 +75,7 @@ def linear_rows(input: Tensor, max_rows: int | None = None, phase: int = 0) -> T
     return rows[phase % every :: every].unsqueeze(0)
 
 
-def channel_rows(
-    input: Tensor, groups: int, spatial_dims: int, max_rows: int | None = None, phase: int = 0
-) -> Tensor:
+def channel_rows(input: Tensor, groups: int, spatial_dims: int, max_rows: int | None = None, phase: int = 0) -> Tensor:
     """The channels at sampled positions: ``(N, groups·C, *space) -> (groups, rows, C)``."""
     input = _batched(input, spatial_dims)
     images, space = _even_steps(input.shape[0], input.shape[2:], max_rows, phase)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torchvision
+import whiten_layers.models as models
 from torch import nn
 
-import whiten_layers.models as models
 from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear
 
 # He et al., arXiv 1512.03385, table 6: layers, and parameters in millions, of the CIFAR networks.
@@ -15,7 +15,9 @@ DEPTHS = [*PAPER, 18, 34, 50]
 
 def weighted_layers(network):
     """Convolutions and linear layers, without the shortcuts' projections, which the paper's depth leaves out."""
-    return [m for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "downsample" not in name]
+    return [
+        m for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "downsample" not in name
+    ]
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

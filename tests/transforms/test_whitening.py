@@ -1,6 +1,7 @@
 """FeatureWhitening: its options, its schedule, the Kronecker form, the scalar k."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -28,7 +29,9 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_the_kronecker_gradient_is_the_dense_kronecker_products(case, options):
     """Statistics and gradient, over batches: P is the dense product of the two factors' inverses."""
-    transform = FeatureWhitening(damping=0.05, decay=0.8, update_interval=1, statistics_interval=1, max_rows=None, **options)
+    transform = FeatureWhitening(
+        damping=0.05, decay=0.8, update_interval=1, statistics_interval=1, max_rows=None, **options
+    )
     plain, whitened = case.make_pair(transform)
     groups, taps = plain.groups, plain.weight[0, 0].numel()
     channels_seen, correlations, moments_seen = [], [], []
@@ -148,16 +151,16 @@ def test_the_step_is_a_descent_direction():
                 for layer in (plain, whitened):
                     layer.zero_grad()
                     layer(x).sin().sum().backward()
-                product = sum((a.grad * b.grad).sum() for a, b in zip(plain.parameters(), whitened.parameters(), strict=True))
+                product = sum(
+                    (a.grad * b.grad).sum() for a, b in zip(plain.parameters(), whitened.parameters(), strict=True)
+                )
                 assert product > 0
 
 
 def test_sampled_statistics_approach_those_of_all_rows():
     generator = torch.Generator().manual_seed(0)
     options = {"decay": 0.99, "statistics_interval": 1}
-    layers = [
-        WhitenedConv2d(4, 3, 3, transform=FeatureWhitening(max_rows=rows, **options)) for rows in (256, None)
-    ]
+    layers = [WhitenedConv2d(4, 3, 3, transform=FeatureWhitening(max_rows=rows, **options)) for rows in (256, None)]
     for _ in range(100):
         x = torch.randn(16, 4, 12, 12, generator=generator).cumsum(2)
         for layer in layers:
@@ -173,7 +176,7 @@ def test_refreshes_come_early_and_then_at_the_interval():
     assert [batch for batch in range(1, 40) if is_due(batch, 8)] == [1, 2, 4, 8, 16, 24, 32]
     for interval in (1, 3, 10, 64, 1000):
         due = [batch for batch in range(1, 5000) if is_due(batch, interval)]
-        gaps = [b - a for a, b in zip(due, due[1:], strict=False)]
+        gaps = [b - a for a, b in itertools.pairwise(due)]
         assert due[0] == 1 and max(gaps) == interval and gaps == sorted(gaps)
 
 
@@ -214,7 +217,9 @@ def test_methods_agree(method):
     gradients = []
     for name in (method, "eigh"):
         torch.manual_seed(0)
-        layer = WhitenedLinear(5, 3, dtype=torch.float64, transform=FeatureWhitening(name, power=1.0, update_interval=1))
+        layer = WhitenedLinear(
+            5, 3, dtype=torch.float64, transform=FeatureWhitening(name, power=1.0, update_interval=1)
+        )
         for _ in range(3):
             layer.zero_grad()
             layer(torch.randn(20, 5, dtype=torch.float64)).square().sum().backward()
@@ -240,7 +245,10 @@ def test_exact_is_the_papers_form_and_takes_options():
         ({"power": float("nan")}, r"power=nan is not possible"),
         ({"output_power": -0.5}, r"output_power=-0.5 is not possible: give a number in \[0, 1\]"),
         ({"method": "cholesky"}, "power=0.5 is not possible: give another power, or method auto or eigh"),
-        ({"method": "cholesky", "power": 1, "output_power": 0.5}, "output_power=0.5 is not possible: give another power"),
+        (
+            {"method": "cholesky", "power": 1, "output_power": 0.5},
+            "output_power=0.5 is not possible: give another power",
+        ),
         ({"damping": -1}, "damping=-1 is not possible: give a number of at least 0"),
         ({"damping": float("inf")}, "damping=inf is not possible"),
         ({"decay": 1.0}, r"decay=1.0 is not possible: give a number in \[0, 1\)"),

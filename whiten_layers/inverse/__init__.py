@@ -15,6 +15,8 @@ from .eigh import eigh
 
 
 class Method(NamedTuple):
+    """A function and what it can do."""
+
     inverse: Callable[[Tensor, float], Tensor]
     powers: tuple[float, ...] | None  # the powers it gives; None for any
 

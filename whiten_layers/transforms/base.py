@@ -63,7 +63,7 @@ class GradientTransform(nn.Module, ABC):
 
     @abstractmethod
     def transform(self, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Map the gradients of a weight ``(S, C, *kernel)`` and bias ``(S,)`` to new tensors of their shape and dtype."""
+        """Map the gradients of a weight ``(S, C, *kernel)`` and a bias ``(S,)``; shapes and dtypes stay."""
 
     @abstractmethod
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:

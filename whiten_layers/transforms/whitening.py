@@ -61,6 +61,9 @@ class FeatureWhitening(GradientTransform):
     and ``outputs`` where they are whitened.
     """
 
+    geometry: Geometry
+    separable: bool
+
     def __init__(
         self,
         method: str = "auto",
@@ -73,7 +76,7 @@ class FeatureWhitening(GradientTransform):
         center: bool = True,
         rescale: bool = True,
         update_interval: int = 10,
-        statistics_interval: int = 5,
+        statistics_interval: int = 10,
         max_rows: int | None = 4096,
     ) -> None:
         super().__init__()
@@ -94,13 +97,12 @@ class FeatureWhitening(GradientTransform):
         self.power, self.output_power = power, output_power
         self.damping, self.decay, self.center, self.rescale = damping, decay, center, rescale
         self.update_interval, self.statistics_interval, self.max_rows = update_interval, statistics_interval, max_rows
-        self.geometry: Geometry | None = None
         self._output_moment: tuple[Tensor, int] | None = None
 
     @classmethod
     def exact(cls, method: str = "auto", **options: Any) -> Self:
-        """The paper's own form: whole patches, power 1, no rescaling, every row of every batch, a refresh after each."""
-        exact = {"features": "patch", "power": 1.0, "rescale": False}
+        """The paper's form: whole patches, power 1, no rescaling, every row of every batch, a refresh after each."""
+        exact: dict[str, Any] = {"features": "patch", "power": 1.0, "rescale": False}
         every = {"update_interval": 1, "statistics_interval": 1, "max_rows": None}
         return cls(method, **(exact | every | options))
 
@@ -163,7 +165,7 @@ class FeatureWhitening(GradientTransform):
         if bias is not None and mean is not None:
             bias = bias - (weight * mean.unsqueeze(1)).sum((-2, -1))
         weight = weight.reshape(grad_weight.shape).to(grad_weight.dtype)
-        return weight, None if bias is None else bias.reshape(grad_bias.shape).to(grad_bias.dtype)
+        return weight, None if bias is None else bias.flatten().to(grad_weight.dtype)
 
     def observe_output(self, grad_output: Tensor) -> None:
         batch = int(self.num_batches_tracked) + 1

@@ -1,0 +1,81 @@
+"""The main job on a few steps: table, results.json, plot; interrupted; wrong options."""
+
+import json
+
+import pytest
+
+from benchmarks import convergence
+from benchmarks.training import Curve
+
+QUICK = ["--epochs", "3", "--batch-size", "128"]  # thirty steps
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_run_leaves_a_table_a_file_and_a_plot(tmp_path, capsys):
+    assert convergence.main([*QUICK, "--out", str(tmp_path), "--power", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "steps to plain" in output and "whitened" in output
+    result = results(tmp_path)
+    plain, whitened = result["rows"]
+    assert (plain["variant"], whitened["variant"]) == ("plain", "whitened")
+    assert plain["steps"] == whitened["steps"] == 30
+    assert plain["training_loss"] != whitened["training_loss"]
+    assert plain["steps_to_plain"] <= 30 and plain["test_accuracy"] > 0.1
+    assert len(result["curves"][0]["losses"]) == 30
+    # The same weights and the same batch: the first step's loss is the same to the last bit.
+    assert result["curves"][0]["losses"][0] == result["curves"][1]["losses"][0]
+    assert result["environment"]["torch"] and "power=1.0" in result["transform"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupt_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+    def interrupted(network, data, *, curve, **options):
+        curve.losses, curve.seconds = [1.0] * 30, [float(i) for i in range(30)]
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        started.append(1)
+
+    started = [1]
+    monkeypatch.setattr(convergence, "train", interrupted)
+    assert convergence.main(["--seeds", "0", "1", "--out", str(tmp_path)]) == 130
+    result = results(tmp_path)
+    assert result["interrupted"] and len(result["rows"]) == 3
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_the_best_rate_of_the_plain_network_is_used_for_both(tmp_path, monkeypatch):
+    def train(network, data, *, lr, curve, **options):
+        curve.losses, curve.seconds = [1 + abs(lr - 0.2)] * 30, [0.0] * 30
+
+    monkeypatch.setattr(convergence, "train", train)
+    convergence.main(["--lr", "0.1", "0.2", "0.4", "--seeds", "0", "1", "--out", str(tmp_path)])
+    result = results(tmp_path)
+    assert result["lr"] == 0.2
+    assert [row["lr"] for row in result["rows"] if row["variant"] == "whitened"] == [0.2, 0.2]
+    assert len(result["rows"]) == 8
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--power", "2"], r"power=2.0 is not possible: give a number in [0, 1]"),
+        (["--dataset", "mnist"], "invalid choice: 'mnist'"),
+        (["--method", "qr"], "method='qr' is not possible"),
+    ],
+)
+def test_a_wrong_option_ends_with_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        convergence.main(arguments)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_curve_finds_when_a_loss_is_reached():
+    curve = Curve([10.0] * 25 + [0.0] * 25, [float(step) for step in range(50)])
+    assert curve.final_loss == 0.0
+    assert curve.steps_until(10.0) == 25
+    assert curve.steps_until(5.0) == 38  # 13 of 25 are zero: a mean of 4.8
+    assert curve.steps_until(-1.0) is None
+    assert Curve([1.0]).smoothed() == []

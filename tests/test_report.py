@@ -1,0 +1,48 @@
+"""The report: condition numbers, counts, memory, what was left plain."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from whiten_layers import FeatureWhitening, WhitenedLinear, report, whiten
+
+
+def test_condition_numbers_are_those_of_the_covariance_before_and_after():
+    layer = WhitenedLinear(
+        4, 3, dtype=torch.float64, transform=FeatureWhitening.exact(power=0.5, damping=0.0, decay=0.0)
+    )
+    x = torch.randn(500, 4, dtype=torch.float64) * torch.tensor([1.0, 2.0, 4.0, 8.0])
+    layer(x).sum().backward()
+    (row,) = report(layer).rows
+    values = torch.linalg.eigvalsh(x.T.cov(correction=0))
+    assert row.condition == pytest.approx((values[-1] / values[0]).item())
+    assert row.whitened == pytest.approx(row.condition**0.5)
+    assert (row.layer, row.factor, row.groups, row.size) == ("the model", "inputs", 1, 4)
+    assert (row.batches, row.skipped, row.refreshes, row.failed) == (1, 0, 1, 0)
+
+
+def test_counts_memory_and_what_is_left(tmp_path):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(24, 3), nn.Embedding(3, 3))
+    whiten(model, FeatureWhitening(output_power=0.5), skip="2")
+    model[:3](torch.randn(5, 4, 4, 4)).sum().backward()
+    model[:3](torch.full((5, 4, 4, 4), float("nan"))).sum().backward()
+    result = report(model)
+    assert [(row.layer, row.factor, row.groups, row.size) for row in result.rows] == [
+        ("0", "channels", 2, 2),
+        ("0", "taps", 2, 9),
+        ("0", "outputs", 2, 3),
+    ]
+    assert {row.batches for row in result.rows} == {2} and {row.skipped for row in result.rows} == {1}
+    assert result.left == {"2": "Linear, not asked for", "3": "Embedding, no whitened twin"}
+    assert result.bytes == sum(buffer.nbytes for buffer in model[0].transform.buffers()) - 16
+    assert json.loads(json.dumps(result.to_dict()))["rows"][1]["factor"] == "taps"
+    text = str(result)
+    assert "2 × 9" in text and "left plain: 2 (Linear, not asked for)" in text
+    result.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_layer_that_has_seen_nothing_has_no_condition():
+    assert report(WhitenedLinear(3, 2)).rows[0].condition == float("inf")

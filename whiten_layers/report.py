@@ -1,0 +1,122 @@
+"""What whitening does in a model: condition numbers before and after, refreshes, skipped batches, memory."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .convert import reasons_left
+from .factor import WhiteningFactor
+from .transforms import GradientTransform
+
+
+@dataclass(frozen=True)
+class Row:
+    """One factor of one layer's transform. Condition numbers are the worst of its groups, of the damped covariance."""
+
+    layer: str
+    factor: str
+    groups: int
+    size: int
+    batches: int
+    skipped: int
+    refreshes: int
+    failed: int
+    condition: float
+    whitened: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A row for each factor of each layer, and the layers left plain, with the reason."""
+
+    rows: list[Row]
+    left: dict[str, str]
+
+    @property
+    def bytes(self) -> int:
+        """What the state of all transforms takes, beside the model's own parameters."""
+        return sum(row.bytes for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rows": [asdict(row) for row in self.rows], "left": dict(self.left), "bytes": self.bytes}
+
+    def __str__(self) -> str:
+        lines = [
+            ["layer", "factor", "size", "batches", "skipped", "refreshes", "failed", "condition", "whitened", "KiB"]
+        ]
+        for row in self.rows:
+            size = str(row.size) if row.groups == 1 else f"{row.groups} × {row.size}"
+            counts = [row.batches, row.skipped, row.refreshes, row.failed]
+            conditions = [f"{row.condition:.3g}", f"{row.whitened:.3g}"]
+            lines.append([row.layer, row.factor, size, *map(str, counts), *conditions, f"{row.bytes / 1024:.0f}"])
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        text.append(f"{self.bytes / 2**20:.1f} MiB in all")
+        text += [f"left plain: {name} ({reason})" for name, reason in self.left.items()]
+        return "\n".join(text)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the condition numbers before and after, layer by layer, into an image file (needs matplotlib)."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(max(6.0, 0.3 * len(self.rows)), 4), layout="constrained")
+        axes = figure.subplots()
+        places = range(len(self.rows))
+        axes.semilogy(places, [row.condition for row in self.rows], "o", color="tab:gray", label="covariance")
+        axes.semilogy(places, [row.whitened for row in self.rows], "o", color="tab:blue", label="whitened")
+        axes.set_xticks(list(places), [f"{row.layer} {row.factor}" for row in self.rows], rotation=90, fontsize=7)
+        axes.set_ylabel("condition number")
+        axes.legend()
+        figure.savefig(path, dpi=120)
+
+
+def _conditions(factor: WhiteningFactor) -> tuple[float, float]:
+    """Of C + λI and of ``P^½ (C + λI) P^½``, whose eigenvalues are those of ``Lᵀ P L`` with ``L Lᵀ = C + λI``."""
+    damped = factor.damped().double().cpu()
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if info.any():
+        return float("inf"), float("inf")
+    before = torch.linalg.eigvalsh(damped)
+    after = torch.linalg.eigvalsh(lower.mT @ factor.precision.double().cpu() @ lower)
+    return tuple((values[:, -1] / values[:, 0]).max().item() for values in (before, after))  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def report(model: nn.Module) -> Report:
+    """Describe every whitened layer of a model.
+
+    The condition number of the whitened covariance is what gradient descent meets after the transform:
+    1 for power 1 without damping, the root of the plain one for power ½. Reading it decomposes every
+    covariance, in float64 on the CPU: between epochs, not in every step.
+    """
+    rows = []
+    for name, module in model.named_modules():
+        if not isinstance(module, GradientTransform):
+            continue
+        for factor_name, factor in module.named_children():
+            if not isinstance(factor, WhiteningFactor):
+                continue
+            groups, size = factor.mean.shape
+            condition, whitened = _conditions(factor)
+            rows.append(
+                Row(
+                    layer=name.removesuffix("transform").removesuffix(".") or "the model",
+                    factor=factor_name,
+                    groups=groups,
+                    size=size,
+                    batches=int(module.num_batches_tracked),
+                    skipped=int(module.num_batches_skipped),
+                    refreshes=int(factor.num_refreshes),
+                    failed=int(factor.num_refreshes_failed),
+                    condition=condition,
+                    whitened=whitened,
+                    bytes=sum(buffer.nbytes for buffer in factor.buffers()),
+                )
+            )
+    return Report(rows, reasons_left(model))
