@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .numerics import full_precision
-
 
 @dataclass(frozen=True)
 class Geometry:
@@ -111,35 +109,28 @@ def tap_correlation(input: Tensor, geometry: Geometry, max_rows: int | None = No
     are sampled, so that at least one is and otherwise at most `max_rows` positions are. NaN for an
     input that is constant.
 
-    No patch is unfolded: a product ``(W × rows)(rows × W)`` of the image with itself, shifted along
-    all dimensions but the last, has every displacement along the last one as a sum of a diagonal.
+    No patch is unfolded. With zeros between the rows and between the images, a displacement is an
+    offset in memory: its correlation is the inner product of the images with themselves, shifted.
     """
     input = _batched(input, geometry.spatial_dims)
-    batch, positions = input.shape[0], math.prod(input.shape[2:])
-    every = 1 if max_rows is None else min(batch, max(1, math.ceil(batch * positions / max_rows)))
+    sizes = input.shape[2:]
+    every = 1 if max_rows is None else max(1, math.ceil(input.shape[0] * math.prod(sizes) / max_rows))
+    every = min(every, input.shape[0])
     images = rearrange(input[phase % every :: every], "n (g c) ... -> g c n ...", g=geometry.groups)
-    if torch.finfo(images.dtype).bits < 32:
-        images = images.float()
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
     images = images - images.mean(dim=tuple(range(2, images.dim())), keepdim=True)
-    images = images.flatten(1, 2)  # (groups, channels and images, *space)
 
-    grams: dict[tuple[int, ...], Tensor] = {}
+    reach = [(k - 1) * d for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
+    margins = [min(r, size - 1) for r, size in zip(reach, sizes, strict=True)]
+    images = F.pad(images, [side for margin in reversed(margins) for side in (0, margin)])
+    strides = images.stride()[3:]
+    line = images.flatten(1)
 
     def autocorrelation(displacement: tuple[int, ...]) -> Tensor:
-        *lead, last = displacement
-        if tuple(lead) not in grams:
-            here, there = images, images
-            for axis, shift in enumerate(lead, start=2):
-                length = max(0, images.shape[axis] - abs(shift))
-                here = here.narrow(axis, min(max(0, -shift), images.shape[axis] - length), length)
-                there = there.narrow(axis, min(max(0, shift), images.shape[axis] - length), length)
-            here, there = (rearrange(part, "g ... w -> g (...) w") for part in (here, there))
-            with full_precision():
-                grams[tuple(lead)] = here.mT @ there
-        gram = grams[tuple(lead)]
-        if abs(last) >= gram.shape[-1]:
-            return gram.new_zeros(gram.shape[0])
-        return gram.diagonal(last, -2, -1).sum(-1)
+        if any(abs(d) >= size for d, size in zip(displacement, sizes, strict=True)):
+            return line.new_zeros(len(line))
+        offset = sum(d * stride for d, stride in zip(displacement, strides, strict=True))
+        return torch.linalg.vecdot(line[:, : line.shape[1] - offset], line[:, offset:])
 
     taps = list(itertools.product(*map(range, geometry.kernel_size)))
     values: dict[tuple[int, ...], Tensor] = {}

@@ -181,14 +181,13 @@ class FeatureWhitening(GradientTransform):
             return
         batch = int(self.num_batches_tracked.add_(1))
         # A NaN or Inf anywhere in the input or in the output's gradient reaches the weight's gradient.
-        valid = torch.isfinite(grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32)))
-        if self._is_observed(batch) and self.power > 0:
-            valid = self._observe_features(input, batch, valid)
-        if self._output_moment is not None:
-            # Where the gradient is zero for a whole batch, 0/0 tells update() to leave it out.
-            self.outputs.update(torch.zeros_like(self.outputs.running_mean), *self._output_moment, valid)
-            self._output_moment = None
-        self.num_batches_skipped.add_(~valid)
+        total = grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32))
+        # Reading a number from the CPU waits for nothing, and spares every step three small operations.
+        valid = math.isfinite(total) if total.is_cpu else torch.isfinite(total)
+        if self._is_observed(batch):
+            valid = self._observe(input, batch, valid)
+        if valid is not True:
+            self.num_batches_skipped.add_(torch.as_tensor(valid).logical_not())
         if refresh.is_due(batch, self.update_interval):
             refresh.request(self.factors())
 
@@ -201,18 +200,24 @@ class FeatureWhitening(GradientTransform):
             return linear_rows(tensor, self.max_rows, phase)
         return channel_rows(tensor, self.geometry.groups, self.geometry.spatial_dims, self.max_rows, phase)
 
-    def _observe_features(self, input: Tensor, batch: int, valid: Tensor) -> Tensor:
+    def _observe(self, input: Tensor, batch: int, valid: Tensor | bool) -> Tensor | bool:
+        """Update the factors with the batch; return whether it was fit for it."""
         phase = batch // self.statistics_interval
-        if not self.separable:
+        if self.power > 0 and self.separable:
+            rows = self._rows(input, batch)
+            valid = self.channels.update(*moments(rows, self.center), rows.shape[1], valid)
+            correlation = tap_correlation(input, self.geometry, self.max_rows, phase)
+            self.taps.update(torch.zeros_like(self.taps.running_mean), correlation, rows.shape[1], valid)
+        elif self.power > 0:
             if self.geometry.spatial_dims == 0:
                 rows = linear_rows(input, self.max_rows, phase)
             else:
                 rows = patch_rows(input, self.geometry, self.max_rows, phase)
-            return self.inputs.update(*moments(rows, self.center), rows.shape[1], valid)
-        rows = self._rows(input, batch)
-        valid = self.channels.update(*moments(rows, self.center), rows.shape[1], valid)
-        correlation = tap_correlation(input, self.geometry, self.max_rows, phase)
-        self.taps.update(torch.zeros_like(self.taps.running_mean), correlation, rows.shape[1], valid)
+            valid = self.inputs.update(*moments(rows, self.center), rows.shape[1], valid)
+        if self._output_moment is not None:
+            # Where the gradient is zero for a whole batch, 0/0 tells update() to leave it out.
+            self.outputs.update(torch.zeros_like(self.outputs.running_mean), *self._output_moment, valid)
+            self._output_moment = None
         return valid
 
     def extra_repr(self) -> str:
