@@ -19,7 +19,7 @@ from whiten_layers import whiten
 
 from .data import DATASETS
 from .environment import describe, environment
-from .training import OPTIMIZERS, SMOOTHING, Curve, add_transform_options, train, transform_from
+from .training import OPTIMIZERS, SMOOTHING, Curve, add_transform_options, positive, train, transform_from
 
 MODELS = [name for name in whiten_layers.models.__all__ if not name.startswith("whitened_")]
 Runs = dict[tuple[str, float, int], Curve]  # by variant, learning rate, seed
@@ -32,18 +32,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="resnet20")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
     parser.add_argument(
-        "--lr", type=float, nargs="+", help="several: the plain network's best is used (0.1; adamw 0.003)"
+        "--lr", type=positive(float), nargs="+", help="several: the plain network's best is used (0.1; adamw 0.003)"
     )
-    parser.add_argument("--epochs", type=int, help="default: 10 for digits, 5 for crops")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=positive(int), help="default: 20 for digits, 5 for crops")
+    parser.add_argument("--batch-size", type=positive(int), default=128)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--out", type=Path, default=Path("results/convergence"), help="folder for results.json and curves.png"
     )
     add_transform_options(parser)
     options = parser.parse_args(arguments)
     options.lr = options.lr or [{"sgd": 0.1, "adamw": 0.003}[options.optimizer]]
-    options.epochs = options.epochs or {"digits": 10, "crops": 5}[options.dataset]
+    options.epochs = options.epochs or {"digits": 20, "crops": 5}[options.dataset]
+    options.data = DATASETS[options.dataset]()
+    images = len(options.data.train[1])
+    if options.batch_size > images:
+        parser.error(f"--batch-size {options.batch_size}: {options.dataset} has {images} training images")
     try:
         options.transform = transform_from(options)
     except ValueError as error:
@@ -53,7 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace, runs: Runs) -> float:
     """Fill `runs`, plain at every learning rate and whitened at the best; return that rate."""
-    data = DATASETS[options.dataset]()
+    data = options.data
     settings = {name: getattr(options, name) for name in ("optimizer", "epochs", "batch_size")}
 
     def measure(variant: str, lr: float, seed: int) -> None:
@@ -206,11 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     title = f"{options.model} on {options.dataset}, {options.optimizer}, lr {best:g}, {options.transform.extra_repr()}"
     print(f"\n{title}\n{table([*rows, *(summary if len(options.seeds) > 1 else [])])}")
     print(f"'to plain': until the mean loss of {SMOOTHING} steps is at most the plain run's last, with the same seed.")
-    chosen = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(options).items()
-        if key != "transform"
-    }
+    chosen = {key: value for key, value in vars(options).items() if key not in ("transform", "data", "out")}
     result = {"environment": environment(), "options": chosen, "transform": repr(options.transform), "lr": best}
     result |= {"interrupted": interrupted, "rows": rows, "medians": summary}
     result["curves"] = [{"variant": v, "lr": r, "seed": s, **vars(c)} for (v, r, s), c in runs.items()]

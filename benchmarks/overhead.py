@@ -27,7 +27,7 @@ from whiten_layers import whiten
 
 from .convergence import MODELS
 from .environment import describe, environment
-from .training import OPTIMIZERS, add_transform_options, transform_from
+from .training import OPTIMIZERS, add_transform_options, positive, transform_from
 
 
 def steady_allocator() -> bool:
@@ -63,9 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", choices=MODELS, default="resnet20")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--size", type=int, default=32, help="height and width of the images")
-    parser.add_argument("--stretches", type=int, default=9, help="stretches of whole cycles to take the median of")
+    parser.add_argument("--batch-size", type=positive(int), default=128)
+    parser.add_argument("--size", type=positive(int), default=32, help="height and width of the images")
+    parser.add_argument(
+        "--stretches", type=positive(int), default=9, help="stretches of whole cycles to take the median of"
+    )
     parser.add_argument("--system-allocator", action="store_true", help="leave memory allocation as the system has it")
     parser.add_argument("--out", type=Path, default=Path("results/overhead"), help="folder for results.json")
     add_transform_options(parser)

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -95,6 +96,19 @@ def train(
                 bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{correct:.2f}")
                 bar.update()
     curve.test_loss, curve.test_accuracy = evaluate(network, *data.test)
+
+
+def positive(kind: type) -> Callable[[str], int | float]:
+    """An argparse type: an int or float above zero."""
+
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # as argparse names it in its message
+    return parse
 
 
 def add_transform_options(parser: argparse.ArgumentParser) -> None:

@@ -43,6 +43,16 @@ def test_running_moments_are_the_weighted_moments_of_all_rows(counts, decay, fea
     torch.testing.assert_close(running.running_covariance[0], covariance, **tolerance)
 
 
+def test_batches_that_were_not_looked_at_age_the_past():
+    batches = [torch.randn(7, 3, dtype=torch.float64) for _ in range(3)]
+    running = FeatureCovariance(1, 3, decay=0.8, dtype=torch.float64)
+    for batch, elapsed in zip(batches, (1, 4, 2), strict=True):
+        running.update(*moments(batch[None]), 7, elapsed=elapsed)
+    weights = torch.tensor([0.8**6, 0.8**2, 1.0], dtype=torch.float64).repeat_interleave(7)
+    expected = torch.cat(batches).T.cov(correction=0, aweights=weights)
+    torch.testing.assert_close(running.running_covariance[0], expected, rtol=1e-10, atol=1e-10)
+
+
 def test_float32_statistics_survive_a_mean_far_from_zero():
     rows = torch.randn(1, 4000, 3, generator=torch.Generator().manual_seed(0)) + 1000
     running = FeatureCovariance(1, 3, decay=0.9)

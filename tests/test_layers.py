@@ -304,6 +304,15 @@ def test_a_transform_is_copied_for_each_layer():
     assert copied.transform.num_batches_tracked == 2
 
 
+def test_a_transform_taken_from_another_layer_starts_anew():
+    convolution = WhitenedConv2d(4, 3, 3)
+    backward(convolution, torch.randn(2, 4, 5, 5))
+    layer = WhitenedLinear(4, 3, transform=convolution.transform)
+    assert [name for name, _ in layer.transform.named_children()] == ["inputs"]
+    assert layer.transform.num_batches_tracked == 0 and layer.transform.inputs.num_refreshes == 0
+    backward(layer, torch.randn(9, 4))
+
+
 def test_what_a_layer_cannot_take_as_a_transform():
     with pytest.raises(TypeError, match=r"transform=3 is not possible: give a GradientTransform"):
         WhitenedLinear(4, 3, transform=3)

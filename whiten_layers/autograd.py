@@ -74,7 +74,7 @@ class TransformGradient(torch.autograd.Function):
         # Nothing absorbs a shift where there is no bias, or a frozen one. A bias whose gradient is
         # zero takes part: autograd passes zeros for it.
         gradients = [grad_weight, grad_bias] if ctx.needs_input_grad[1] else [grad_weight]
-        # Called directly, the operation costs a quarter of what the dispatcher makes of it.
+        # Only a graph needs the operation; called directly, the function spares the dispatcher's time.
         call = _transform_gradient_op if torch.compiler.is_compiling() else _transform_gradient
         grad_weight, *rest = call(gradients, input, ctx.handle)
         return grad_weight, rest[0] if rest else None, None, None

@@ -26,9 +26,9 @@ def moments(rows: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
 class FeatureCovariance(nn.Module):
     """A count-weighted running mean and covariance, one for each group, updated in place.
 
-    A batch of n rows weighs n, and every later batch multiplies its weight by `decay`: the first
-    batch counts in full, nothing is biased towards the initial zero, and batches of different
-    sizes weigh as many rows as they have. Two means are merged with the covariance between them
+    A batch of n rows weighs n, and every batch that follows multiplies that by `decay`: the first batch
+    counts in full, nothing is biased towards the initial zero, and batches of different sizes weigh
+    as many rows as they have. Two means are merged with the covariance between them
     (Chan, Golub & LeVeque 1983), so the covariance is about the mean of all rows.
 
     Args:
@@ -59,15 +59,19 @@ class FeatureCovariance(nn.Module):
         self.register_buffer("running_covariance", torch.zeros(groups, features, features, device=device, dtype=dtype))
 
     @torch.no_grad()
-    def update(self, mean: Tensor, covariance: Tensor, count: int, valid: Tensor | bool = True) -> Tensor:
+    def update(
+        self, mean: Tensor, covariance: Tensor, count: int, valid: Tensor | bool = True, *, elapsed: int = 1
+    ) -> Tensor:
         """Merge a batch of `count` rows, unless it is not `valid` or the result would not be finite.
+
+        `elapsed` counts the batches since the one looked at last, this one included.
 
         Returns:
             Whether the batch was merged, as a bool tensor on the buffers' device: nothing here
             waits for the device. A finite trace is proof enough, since |cᵢⱼ|² ≤ cᵢᵢ cⱼⱼ, and a
             mean that is not finite makes the variances so.
         """
-        total = self.decay * self.running_count + count
+        total = self.decay**elapsed * self.running_count + count
         weight = (count / total).to(total.dtype)
         shift = mean.to(total.dtype) - self.running_mean
         merged = torch.lerp(self.running_covariance, covariance.to(total.dtype), weight)

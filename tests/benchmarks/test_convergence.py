@@ -7,7 +7,7 @@ import pytest
 from benchmarks import convergence
 from benchmarks.training import Curve
 
-QUICK = ["--epochs", "3", "--batch-size", "128"]  # thirty steps
+QUICK = ["--epochs", "3", "--batch-size", "128", "--seeds", "0"]  # thirty steps
 
 
 def results(folder):
@@ -64,12 +64,24 @@ def test_the_best_rate_of_the_plain_network_is_used_for_both(tmp_path, monkeypat
         (["--power", "2"], r"power=2.0 is not possible: give a number in [0, 1]"),
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
         (["--method", "qr"], "method='qr' is not possible"),
+        (["--epochs", "0"], "invalid positive int value: '0'"),
+        (["--lr", "-0.1"], "invalid positive float value: '-0.1'"),
+        (["--batch-size", "5000"], "--batch-size 5000: digits has 1348 training images"),
     ],
 )
 def test_a_wrong_option_ends_with_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
         convergence.main(arguments)
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_whitened_sgd_reaches_the_plain_loss_in_half_the_steps(tmp_path):
+    """The claim of the README's first table, with one seed at the learning rate that is the plain network's best."""
+    arguments = ["--dataset", "crops", "--model", "resnet20", "--power", "1", "--seeds", "0", "--out", str(tmp_path)]
+    assert convergence.main(arguments) == 0
+    plain, whitened = results(tmp_path)["rows"]
+    assert whitened["steps_to_plain"] <= plain["steps"] / 2
 
 
 def test_a_curve_finds_when_a_loss_is_reached():

@@ -77,3 +77,9 @@ def test_any_layer_can_stand_in():
 
 def test_every_builder_is_exported():
     assert set(models.__all__) == {f"{prefix}resnet{depth}" for prefix in ("", "whitened_") for depth in DEPTHS}
+
+
+def test_an_evaluating_network_exports_as_plain_operations():
+    program = torch.export.export(models.whitened_resnet20().eval(), (torch.randn(2, 3, 32, 32),))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert called and all(name.startswith("aten.") for name in called)

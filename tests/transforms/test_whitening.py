@@ -48,7 +48,8 @@ def test_the_kronecker_gradient_is_the_dense_kronecker_products(case, options):
                 if not transform.center:
                     a, mean = a + torch.outer(mean, mean), torch.zeros_like(mean)
                 b = weighted([c[group] for c in correlations], 0.8)
-                pair = [reference.inverse_power(m, transform.power, 0.05, transform.rescale) for m in (a, b)]
+                # (A + √λ) ⊗ (B + √λ), whose smallest eigenvalue is at least λ
+                pair = [reference.inverse_power(m, transform.power, 0.05**0.5, transform.rescale) for m in (a, b)]
                 precisions.append(torch.kron(*pair))
                 means.append(mean.repeat_interleave(taps))
                 d = weighted([m[group] for m in moments_seen], 0.8)
@@ -195,6 +196,14 @@ def test_a_layer_keeps_to_its_intervals():
     assert refreshed == [1, 2, 4, 8, 12, 16, 20, 24]
     assert observed == [1, 2, 3, 4, 5, 6, 9, 12, 15, 18, 21, 24]  # the window of 1 / (1 − 0.8) batches first
     assert layer.transform.num_batches_tracked == 24
+
+
+@pytest.mark.parametrize("decay, interval", [(0.95, 10), (0.8, 3), (0.0, 1), (0.0, 4), (0.9, 1), (0.5, 7)])
+def test_the_average_ages_by_batches_however_few_are_observed(decay, interval):
+    transform = FeatureWhitening(decay=decay, statistics_interval=interval)
+    observed = [batch for batch in range(1, 80) if transform._is_observed(batch)]
+    assert observed[0] == 1
+    assert [transform._elapsed(b) for b in observed[1:]] == [b - a for a, b in itertools.pairwise(observed)]
 
 
 def test_damping_is_relative_to_the_variance():

@@ -44,8 +44,9 @@ class FeatureWhitening(GradientTransform):
         power: p in ``P = k (C + λI)^(-p)``, in [0, 1]: 1 whitens (the paper), ½ half way.
         output_power: q in ``Q = k' (D + λI)^(-q)``, in [0, 1]: D is the second moment of the
             output's gradient, its trace normalised at each batch so that loss scaling cancels.
-        damping: λ as a multiple of the mean variance of the features, at least 0.
-        decay: weight of the past at each statistics update, in [0, 1).
+        damping: λ as a multiple of the mean variance of the features, at least 0. Each factor of a
+            Kronecker product is damped by the root of it, so that the product's floor is λ.
+        decay: weight of the past at each batch, taken into the statistics or not, in [0, 1).
         center: whiten about the mean (covariance) or about zero (second moment).
         rescale: choose k such that the expected norm of the gradient stays that of the plain one,
             so that a learning rate tuned for the plain network still fits; otherwise k = 1.
@@ -112,15 +113,16 @@ class FeatureWhitening(GradientTransform):
 
     def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
         self.geometry = geometry
+        self._modules.clear()  # a transform taken from another layer brings that layer's factors
         self._bind_counters(device)
 
-        def factor(features: int, power: float) -> WhiteningFactor:
+        def factor(features: int, power: float, damping: float = self.damping) -> WhiteningFactor:
             return WhiteningFactor(
                 geometry.groups,
                 features,
                 method=self.method,
                 power=power,
-                damping=self.damping,
+                damping=damping,
                 decay=self.decay,
                 rescale=self.rescale,
                 device=device,
@@ -129,8 +131,8 @@ class FeatureWhitening(GradientTransform):
 
         self.separable = self.features == "kronecker" and geometry.taps > 1
         if self.power > 0 and self.separable:
-            self.channels = factor(geometry.in_channels, self.power)
-            self.taps = factor(geometry.taps, self.power)
+            self.channels = factor(geometry.in_channels, self.power, math.sqrt(self.damping))
+            self.taps = factor(geometry.taps, self.power, math.sqrt(self.damping))
         elif self.power > 0:
             self.inputs = factor(geometry.in_channels * geometry.taps, self.power)
         if self.output_power > 0:
@@ -185,40 +187,56 @@ class FeatureWhitening(GradientTransform):
         # Reading a number from the CPU waits for nothing, and spares every step three small operations.
         valid = math.isfinite(total) if total.is_cpu else torch.isfinite(total)
         if self._is_observed(batch):
-            valid = self._observe(input, batch, valid)
+            valid = self._update_factors(input, batch, valid)
         if valid is not True:
             self.num_batches_skipped.add_(torch.as_tensor(valid).logical_not())
         if refresh.is_due(batch, self.update_interval):
             refresh.request(self.factors())
 
     def _is_observed(self, batch: int) -> bool:
-        return batch * (1 - self.decay) <= 1 or batch % self.statistics_interval == 0
+        return batch <= self._window or batch % self.statistics_interval == 0
+
+    @property
+    def _window(self) -> int:
+        """Batches that the running average reaches back, each of which is observed at first."""
+        return round(1 / (1 - self.decay))
+
+    def _elapsed(self, batch: int) -> int:
+        """Batches from the last one observed to this one."""
+        if batch - 1 <= self._window:
+            return 1
+        return batch - max(self._window, (batch - 1) // self.statistics_interval * self.statistics_interval)
 
     def _rows(self, tensor: Tensor, batch: int) -> Tensor:
+        """Sampled rows of an input's or output's channels, group by group."""
         phase = batch // self.statistics_interval
         if self.geometry.spatial_dims == 0:
             return linear_rows(tensor, self.max_rows, phase)
         return channel_rows(tensor, self.geometry.groups, self.geometry.spatial_dims, self.max_rows, phase)
 
-    def _observe(self, input: Tensor, batch: int, valid: Tensor | bool) -> Tensor | bool:
-        """Update the factors with the batch; return whether it was fit for it."""
-        phase = batch // self.statistics_interval
+    def _update_factors(self, input: Tensor, batch: int, valid: Tensor | bool) -> Tensor | bool:
+        """Take a batch into the statistics unless it is not valid; return whether it is."""
+        phase, elapsed = batch // self.statistics_interval, self._elapsed(batch)
         if self.power > 0 and self.separable:
             rows = self._rows(input, batch)
-            valid = self.channels.update(*moments(rows, self.center), rows.shape[1], valid)
+            valid = self.channels.update(*moments(rows, self.center), rows.shape[1], valid, elapsed=elapsed)
             correlation = tap_correlation(input, self.geometry, self.max_rows, phase)
-            self.taps.update(torch.zeros_like(self.taps.running_mean), correlation, rows.shape[1], valid)
+            self.taps.update(self._no_mean(self.taps), correlation, rows.shape[1], valid, elapsed=elapsed)
         elif self.power > 0:
-            if self.geometry.spatial_dims == 0:
-                rows = linear_rows(input, self.max_rows, phase)
-            else:
+            if self.geometry.spatial_dims:
                 rows = patch_rows(input, self.geometry, self.max_rows, phase)
-            valid = self.inputs.update(*moments(rows, self.center), rows.shape[1], valid)
+            else:
+                rows = self._rows(input, batch)
+            valid = self.inputs.update(*moments(rows, self.center), rows.shape[1], valid, elapsed=elapsed)
         if self._output_moment is not None:
             # Where the gradient is zero for a whole batch, 0/0 tells update() to leave it out.
-            self.outputs.update(torch.zeros_like(self.outputs.running_mean), *self._output_moment, valid)
+            self.outputs.update(self._no_mean(self.outputs), *self._output_moment, valid, elapsed=elapsed)
             self._output_moment = None
         return valid
+
+    @staticmethod
+    def _no_mean(factor: WhiteningFactor) -> Tensor:
+        return torch.zeros_like(factor.running_mean)
 
     def extra_repr(self) -> str:
         options = {"power": self.power, "output_power": self.output_power, "features": self.features}
