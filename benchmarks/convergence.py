@@ -19,7 +19,16 @@ from whiten_layers import whiten
 
 from .data import DATASETS
 from .environment import describe, environment
-from .training import OPTIMIZERS, SMOOTHING, Curve, add_transform_options, positive, train, transform_from
+from .training import (
+    OPTIMIZERS,
+    SMOOTHING,
+    Curve,
+    add_transform_options,
+    positive,
+    train,
+    transform_from,
+    transform_options,
+)
 
 MODELS = [name for name in whiten_layers.models.__all__ if not name.startswith("whitened_")]
 Runs = dict[tuple[str, float, int], Curve]  # by variant, learning rate, seed
@@ -69,14 +78,17 @@ def run(options: argparse.Namespace, runs: Runs) -> float:
         curve = runs[variant, lr, seed] = Curve()
         train(network, data, lr=lr, seed=seed, label=label, curve=curve, **settings)
 
-    # Plain and whitened in turn, so that a machine that slows down slows both.
+    def last(curve: Curve) -> float:
+        return curve.final_loss if math.isfinite(curve.final_loss) else math.inf  # a rate that diverged is the worst
+
+    # At one rate plain and whitened take turns, so that a machine that slows down slows both.
     best = options.lr[0]
     if len(options.lr) > 1:
         for lr in options.lr:
             for seed in options.seeds:
                 measure("plain", lr, seed)
         best = min(
-            options.lr, key=lambda lr: statistics.median(runs["plain", lr, seed].final_loss for seed in options.seeds)
+            options.lr, key=lambda lr: statistics.median(last(runs["plain", lr, seed]) for seed in options.seeds)
         )
     for seed in options.seeds:
         if len(options.lr) == 1:
@@ -211,7 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{title}\n{table([*rows, *(summary if len(options.seeds) > 1 else [])])}")
     print(f"'to plain': until the mean loss of {SMOOTHING} steps is at most the plain run's last, with the same seed.")
     chosen = {key: value for key, value in vars(options).items() if key not in ("transform", "data", "out")}
-    result = {"environment": environment(), "options": chosen, "transform": repr(options.transform), "lr": best}
+    result = {"environment": environment(), "options": chosen, "lr": best}
+    result["transform"] = transform_options(options.transform)
     result |= {"interrupted": interrupted, "rows": rows, "medians": summary}
     result["curves"] = [{"variant": v, "lr": r, "seed": s, **vars(c)} for (v, r, s), c in runs.items()]
     (options.out / "results.json").write_text(json.dumps(finite(result), indent=1))

@@ -1,12 +1,11 @@
 """What a measurement was taken on."""
 
+import importlib.metadata
 import os
 import platform
 
 import torch
 import torchvision
-
-import whiten_layers
 
 
 def processor() -> str:
@@ -28,7 +27,7 @@ def environment() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "whiten_layers": getattr(whiten_layers, "__version__", "checkout"),
+        "whiten_layers": importlib.metadata.version("whiten-layers"),
     }
 
 

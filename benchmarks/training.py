@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ OPTIMIZERS = {
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=5e-4),
     "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr, weight_decay=5e-4),
 }
+OPTIONS = ("method", "features", "power", "output_power", "damping", "decay", "center", "rescale")
+OPTIONS += ("update_interval", "statistics_interval", "max_rows")  # of FeatureWhitening
 SMOOTHING = 25  # steps that a point of the smoothed loss averages over
 
 
@@ -131,8 +134,10 @@ def transform_from(options: argparse.Namespace) -> FeatureWhitening:
     Raises:
         ValueError: as `FeatureWhitening` does.
     """
-    names = (
-        "method features power output_power damping decay update_interval statistics_interval max_rows center rescale"
-    )
-    given = {name: getattr(options, name) for name in names.split() if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
     return FeatureWhitening.exact(**given) if options.exact else FeatureWhitening(**given)
+
+
+def transform_options(transform: FeatureWhitening) -> dict[str, Any]:
+    """All that a transform was made with, to stand beside a figure."""
+    return {name: getattr(transform, name) for name in OPTIONS}

@@ -148,6 +148,40 @@ def test_a_gradient_penalty_is_the_plain_one_transformed(transform):
 
 
 @each_transform
+def test_hessian_vector_products_outlive_a_refresh(transform):
+    """The derivative of a transformed gradient is the transformed derivative: P as it was in that pass."""
+    layer = WhitenedLinear(4, 3, dtype=torch.float64, transform=transform)
+    x = torch.randn(9, 4, dtype=torch.float64)
+    layer(x).tanh().sum().backward()
+    state = copy.deepcopy(layer.transform.state_dict())
+    layer.zero_grad()
+
+    def gradients(scale):
+        layer.transform.load_state_dict(state)
+        loss = (layer(x) * scale).tanh().sum()
+        return torch.autograd.grad(loss, [layer.weight, layer.bias], create_graph=True)
+
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    size = sum(gradient.square().sum() for gradient in gradients(scale))  # ends in a refresh
+    (derivative,) = torch.autograd.grad(size, scale)
+    step = 1e-5
+    above, below = (sum(g.square().sum() for g in gradients(1.0 + sign * step)) for sign in (1, -1))
+    # δ's trace is normalised, so neither side's map depends on the scale within the pass.
+    torch.testing.assert_close(derivative, (above - below) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+def test_a_loss_outlives_its_model():
+    loss = WhitenedLinear(4, 3)(torch.randn(9, 4)).sum()
+    loss.backward()
+
+
+def test_a_data_parallel_replica_trains_for_itself():
+    layer = WhitenedLinear(4, 3)
+    replica = layer.transform._replicate_for_data_parallel()
+    assert replica.handle != layer.transform.handle
+
+
+@each_transform
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_is_eager_in_one_graph(transform, backend):
     torch._dynamo.reset()
@@ -166,16 +200,26 @@ def test_compiled_is_eager_in_one_graph(transform, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 @each_transform
-def test_autocast(transform, dtype):
+def test_autocast(transform, dtype, inside):
     model = network(transform)
     for seed in range(3):
         model.zero_grad()
         with torch.autocast("cpu", dtype=dtype):
             loss = model(batch(seed)).float().square().mean()
-        loss.backward()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
     assert all(b.dtype in (torch.float32, torch.long) for b in model.buffers())
+    factor = model[0].transform.channels  # of the float32 input
+    assert factor.num_refreshes == 3
+    inverse = torch.linalg.eigh(factor.damped().double())
+    expected = (inverse.eigenvectors * inverse.eigenvalues**-0.5) @ inverse.eigenvectors.mT
+    # Rounding in bf16 would be 4e-3.
+    torch.testing.assert_close(factor.precision.double() / factor.scale.item(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_error_in_backward_leaves_the_next_pass_whole():

@@ -134,6 +134,12 @@ def test_whitening_twice_keeps_the_state():
     assert model.stem.transform is transform and transform.num_batches_tracked == 1
 
 
+def test_two_transforms_in_two_calls():
+    model = whiten(Model(), FeatureWhitening(power=1.0), include="block.*")
+    whiten(model, skip="block.*")
+    assert model.block[0].transform.power == 1.0 and model.stem.transform.power == 0.5
+
+
 def test_each_layer_gets_its_own_transform():
     given = FeatureWhitening(power=1.0)
     model = whiten(Model(), given)

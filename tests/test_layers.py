@@ -139,11 +139,13 @@ def test_training_saves_no_tensor_that_the_plain_layer_does_not(case, transform)
             lambda t: found.add(t.untyped_storage().data_ptr()) or t, lambda t: t
         ):
             layer(x)
-        return found - {layer.weight.data_ptr(), x.data_ptr()}
+        return len(found - {layer.weight.data_ptr()})
 
     plain, whitened = case.make_pair(transform)
     x = case.make_input().requires_grad_()
-    assert len(storages(whitened)) == len(storages(plain))
+    # A convolution that pads by itself saves what it padded, and has no use for the input.
+    padded = isinstance(plain, nn.Conv2d) and (plain.padding_mode != "zeros" or plain.padding == "same")
+    assert storages(whitened) <= storages(plain) + padded
 
 
 @everywhere
@@ -234,7 +236,6 @@ def test_a_bad_batch_leaves_the_statistics_as_they_were_and_is_counted(case, tra
     for seed in range(3):
         backward(whitened, case.make_input(seed, torch.float32))
     before = {name: value for name, value in state(whitened).items() if "num_" not in name}
-    refreshes = [factor.num_refreshes.item() for factor in whitened.transform.factors()]
     x = case.make_input(9, torch.float32)
     if where == "input":
         x.view(-1)[0] = bad
@@ -244,16 +245,15 @@ def test_a_bad_batch_leaves_the_statistics_as_they_were_and_is_counted(case, tra
         upstream.view(-1)[-1] = bad
     # 1e30 is finite, and so may be the gradient; its square is not.
     y.backward(upstream)
-    if where == "upstream" and bad == 1e30:
-        return  # a finite gradient of any size is a good one
     after = state(whitened)
+    assert all(value.isfinite().all() for value in after.values() if value.is_floating_point())
+    if where == "upstream" and bad == 1e30:
+        return  # it may be a good one: a finite gradient of any size is
     # The refresh that was due sees the statistics of the batches before.
     unchanged = [name for name in before if "running" in name]
     assert_same({name: before[name] for name in unchanged}, {name: after[name] for name in unchanged})
-    assert all(value.isfinite().all() for value in after.values() if value.is_floating_point())
     assert whitened.transform.num_batches_skipped == 1
     assert whitened.transform.num_batches_tracked == 4
-    assert [factor.num_refreshes.item() for factor in whitened.transform.factors()] >= refreshes
 
 
 @everywhere
@@ -283,6 +283,16 @@ def test_state_is_never_narrower_than_float32(dtype):
 
     check(WhitenedLinear(4, 3, dtype=dtype))
     check(WhitenedLinear(4, 3).to(dtype))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("options", [{}, {"power": 0.0, "output_power": 0.5}, {"center": False}])
+def test_a_layer_goes_from_one_type_to_another(bias, options):
+    layer = WhitenedLinear(4, 3, bias, transform=FeatureWhitening(update_interval=1, **options))
+    for dtype in (torch.float64, torch.bfloat16, torch.float32, torch.float16, torch.float64):
+        layer.to(dtype)
+        backward(layer, torch.randn(9, 4, dtype=dtype))
+        assert layer.weight.grad.dtype == dtype and layer.weight.grad.isfinite().all()
 
 
 def test_casting_keeps_the_statistics():

@@ -4,9 +4,9 @@ A whitened layer is its plain self on parameters that have passed through `Trans
 forward pass, the gradient of the input, autocast and every further derivative are PyTorch's own;
 between the plain gradient of the parameters and the parameters stands one linear map.
 
-In backward the map is looked up by an integer. That keeps Python objects, and buffers that later
-passes write to, out of what autograd saves: two forward passes may precede a backward, and a
-compiled graph holds the call as one opaque operation.
+The map's state is no tensor that autograd saves: later passes write to it in place, and two forward
+passes may precede a backward. A compiled graph, which can hold no Python object, has the map as one
+opaque operation that looks it up by an integer.
 """
 
 from typing import Any
@@ -14,28 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .numerics import without_autocast
 from .transforms.base import GradientTransform
 
 
-def _transform_gradient(gradients: list[Tensor], input: Tensor, handle: int) -> list[Tensor]:
+def _transform_gradient(gradients: list[Tensor], input: Tensor, transform: GradientTransform) -> list[Tensor]:
     """Map ``[weight gradient]`` or ``[weight gradient, bias gradient]``, then observe the batch."""
-    transform = GradientTransform.from_handle(handle)
     grad_weight, grad_bias = gradients[0], gradients[1] if len(gradients) > 1 else None
-    transformed = transform.transform(grad_weight, grad_bias)
-    with torch.no_grad():
-        transform.observe(input, grad_weight)
+    with without_autocast(grad_weight.device):
+        transformed = transform.transform(grad_weight, grad_bias)
+        with torch.no_grad():
+            transform.observe(input, grad_weight)
     return [gradient for gradient in transformed if gradient is not None]
 
 
-def _observe_output(grad_output: Tensor, handle: int) -> Tensor:
-    with torch.no_grad():
-        GradientTransform.from_handle(handle).observe_output(grad_output)
+def _observe_output(grad_output: Tensor, transform: GradientTransform) -> Tensor:
+    with torch.no_grad(), without_autocast(grad_output.device):
+        transform.observe_output(grad_output)
     return grad_output
 
 
 @torch.library.custom_op("whiten_layers::transform_gradient", mutates_args=())
 def _transform_gradient_op(gradients: list[Tensor], input: Tensor, handle: int) -> list[Tensor]:
-    transformed = _transform_gradient(gradients, input, handle)
+    transformed = _transform_gradient(gradients, input, GradientTransform.from_handle(handle))
     # The graph counts on new tensors of the gradients' strides.
     return [torch.empty_like(old).copy_(new) for old, new in zip(gradients, transformed, strict=True)]
 
@@ -48,7 +49,7 @@ def _(gradients: list[Tensor], input: Tensor, handle: int) -> list[Tensor]:
 @torch.library.custom_op("whiten_layers::observe_output", mutates_args=())
 def _observe_output_op(grad_output: Tensor, handle: int) -> Tensor:
     # An operation may not return its argument, and one whose result nobody uses is dropped: hence a copy.
-    return _observe_output(grad_output, handle).clone()
+    return _observe_output(grad_output, GradientTransform.from_handle(handle)).clone()
 
 
 @_observe_output_op.register_fake
@@ -57,7 +58,10 @@ def _(grad_output: Tensor, handle: int) -> Tensor:
 
 
 class TransformGradient(torch.autograd.Function):
-    """``(weight, bias, input, handle) -> (weight, bias)``; saves the input, as the layer's operation does anyway."""
+    """``(weight, bias, input, handle) -> (weight, bias)``.
+
+    Saves the input, which a linear layer or a zero-padded convolution saves as well.
+    """
 
     @staticmethod
     def forward(weight: Tensor, bias: Tensor | None, input: Tensor, handle: int) -> tuple[Tensor, Tensor | None]:
@@ -65,8 +69,9 @@ class TransformGradient(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _, _, input, ctx.handle = inputs
+        _, _, input, handle = inputs
         ctx.save_for_backward(input)
+        _keep(ctx, handle)
 
     @staticmethod
     def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple:  # type: ignore[override]
@@ -74,9 +79,10 @@ class TransformGradient(torch.autograd.Function):
         # Nothing absorbs a shift where there is no bias, or a frozen one. A bias whose gradient is
         # zero takes part: autograd passes zeros for it.
         gradients = [grad_weight, grad_bias] if ctx.needs_input_grad[1] else [grad_weight]
-        # Only a graph needs the operation; called directly, the function spares the dispatcher's time.
-        call = _transform_gradient_op if torch.compiler.is_compiling() else _transform_gradient
-        grad_weight, *rest = call(gradients, input, ctx.handle)
+        if torch.compiler.is_compiling():
+            grad_weight, *rest = _transform_gradient_op(gradients, input, ctx.handle)
+        else:
+            grad_weight, *rest = _transform_gradient(gradients, input, ctx.transform)
         return grad_weight, rest[0] if rest else None, None, None
 
 
@@ -91,9 +97,18 @@ class ObserveOutput(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         # Not a view: an activation may work in place on what a layer returns.
         ctx.mark_dirty(inputs[0])
-        ctx.handle = inputs[1]
+        _keep(ctx, inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
-        call = _observe_output_op if torch.compiler.is_compiling() else _observe_output
-        return call(grad_output, ctx.handle), None
+        if torch.compiler.is_compiling():
+            return _observe_output_op(grad_output, ctx.handle), None
+        return _observe_output(grad_output, ctx.transform), None
+
+
+def _keep(ctx: Any, handle: int) -> None:
+    """Keep the handle for a graph, which can hold no object; else the object, lest it go with its model."""
+    if torch.compiler.is_compiling():
+        ctx.handle = handle
+    else:
+        ctx.transform = GradientTransform.from_handle(handle)

@@ -50,10 +50,11 @@ def whiten(
     """
     include, skip = _patterns(include), _patterns(skip)
     layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) in TWINS}
+    known = [name for name, module in model.named_modules(remove_duplicate=False) if type(module) in TWINS | PLAIN]
     for option, patterns in [("include", include), ("skip", skip)]:
         for pattern in patterns or []:
-            if not fnmatch.filter(layers, pattern):
-                names = ", ".join(layers) or "none"
+            if not fnmatch.filter(known, pattern):
+                names = ", ".join(known) or "none"
                 raise ValueError(f"{option}={pattern!r} matches no layer that can be whitened: there are {names}")
     skipped = {id(module) for name, module in layers.items() if _matches(name, skip)}  # under any of its names
     for name, module in layers.items():

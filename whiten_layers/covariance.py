@@ -34,9 +34,9 @@ class FeatureCovariance(nn.Module):
     Args:
         groups, features: the shape of the statistics.
         decay: what a batch's weight is multiplied by at each later one; in [0, 1).
-        dtype: float32 or float64. Casting the module to a narrower type leaves its buffers as they are.
+        dtype: float32 or float64. Casting the module to a narrower type leaves its buffers in float32.
 
-    Buffers: ``running_count`` (), ``running_mean`` (groups, M), ``running_covariance`` (groups, M, M).
+    Buffers: ``running_count`` (groups,), ``running_mean`` (groups, M), ``running_covariance`` (groups, M, M).
     """
 
     running_count: Tensor
@@ -54,7 +54,7 @@ class FeatureCovariance(nn.Module):
     ) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("running_count", torch.zeros((), device=device, dtype=dtype))
+        self.register_buffer("running_count", torch.zeros(groups, device=device, dtype=dtype))
         self.register_buffer("running_mean", torch.zeros(groups, features, device=device, dtype=dtype))
         self.register_buffer("running_covariance", torch.zeros(groups, features, features, device=device, dtype=dtype))
 
@@ -62,25 +62,28 @@ class FeatureCovariance(nn.Module):
     def update(
         self, mean: Tensor, covariance: Tensor, count: int, valid: Tensor | bool = True, *, elapsed: int = 1
     ) -> Tensor:
-        """Merge a batch of `count` rows, unless it is not `valid` or the result would not be finite.
+        """Merge a batch of `count` rows into the groups that are `valid`, one flag for all or one each.
 
         `elapsed` counts the batches since the one looked at last, this one included.
 
         Returns:
-            Whether the batch was merged, as a bool tensor on the buffers' device: nothing here
-            waits for the device. A finite trace is proof enough, since |cᵢⱼ|² ≤ cᵢᵢ cⱼⱼ, and a
-            mean that is not finite makes the variances so.
+            Whether every group was merged, as a bool tensor on the buffers' device: nothing here waits
+            for the device. Where one valid group would not be finite the batch is a bad one, and
+            none is. A finite trace is proof enough, since |cᵢⱼ|² ≤ cᵢᵢ cⱼⱼ, and a mean that is
+            not finite makes the variances so.
         """
         total = self.decay**elapsed * self.running_count + count
-        weight = (count / total).to(total.dtype)
+        weight = (count / total).unsqueeze(-1)
         shift = mean.to(total.dtype) - self.running_mean
-        merged = torch.lerp(self.running_covariance, covariance.to(total.dtype), weight)
+        merged = torch.lerp(self.running_covariance, covariance.to(total.dtype), weight.unsqueeze(-1))
         merged += (weight * (1 - weight) * shift).unsqueeze(-1) * shift.unsqueeze(-2)
-        valid = torch.isfinite(merged.diagonal(dim1=-2, dim2=-1).sum()) & valid
-        self.running_covariance.copy_(torch.where(valid, merged, self.running_covariance))
-        self.running_mean.copy_(torch.where(valid, self.running_mean + weight * shift, self.running_mean))
+        valid = torch.as_tensor(valid, device=total.device).expand_as(total)
+        finite = torch.isfinite(merged.diagonal(dim1=-2, dim2=-1).sum(-1))
+        valid = valid & (finite | ~valid).all()
+        self.running_covariance.copy_(torch.where(valid[:, None, None], merged, self.running_covariance))
+        self.running_mean.copy_(torch.where(valid[:, None], self.running_mean + weight * shift, self.running_mean))
         self.running_count.copy_(torch.where(valid, total, self.running_count))
-        return valid
+        return valid.all()
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         before = dict(self._buffers)
@@ -88,7 +91,7 @@ class FeatureCovariance(nn.Module):
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.is_floating_point() and torch.finfo(new.dtype).bits < 32:
-                self._buffers[name] = old.to(new.device)
+                self._buffers[name] = old.to(new.device, torch.float32)
         return self
 
     def extra_repr(self) -> str:

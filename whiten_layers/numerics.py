@@ -1,7 +1,7 @@
 """Full float32 products, whatever the user's global setting."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -36,3 +36,10 @@ def full_precision() -> Iterator[None]:
         for backend, value, now in zip(_BACKENDS, before, _fp32_precisions(), strict=True):
             if value != now:
                 setattr(backend, "fp32_precision", value)  # noqa: B010 - absent before torch 2.9
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast off for a device: a backward pass inside an autocast block would run our products in its type."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

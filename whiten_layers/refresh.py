@@ -13,7 +13,7 @@ import torch
 
 from .factor import WhiteningFactor
 from .inverse import METHODS, resolve
-from .numerics import full_precision
+from .numerics import full_precision, without_autocast
 
 # The factors that are due when a backward pass ends, each once, by the pass's number. A pass that
 # ends in an error never calls back; weak references keep no model alive for it.
@@ -40,8 +40,8 @@ def refresh(factors: Iterable[WhiteningFactor]) -> None:
         covariance = factor.running_covariance
         method = resolve(factor.method, factor.power)
         alike[method, factor.power, covariance.shape[-1], covariance.dtype, covariance.device].append(factor)
-    with full_precision():
-        for (method, power, *_), group in alike.items():
+    for (method, power, _, _, device), group in alike.items():
+        with full_precision(), without_autocast(device):
             inverse = METHODS[method].inverse(torch.cat([factor.damped() for factor in group]), power)
             for factor, part in zip(group, inverse.split([len(factor.scale) for factor in group]), strict=True):
                 factor.install(part)

@@ -80,10 +80,12 @@ def _conditions(factor: WhiteningFactor) -> tuple[float, float]:
     """Of C + λI and of ``P^½ (C + λI) P^½``, whose eigenvalues are those of ``Lᵀ P L`` with ``L Lᵀ = C + λI``."""
     damped = factor.damped().double().cpu()
     lower, info = torch.linalg.cholesky_ex(damped)
-    if info.any():
+    known = info == 0  # a group that has seen nothing, or nothing that varies, has none
+    if not known.any():
         return float("inf"), float("inf")
-    before = torch.linalg.eigvalsh(damped)
-    after = torch.linalg.eigvalsh(lower.mT @ factor.precision.double().cpu() @ lower)
+    lower = lower[known]
+    before = torch.linalg.eigvalsh(damped[known])
+    after = torch.linalg.eigvalsh(lower.mT @ factor.precision.double().cpu()[known] @ lower)
     return tuple((values[:, -1] / values[:, 0]).max().item() for values in (before, after))  # type: ignore[return-value]
 
 
@@ -91,9 +93,10 @@ def _conditions(factor: WhiteningFactor) -> tuple[float, float]:
 def report(model: nn.Module) -> Report:
     """Describe every whitened layer of a model.
 
-    The condition number of the whitened covariance is what gradient descent meets after the transform:
-    1 for power 1 without damping, the root of the plain one for power ½. Reading it decomposes every
-    covariance, in float64 on the CPU: between epochs, not in every step.
+    Both condition numbers are of the damped covariance C + λI, before and after: what P inverts. After
+    a refresh the second is 1 for power 1 and the root of the first for power ½; as the statistics move
+    on it tells how stale P is. Reading them decomposes every covariance, in float64 on the CPU: between
+    epochs, not in every step.
     """
     rows = []
     for name, module in model.named_modules():

@@ -97,6 +97,23 @@ def test_grouped_is_one_layer_a_group():
             torch.testing.assert_close(grouped.bias.grad.chunk(2)[i], single.bias.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_a_dead_group_does_not_stop_the_others():
+    transform = FeatureWhitening(output_power=0.5, update_interval=1)
+    layer = WhitenedConv2d(3, 3, 3, groups=3, transform=transform)
+    for _ in range(4):
+        x = torch.randn(4, 3, 8, 8)
+        x[:, 1] = 0  # a channel that never fires
+        y = layer(x)
+        upstream = torch.randn_like(y)
+        upstream[:, 2] = 0  # an output that nobody uses
+        y.backward(upstream)
+    assert layer.transform.num_batches_skipped == 0
+    moved = {n: (f.running_covariance != 0).flatten(1).any(1).tolist() for n, f in layer.transform.named_children()}
+    assert moved == {"channels": [True, False, True], "taps": [True, False, True], "outputs": [True, True, False]}
+    taps = layer.transform.taps.precision
+    assert torch.equal(taps[1], torch.eye(9)) and not torch.equal(taps[0], torch.eye(9))
+
+
 def test_kronecker_statistics_unfold_no_patch():
     x = torch.randn(16, 32, 32, 32)
 

@@ -44,9 +44,14 @@ class GradientTransform(nn.Module, ABC):
         self.handle = next(_handles)
         _transforms[self.handle] = self
 
-    def __setstate__(self, state: dict) -> None:  # deepcopy, copy and unpickling all end here
+    def __setstate__(self, state: dict) -> None:  # where deepcopy, copy and unpickling end
         super().__setstate__(state)
         self._register()
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica = super()._replicate_for_data_parallel()
+        replica._register()
+        return replica
 
     @staticmethod
     def from_handle(handle: int) -> "GradientTransform":

@@ -152,18 +152,20 @@ class FeatureWhitening(GradientTransform):
         mean = None
         if bias is not None and self.power > 0 and self.center:
             # The mean of a patch: over its taps the mean of a channel, where the two are separate.
-            mean = self.channels.mean.unsqueeze(-1) if self.separable else self.inputs.mean.view(shape[0], *shape[2:])
+            mean = _constant(self.channels.mean if self.separable else self.inputs.mean)
+            mean = mean.unsqueeze(-1) if self.separable else mean.view(shape[0], *shape[2:])
             weight = weight - bias[:, :, None, None] * mean.unsqueeze(1)
         if self.power > 0 and self.separable:
             # Two plain products; a broadcast one would multiply row by row, at three times the time.
-            weight = (weight.flatten(1, 2) @ self.taps.precision).view(shape)
-            weight = weight.transpose(2, 3).flatten(1, 2) @ self.channels.precision
+            weight = (weight.flatten(1, 2) @ _constant(self.taps.precision)).view(shape)
+            weight = weight.transpose(2, 3).flatten(1, 2) @ _constant(self.channels.precision)
             weight = weight.view(shape[0], shape[1], shape[3], shape[2]).transpose(2, 3)
         elif self.power > 0:
-            weight = (weight.flatten(2) @ self.inputs.precision).view(shape)
+            weight = (weight.flatten(2) @ _constant(self.inputs.precision)).view(shape)
         if self.output_power > 0:
-            weight = (self.outputs.precision @ weight.flatten(2)).view(shape)
-            bias = None if bias is None else (self.outputs.precision @ bias.unsqueeze(-1)).squeeze(-1)
+            precision = _constant(self.outputs.precision)
+            weight = (precision @ weight.flatten(2)).view(shape)
+            bias = None if bias is None else (precision @ bias.unsqueeze(-1)).squeeze(-1)
         if bias is not None and mean is not None:
             bias = bias - (weight * mean.unsqueeze(1)).sum((-2, -1))
         weight = weight.reshape(grad_weight.shape).to(grad_weight.dtype)
@@ -221,7 +223,7 @@ class FeatureWhitening(GradientTransform):
             rows = self._rows(input, batch)
             valid = self.channels.update(*moments(rows, self.center), rows.shape[1], valid, elapsed=elapsed)
             correlation = tap_correlation(input, self.geometry, self.max_rows, phase)
-            self.taps.update(self._no_mean(self.taps), correlation, rows.shape[1], valid, elapsed=elapsed)
+            self._update_ratio(self.taps, correlation, rows.shape[1], valid, elapsed)
         elif self.power > 0:
             if self.geometry.spatial_dims:
                 rows = patch_rows(input, self.geometry, self.max_rows, phase)
@@ -229,18 +231,24 @@ class FeatureWhitening(GradientTransform):
                 rows = self._rows(input, batch)
             valid = self.inputs.update(*moments(rows, self.center), rows.shape[1], valid, elapsed=elapsed)
         if self._output_moment is not None:
-            # Where the gradient is zero for a whole batch, 0/0 tells update() to leave it out.
-            self.outputs.update(self._no_mean(self.outputs), *self._output_moment, valid, elapsed=elapsed)
+            self._update_ratio(self.outputs, *self._output_moment, valid, elapsed)
             self._output_moment = None
         return valid
 
     @staticmethod
-    def _no_mean(factor: WhiteningFactor) -> Tensor:
-        return torch.zeros_like(factor.running_mean)
+    def _update_ratio(factor: WhiteningFactor, ratio: Tensor, count: int, valid: Tensor | bool, elapsed: int) -> None:
+        """Update with a moment divided by its own size: a group in which nothing varies is 0/0, and tells nothing."""
+        known = torch.isfinite(ratio.diagonal(dim1=-2, dim2=-1).sum(-1))
+        factor.update(torch.zeros_like(factor.running_mean), ratio, count, known & valid, elapsed=elapsed)
 
     def extra_repr(self) -> str:
         options = {"power": self.power, "output_power": self.output_power, "features": self.features}
         return ", ".join([repr(self.method), *(f"{name}={value!r}" for name, value in options.items())])
+
+
+def _constant(state: Tensor) -> Tensor:
+    """State as a factor of the gradient: a copy where a graph of the backward pass may outlive the next refresh."""
+    return state.clone() if torch.is_grad_enabled() else state
 
 
 def _check(name: str, value: object, allowed: bool, choices: str) -> None:
