@@ -34,7 +34,11 @@ def _observe_output(grad_output: Tensor, transform: GradientTransform) -> Tensor
     return grad_output
 
 
-@torch.library.custom_op("whiten_layers::transform_gradient", mutates_args=())
+@torch.library.custom_op(
+    "whiten_layers::transform_gradient",
+    mutates_args=(),
+    schema="(Tensor[] gradients, Tensor input, int handle) -> Tensor[]",  # torch 2.6 cannot read it off list[Tensor]
+)
 def _transform_gradient_op(gradients: list[Tensor], input: Tensor, handle: int) -> list[Tensor]:
     transformed = _transform_gradient(gradients, input, GradientTransform.from_handle(handle))
     # The graph counts on new tensors of the gradients' strides.
@@ -58,32 +62,28 @@ def _(grad_output: Tensor, handle: int) -> Tensor:
 
 
 class TransformGradient(torch.autograd.Function):
-    """``(weight, bias, input, handle) -> (weight, bias)``.
+    """``(input, handle, weight) -> (weight,)`` or ``(input, handle, weight, bias) -> (weight, bias)``.
 
     Saves the input, which a linear layer or a zero-padded convolution saves as well.
     """
 
     @staticmethod
-    def forward(weight: Tensor, bias: Tensor | None, input: Tensor, handle: int) -> tuple[Tensor, Tensor | None]:
-        return weight.view_as(weight), None if bias is None else bias.view_as(bias)
+    def forward(input: Tensor, handle: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _, _, input, handle = inputs
-        ctx.save_for_backward(input)
-        _keep(ctx, handle)
+        ctx.save_for_backward(inputs[0])
+        _keep(ctx, inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:  # type: ignore[override]
         (input,) = ctx.saved_tensors
-        # Nothing absorbs a shift where there is no bias, or a frozen one. A bias whose gradient is
-        # zero takes part: autograd passes zeros for it.
-        gradients = [grad_weight, grad_bias] if ctx.needs_input_grad[1] else [grad_weight]
         if torch.compiler.is_compiling():
-            grad_weight, *rest = _transform_gradient_op(gradients, input, ctx.handle)
+            transformed = _transform_gradient_op(list(gradients), input, ctx.handle)
         else:
-            grad_weight, *rest = _transform_gradient(gradients, input, ctx.transform)
-        return grad_weight, rest[0] if rest else None, None, None
+            transformed = _transform_gradient(list(gradients), input, ctx.transform)
+        return None, None, *transformed
 
 
 class ObserveOutput(torch.autograd.Function):

@@ -39,8 +39,12 @@ def _is_transformed(layer: "WhitenedLinear | WhitenedConv2d") -> bool:
 
 
 def _parameters(layer: "WhitenedLinear | WhitenedConv2d", input: Tensor) -> tuple[Tensor, Tensor | None]:
+    # Nothing absorbs a shift of the inputs where there is no bias, or a frozen one.
+    shifted = layer.bias is not None and layer.bias.requires_grad
+    parameters = (layer.weight, layer.bias) if shifted else (layer.weight,)
     # Detached, lest autograd take this for a way to the input's gradient and compute the weight's for it.
-    return TransformGradient.apply(layer.weight, layer.bias, input.detach(), layer.transform.handle)
+    weight, *bias = TransformGradient.apply(input.detach(), layer.transform.handle, *parameters)
+    return weight, bias[0] if shifted else layer.bias
 
 
 def _observed(layer: "WhitenedLinear | WhitenedConv2d", output: Tensor) -> Tensor:
