@@ -49,16 +49,16 @@ def whiten(
         ValueError: a pattern matches no layer that could be converted.
     """
     include, skip = _patterns(include), _patterns(skip)
-    layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) in TWINS}
-    known = [name for name, module in model.named_modules(remove_duplicate=False) if type(module) in TWINS | PLAIN]
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in modules if type(module) in TWINS or type(module) in PLAIN}
     for option, patterns in [("include", include), ("skip", skip)]:
         for pattern in patterns or []:
-            if not fnmatch.filter(known, pattern):
-                names = ", ".join(known) or "none"
+            if not fnmatch.filter(layers, pattern):
+                names = ", ".join(layers) or "none"
                 raise ValueError(f"{option}={pattern!r} matches no layer that can be whitened: there are {names}")
     skipped = {id(module) for name, module in layers.items() if _matches(name, skip)}  # under any of its names
     for name, module in layers.items():
-        if type(module) not in TWINS:  # shared, and converted under another name
+        if type(module) in PLAIN:  # whitened before, or shared and converted under another name
             continue
         if id(module) in skipped or (include is not None and not _matches(name, include)):
             continue

@@ -12,8 +12,7 @@ def moments(rows: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
     The covariance divides by n. With ``center=False`` the mean is zero and the second is the
     second moment about zero. Rows of fewer than 32 bits are taken as float32.
     """
-    if torch.finfo(rows.dtype).bits < 32:
-        rows = rows.float()
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if center:
         mean = rows.mean(dim=1)
         rows = rows - mean.unsqueeze(1)
