@@ -20,7 +20,7 @@ OPTIMIZERS = {
     "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr, weight_decay=5e-4),
 }
 OPTIONS = ("method", "features", "power", "output_power", "damping", "decay", "center", "rescale")
-OPTIONS += ("update_interval", "statistics_interval", "max_rows")  # of FeatureWhitening
+OPTIONS += ("update_interval", "statistics_interval", "max_rows", "block_size", "rank")  # of FeatureWhitening
 SMOOTHING = 25  # steps that a point of the smoothed loss averages over
 
 
@@ -122,7 +122,7 @@ def add_transform_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--features")
     for name in ("power", "output-power", "damping", "decay"):
         group.add_argument(f"--{name}", type=float)
-    for name in ("update-interval", "statistics-interval", "max-rows"):
+    for name in ("update-interval", "statistics-interval", "max-rows", "block-size", "rank"):
         group.add_argument(f"--{name}", type=int)
     for name in ("center", "rescale"):
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)

@@ -62,6 +62,14 @@ def weighted_moments(batches: list[Tensor], decay: float) -> tuple[Tensor, Tenso
     return mean, ((x - mean).T * weights) @ (x - mean) / weights.sum()
 
 
+def block_diagonal(matrix: Tensor, block_size: int | None, taps: int = 1) -> Tensor:
+    """Zeros between channels of different blocks: as equal as can be, in order, of at most `block_size` channels."""
+    channels = len(matrix) // taps
+    number = math.ceil(channels / (block_size or channels))
+    block = torch.arange(channels).repeat_interleave(taps) // math.ceil(channels / number)
+    return matrix * (block[:, None] == block)
+
+
 def inverse_power(covariance: Tensor, power: float, damping: float, rescale: bool) -> Tensor:
     """``k (C + λI)^(-p)``, λ relative to the mean variance, by a singular value decomposition."""
     size = len(covariance)

@@ -32,6 +32,14 @@ TRANSFORMS = {
     "both sides half": {"power": 0.5, "output_power": 0.5, "rescale": True},
     "both sides whole": {"output_power": 1.0},
     "output side": {"power": 0.0, "output_power": 0.5},
+    "Newton–Schulz": {"method": "newton_schulz"},
+    "both sides half, Newton–Schulz": {"method": "newton_schulz", "power": 0.5, "output_power": 0.5, "rescale": True},
+    # With as many directions as features the recursion is exact at every refresh.
+    "recursive": {"method": "recursive", "rank": 36},
+    "both sides, recursive": {"method": "recursive", "rank": 36, "output_power": 0.5, "rescale": True},
+    "blocks": {"block_size": 3},
+    "both sides half in blocks": {"power": 0.5, "output_power": 0.5, "rescale": True, "block_size": 3},
+    "blocks, recursive": {"method": "recursive", "rank": 36, "block_size": 3},
 }
 
 
@@ -73,11 +81,13 @@ def test_training_follows_the_network_that_whitens_its_samples(network, options)
             means, roots, outputs = [], [], []
             for seen, delta in zip(layer.seen.detach(), layer.result.grad, strict=True):
                 mean, covariance = reference.moments(seen, transform.center)
+                taps = layer.layer.weight[0, 0].numel()
+                covariance = reference.block_diagonal(covariance, transform.block_size, taps)
                 means.append(mean if transform.power else torch.zeros_like(mean))
                 precision = reference.inverse_power(covariance, transform.power, DAMPING, rescale)
                 roots.append(reference.root(precision) if transform.power else identity)
                 _, moment = reference.moments(delta, center=False)
-                moment = moment / moment.trace()
+                moment = reference.block_diagonal(moment / moment.trace(), transform.block_size)
                 precision = reference.inverse_power(moment, transform.output_power, DAMPING, rescale)
                 outputs.append(
                     reference.root(precision).T if transform.output_power else torch.eye(len(moment)).double()

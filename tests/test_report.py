@@ -8,6 +8,8 @@ from torch import nn
 
 from whiten_layers import FeatureWhitening, WhitenedLinear, report, whiten
 
+from . import reference
+
 
 def test_condition_numbers_are_those_of_the_covariance_before_and_after():
     layer = WhitenedLinear(
@@ -42,6 +44,19 @@ def test_counts_memory_and_what_is_left(tmp_path):
     assert "2 × 9" in text and "left plain: 2 (Linear, not asked for)" in text
     result.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_blocks_are_shown_and_measured_together():
+    transform = FeatureWhitening.exact(damping=0.0, decay=0.0, block_size=2)
+    layer = WhitenedLinear(5, 3, dtype=torch.float64, transform=transform)
+    x = torch.randn(500, 5, dtype=torch.float64) * torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    layer(x).sum().backward()
+    (row,) = report(layer).rows
+    covariance = reference.block_diagonal(x.T.cov(correction=0), 2)
+    values = torch.linalg.eigvalsh(covariance)
+    assert row.condition == pytest.approx((values[-1] / values[0]).item())
+    assert row.whitened == pytest.approx(1)
+    assert (row.groups, row.blocks, row.size) == (1, 3, 2) and "3 × 2" in str(report(layer))
 
 
 def test_a_layer_that_has_seen_nothing_has_no_condition():

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from weakref import WeakValueDictionary
 
 import torch
+from torch import Tensor
 
 from .factor import WhiteningFactor
-from .inverse import METHODS, resolve
+from .inverse import METHODS, Inverse
 from .numerics import full_precision, without_autocast
 
 # The factors that are due when a backward pass ends, each once, by the pass's number. A pass that
@@ -38,13 +39,30 @@ def refresh(factors: Iterable[WhiteningFactor]) -> None:
     alike = defaultdict(list)
     for factor in factors:
         covariance = factor.running_covariance
-        method = resolve(factor.method, factor.power)
-        alike[method, factor.power, covariance.shape[-1], covariance.dtype, covariance.device].append(factor)
-    for (method, power, _, _, device), group in alike.items():
+        size, rank = covariance.shape[-1], factor.rank if METHODS[factor.method].keeps_directions else None
+        alike[factor.method, factor.power, size, rank, covariance.dtype, covariance.device].append(factor)
+    for (name, power, *_, device), group in alike.items():
+        method = METHODS[name]
         with full_precision(), without_autocast(device):
-            inverse = METHODS[method].inverse(torch.cat([factor.damped() for factor in group]), power)
-            for factor, part in zip(group, inverse.split([len(factor.scale) for factor in group]), strict=True):
+            covariances = _together([factor.damped() for factor in group])
+            last = _gathered([factor.last() for factor in group]) if method.starts_from_last else None
+            inverses = method.inverse(covariances, power, last, group[0].rank)
+            for factor, part in zip(group, _dealt(inverses, [len(factor.scale) for factor in group]), strict=True):
                 factor.install(part)
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # of one large matrix no copy
+
+
+def _gathered(parts: list[Inverse]) -> Inverse:
+    directions = [part.directions for part in parts if part.directions is not None]
+    return Inverse(_together([part.matrix for part in parts]), _together(directions) if directions else None)
+
+
+def _dealt(inverses: Inverse, counts: list[int]) -> list[Inverse]:
+    fields = [[None] * len(counts) if field is None else field.split(counts) for field in inverses]
+    return [Inverse(*parts) for parts in zip(*fields, strict=True)]
 
 
 def is_due(batch: int, interval: int) -> bool:

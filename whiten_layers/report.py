@@ -14,16 +14,21 @@ from .transforms import GradientTransform
 
 @dataclass(frozen=True)
 class Row:
-    """One factor of one layer's transform. Condition numbers are the worst of its groups, of the damped covariance."""
+    """One factor of one layer's transform: ``groups · blocks`` matrices of `size` features.
+
+    Condition numbers are the worst of its groups, of the damped covariance, its blocks together.
+    """
 
     layer: str
     factor: str
     groups: int
+    blocks: int
     size: int
     batches: int
     skipped: int
     refreshes: int
     failed: int
+    restarted: int
     condition: float
     whitened: float
     bytes: int
@@ -45,12 +50,11 @@ class Report:
         return {"rows": [asdict(row) for row in self.rows], "left": dict(self.left), "bytes": self.bytes}
 
     def __str__(self) -> str:
-        lines = [
-            ["layer", "factor", "size", "batches", "skipped", "refreshes", "failed", "condition", "whitened", "KiB"]
-        ]
+        heads = "layer,factor,size,batches,skipped,refreshes,failed,restarted,condition,whitened,KiB"
+        lines = [heads.split(",")]
         for row in self.rows:
-            size = str(row.size) if row.groups == 1 else f"{row.groups} × {row.size}"
-            counts = [row.batches, row.skipped, row.refreshes, row.failed]
+            size = " × ".join([*(str(n) for n in (row.groups, row.blocks) if n > 1), str(row.size)])
+            counts = [row.batches, row.skipped, row.refreshes, row.failed, row.restarted]
             conditions = [f"{row.condition:.3g}", f"{row.whitened:.3g}"]
             lines.append([row.layer, row.factor, size, *map(str, counts), *conditions, f"{row.bytes / 1024:.0f}"])
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -80,13 +84,14 @@ def _conditions(factor: WhiteningFactor) -> tuple[float, float]:
     """Of C + λI and of ``P^½ (C + λI) P^½``, whose eigenvalues are those of ``Lᵀ P L`` with ``L Lᵀ = C + λI``."""
     damped = factor.damped().double().cpu()
     lower, info = torch.linalg.cholesky_ex(damped)
-    known = info == 0  # a group that has seen nothing, or nothing that varies, has none
+    known = factor.group_sum(info) == 0  # a group that has seen nothing, or nothing that varies, has none
     if not known.any():
         return float("inf"), float("inf")
     lower = lower[known]
     before = torch.linalg.eigvalsh(damped[known])
     after = torch.linalg.eigvalsh(lower.mT @ factor.precision.double().cpu()[known] @ lower)
-    return tuple((values[:, -1] / values[:, 0]).max().item() for values in (before, after))  # type: ignore[return-value]
+    groups = [values.view(-1, factor.blocks * values.shape[-1]) for values in (before, after)]
+    return tuple((values.amax(1) / values.amin(1)).max().item() for values in groups)  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -95,8 +100,8 @@ def report(model: nn.Module) -> Report:
 
     Both condition numbers are of the damped covariance C + λI, before and after: what P inverts. After
     a refresh the second is 1 for power 1 and the root of the first for power ½; as the statistics move
-    on it tells how stale P is. Reading them decomposes every covariance, in float64 on the CPU: between
-    epochs, not in every step.
+    on it tells how stale P is, and with the recursive method how far it has come. Reading them
+    decomposes every covariance, in float64 on the CPU: between epochs, not in every step.
     """
     rows = []
     for name, module in model.named_modules():
@@ -105,18 +110,19 @@ def report(model: nn.Module) -> Report:
         for factor_name, factor in module.named_children():
             if not isinstance(factor, WhiteningFactor):
                 continue
-            groups, size = factor.mean.shape
             condition, whitened = _conditions(factor)
             rows.append(
                 Row(
                     layer=name.removesuffix("transform").removesuffix(".") or "the model",
                     factor=factor_name,
-                    groups=groups,
-                    size=size,
+                    groups=factor.groups,
+                    blocks=factor.blocks,
+                    size=factor.mean.shape[1],
                     batches=int(module.num_batches_tracked),
                     skipped=int(module.num_batches_skipped),
                     refreshes=int(factor.num_refreshes),
                     failed=int(factor.num_refreshes_failed),
+                    restarted=int(factor.num_refreshes_restarted),
                     condition=condition,
                     whitened=whitened,
                     bytes=sum(buffer.nbytes for buffer in factor.buffers()),

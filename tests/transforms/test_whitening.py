@@ -22,6 +22,7 @@ OPTIONS = {
     "not rescaled": {"power": 1.0, "rescale": False},
     "both sides": {"output_power": 0.5},
     "about zero": {"center": False},
+    "blocks": {"power": 1.0, "block_size": 2, "output_power": 0.5},
 }
 
 
@@ -47,12 +48,13 @@ def test_the_kronecker_gradient_is_the_dense_kronecker_products(case, options):
                 mean, a = reference.weighted_moments([rows[group] for rows in channels_seen], 0.8)
                 if not transform.center:
                     a, mean = a + torch.outer(mean, mean), torch.zeros_like(mean)
+                a = reference.block_diagonal(a, transform.block_size)
                 b = weighted([c[group] for c in correlations], 0.8)
                 # (A + √λ) ⊗ (B + √λ), whose smallest eigenvalue is at least λ
                 pair = [reference.inverse_power(m, transform.power, 0.05**0.5, transform.rescale) for m in (a, b)]
                 precisions.append(torch.kron(*pair))
                 means.append(mean.repeat_interleave(taps))
-                d = weighted([m[group] for m in moments_seen], 0.8)
+                d = reference.block_diagonal(weighted([m[group] for m in moments_seen], 0.8), transform.block_size)
                 outputs.append(reference.inverse_power(d, transform.output_power, 0.05, transform.rescale))
             weight, bias = reference.transformed(
                 plain.weight.grad,
@@ -264,7 +266,7 @@ def test_exact_is_the_papers_form_and_takes_options():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "lu"}, "method='lu' is not possible: give one of auto, cholesky, eigh"),
+        ({"method": "lu"}, "method='lu' is not possible: give one of auto, cholesky, eigh, newton_schulz, recursive"),
         ({"features": "channel"}, "features='channel' is not possible: give one of kronecker, patch"),
         ({"power": 1.5}, r"power=1.5 is not possible: give a number in \[0, 1\]"),
         ({"power": "1"}, r"power='1' is not possible: give a number in \[0, 1\]"),
@@ -282,6 +284,9 @@ def test_exact_is_the_papers_form_and_takes_options():
         ({"rescale": None}, "rescale=None is not possible: give True or False"),
         ({"update_interval": 0}, "update_interval=0 is not possible: give an integer of at least 1"),
         ({"statistics_interval": 2.5}, "statistics_interval=2.5 is not possible: give an integer of at least 1"),
+        ({"block_size": 0}, "block_size=0 is not possible: give an integer of at least 1, or None"),
+        ({"rank": None}, "rank=None is not possible: give an integer of at least 1"),
+        ({"method": "newton_schulz", "power": 0.25}, "power=0.25 is not possible: give another power, or method auto"),
         ({"max_rows": True}, "max_rows=True is not possible: give an integer of at least 1, or None"),
     ],
 )

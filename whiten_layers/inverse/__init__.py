@@ -1,7 +1,8 @@
-"""Inverse powers of a covariance: one method a file, each a pure function of tensors.
+"""Inverse powers of covariances: one method a file, each a pure function of tensors.
 
-A method takes damped covariances ``(..., M, M)`` and a power p and returns ``C^(-p)``, symmetric
-positive definite, or NaN for a matrix it cannot invert; it never raises. To add one, write the
+A method takes n damped covariances ``(n, M, M)``, a power p, its own last result or None, and a rank, and
+returns an `Inverse` with ``C^(-p)``: symmetric positive definite, or NaN for a matrix that it cannot
+invert; it never raises. Exact methods look at the first two only. To add a method, write the
 function and give it a line in `METHODS`.
 """
 
@@ -10,20 +11,27 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .base import Inverse
 from .cholesky import cholesky
 from .eigh import eigh
+from .newton_schulz import newton_schulz
+from .recursive import recursive
 
 
 class Method(NamedTuple):
     """A function and what it can do."""
 
-    inverse: Callable[[Tensor, float], Tensor]
+    inverse: Callable[[Tensor, float, Inverse | None, int], Inverse]
     powers: tuple[float, ...] | None  # the powers it gives; None for any
+    starts_from_last: bool = False
+    keeps_directions: bool = False
 
 
 METHODS = {
     "cholesky": Method(cholesky, powers=(1.0,)),
     "eigh": Method(eigh, powers=None),
+    "newton_schulz": Method(newton_schulz, powers=(0.5, 1.0), starts_from_last=True),
+    "recursive": Method(recursive, powers=None, starts_from_last=True, keeps_directions=True),
 }
 
 
@@ -36,10 +44,10 @@ def supports(method: str, power: float) -> bool:
 
 
 def resolve(method: str, power: float) -> str:
-    """Return the key of `METHODS` that `method` stands for: for "auto", the cheapest that gives `power`."""
+    """Return the key of `METHODS` that `method` stands for: for "auto", the cheapest exact one that gives `power`."""
     if method != "auto":
         return method
     return "cholesky" if supports("cholesky", power) else "eigh"
 
 
-__all__ = ["METHODS", "Method", "cholesky", "eigh", "resolve", "supports"]
+__all__ = ["METHODS", "Inverse", "Method", "cholesky", "eigh", "newton_schulz", "recursive", "resolve", "supports"]

@@ -3,25 +3,40 @@
 import torch
 from torch import Tensor
 
+from ..numerics import symmetrize_
+from .base import Inverse
 
-def eigh(covariance: Tensor, power: float) -> Tensor:
-    """Return ``covariance^(-power)`` for a batch of symmetric positive definite matrices.
+
+def decompose(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``(n, M)``, ascending, and eigenvectors ``(n, M, M)``; NaN for a matrix that does not converge."""
+    try:
+        return torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError:
+        if len(symmetric) == 1:
+            return torch.full_like(symmetric[..., 0], torch.nan), torch.full_like(symmetric, torch.nan)
+        # One matrix of a batch fails the whole call: find it, keep the others.
+        values, vectors = zip(*map(decompose, symmetric.split(1)), strict=True)
+        return torch.cat(values), torch.cat(vectors)
+
+
+def inverse_power(values: Tensor, power: float) -> Tensor:
+    """``values^(-power)``, ascending eigenvalues ``(n, M)``; NaN for those that are zero to rounding, or negative."""
+    rounding = torch.finfo(values.dtype).eps * values.shape[-1] * values[..., -1:]
+    return torch.where(values > rounding, values, torch.nan).pow(-power)
+
+
+def eigh(covariance: Tensor, power: float, last: Inverse | None = None, rank: int = 16) -> Inverse:
+    """Return ``covariance^(-power)`` for n symmetric positive definite matrices.
 
     Args:
-        covariance: ``(..., M, M)``, already damped.
+        covariance: ``(n, M, M)``, already damped.
         power: any.
+        last: not looked at.
+        rank: not looked at.
 
     Returns:
-        ``(..., M, M)``; a matrix that is singular to rounding, or whose decomposition does not
+        ``matrix`` (n, M, M); one that is singular to rounding, or whose decomposition does not
         converge, comes back as NaN.
     """
-    try:
-        values, vectors = torch.linalg.eigh(covariance)
-    except torch.linalg.LinAlgError:
-        if covariance.dim() == 2:
-            return torch.full_like(covariance, torch.nan)
-        # One matrix of a batch fails the whole call: find it, keep the others.
-        return torch.stack([eigh(matrix, power) for matrix in covariance.unbind()])
-    rounding = torch.finfo(values.dtype).eps * values.shape[-1] * values[..., -1:]
-    values = torch.where(values > rounding, values, torch.nan)
-    return (vectors * values.pow(-power).unsqueeze(-2)) @ vectors.mT
+    values, vectors = decompose(covariance)
+    return Inverse(symmetrize_((vectors * inverse_power(values, power).unsqueeze(-2)) @ vectors.mT))

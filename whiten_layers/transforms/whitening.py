@@ -34,8 +34,9 @@ class FeatureWhitening(GradientTransform):
     """Whiten a layer's input features, and with `output_power` the gradients of its outputs.
 
     Args:
-        method: how the inverse is computed: "cholesky" (power 1 only), "eigh" (any power), or
-            "auto", the cheapest that gives the power asked for.
+        method: how the inverse is computed: "cholesky" (power 1), "eigh" (any power), "newton_schulz"
+            (powers 1 and ½, matrix products only), "recursive" (any power, approximate, a few
+            products with `rank` columns), or "auto", the cheapest exact one that gives the power.
         features: what is whitened together in a convolution. "patch": all ``M = C·taps`` entries
             of a patch, the paper's form. "kronecker": ``C ≈ A ⊗ B`` with the channels' covariance
             A and the taps' correlation B (unit diagonal), each damped and inverted for itself;
@@ -54,6 +55,11 @@ class FeatureWhitening(GradientTransform):
         statistics_interval: batches between two statistics updates, once the running average has
             filled its window of ``1 / (1 − decay)`` batches; before that every batch is taken.
         max_rows: rows (positions, for a convolution) sampled for an update; None for all.
+        block_size: how many channels (of a linear layer: features) are whitened together at most, in
+            order, as equal parts: the covariance is then block-diagonal. With "patch" features a
+            channel's taps stay together. None for all. It divides memory by the number of blocks
+            and the cost of an inverse by its square.
+        rank: directions that the recursive method follows at each refresh, at least 1.
 
     Raises:
         ValueError: an option is outside what is allowed; the message names it, its value and the choices.
@@ -79,6 +85,8 @@ class FeatureWhitening(GradientTransform):
         update_interval: int = 10,
         statistics_interval: int = 10,
         max_rows: int | None = 4096,
+        block_size: int | None = None,
+        rank: int = 16,
     ) -> None:
         super().__init__()
         _check("method", method, method == "auto" or method in METHODS, f"one of {', '.join(['auto', *METHODS])}")
@@ -93,11 +101,14 @@ class FeatureWhitening(GradientTransform):
             _check(name, value, isinstance(value, bool), "True or False")
         for name, value in [("update_interval", update_interval), ("statistics_interval", statistics_interval)]:
             _check(name, value, _is_count(value), "an integer of at least 1")
-        _check("max_rows", max_rows, max_rows is None or _is_count(max_rows), "an integer of at least 1, or None")
+        for name, limit in [("max_rows", max_rows), ("block_size", block_size)]:
+            _check(name, limit, limit is None or _is_count(limit), "an integer of at least 1, or None")
+        _check("rank", rank, _is_count(rank), "an integer of at least 1")
         self.method, self.features = method, features
         self.power, self.output_power = power, output_power
         self.damping, self.decay, self.center, self.rescale = damping, decay, center, rescale
         self.update_interval, self.statistics_interval, self.max_rows = update_interval, statistics_interval, max_rows
+        self.block_size, self.rank = block_size, rank
         self._output_moment: tuple[Tensor, int] | None = None
 
     @classmethod
@@ -116,27 +127,30 @@ class FeatureWhitening(GradientTransform):
         self._modules.clear()  # a transform taken from another layer brings that layer's factors
         self._bind_counters(device)
 
-        def factor(features: int, power: float, damping: float = self.damping) -> WhiteningFactor:
+        def factor(channels: int, taps: int, power: float, damping: float = self.damping) -> WhiteningFactor:
             return WhiteningFactor(
                 geometry.groups,
-                features,
+                channels,
+                taps,
                 method=self.method,
                 power=power,
                 damping=damping,
                 decay=self.decay,
                 rescale=self.rescale,
+                block_size=self.block_size,
+                rank=self.rank,
                 device=device,
                 dtype=torch.promote_types(dtype, torch.float32),
             )
 
         self.separable = self.features == "kronecker" and geometry.taps > 1
         if self.power > 0 and self.separable:
-            self.channels = factor(geometry.in_channels, self.power, math.sqrt(self.damping))
-            self.taps = factor(geometry.taps, self.power, math.sqrt(self.damping))
+            self.channels = factor(geometry.in_channels, 1, self.power, math.sqrt(self.damping))
+            self.taps = factor(1, geometry.taps, self.power, math.sqrt(self.damping))
         elif self.power > 0:
-            self.inputs = factor(geometry.in_channels * geometry.taps, self.power)
+            self.inputs = factor(geometry.in_channels, geometry.taps, self.power)
         if self.output_power > 0:
-            self.outputs = factor(geometry.out_channels, self.output_power)
+            self.outputs = factor(geometry.out_channels, 1, self.output_power)
         return self
 
     def factors(self) -> list[WhiteningFactor]:
@@ -152,20 +166,19 @@ class FeatureWhitening(GradientTransform):
         mean = None
         if bias is not None and self.power > 0 and self.center:
             # The mean of a patch: over its taps the mean of a channel, where the two are separate.
-            mean = _constant(self.channels.mean if self.separable else self.inputs.mean)
+            mean = (self.channels if self.separable else self.inputs).feature_mean()
             mean = mean.unsqueeze(-1) if self.separable else mean.view(shape[0], *shape[2:])
             weight = weight - bias[:, :, None, None] * mean.unsqueeze(1)
         if self.power > 0 and self.separable:
             # Two plain products; a broadcast one would multiply row by row, at three times the time.
-            weight = (weight.flatten(1, 2) @ _constant(self.taps.precision)).view(shape)
-            weight = weight.transpose(2, 3).flatten(1, 2) @ _constant(self.channels.precision)
+            weight = self.taps.multiply(weight.flatten(1, 2)).view(shape)
+            weight = self.channels.multiply(weight.transpose(2, 3).flatten(1, 2))
             weight = weight.view(shape[0], shape[1], shape[3], shape[2]).transpose(2, 3)
         elif self.power > 0:
-            weight = (weight.flatten(2) @ _constant(self.inputs.precision)).view(shape)
+            weight = self.inputs.multiply(weight.flatten(2)).view(shape)
         if self.output_power > 0:
-            precision = _constant(self.outputs.precision)
-            weight = (precision @ weight.flatten(2)).view(shape)
-            bias = None if bias is None else (precision @ bias.unsqueeze(-1)).squeeze(-1)
+            weight = self.outputs.multiply(weight.flatten(2).mT).mT.reshape(shape)
+            bias = None if bias is None else self.outputs.multiply(bias.unsqueeze(1)).squeeze(1)
         if bias is not None and mean is not None:
             bias = bias - (weight * mean.unsqueeze(1)).sum((-2, -1))
         weight = weight.reshape(grad_weight.shape).to(grad_weight.dtype)
@@ -176,9 +189,10 @@ class FeatureWhitening(GradientTransform):
         if grad_output.numel() == 0 or not self._is_observed(batch):
             return
         rows = self._rows(grad_output, batch)
-        _, moment = moments(rows, center=False)
+        _, moment = moments(self.outputs.split(rows), center=False)
+        trace = self.outputs.group_sum(moment.diagonal(dim1=-2, dim2=-1).sum(-1))
         # Kept until `observe` knows whether the batch is a good one.
-        self._output_moment = moment / moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None], rows.shape[1]
+        self._output_moment = moment / trace[:, None, None], rows.shape[1]
 
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:
         if input.numel() == 0:
@@ -221,7 +235,8 @@ class FeatureWhitening(GradientTransform):
         phase, elapsed = batch // self.statistics_interval, self._elapsed(batch)
         if self.power > 0 and self.separable:
             rows = self._rows(input, batch)
-            valid = self.channels.update(*moments(rows, self.center), rows.shape[1], valid, elapsed=elapsed)
+            moment = moments(self.channels.split(rows), self.center)
+            valid = self.channels.update(*moment, rows.shape[1], valid, elapsed=elapsed)
             correlation = tap_correlation(input, self.geometry, self.max_rows, phase)
             self._update_ratio(self.taps, correlation, rows.shape[1], valid, elapsed)
         elif self.power > 0:
@@ -229,7 +244,8 @@ class FeatureWhitening(GradientTransform):
                 rows = patch_rows(input, self.geometry, self.max_rows, phase)
             else:
                 rows = self._rows(input, batch)
-            valid = self.inputs.update(*moments(rows, self.center), rows.shape[1], valid, elapsed=elapsed)
+            moment = moments(self.inputs.split(rows), self.center)
+            valid = self.inputs.update(*moment, rows.shape[1], valid, elapsed=elapsed)
         if self._output_moment is not None:
             self._update_ratio(self.outputs, *self._output_moment, valid, elapsed)
             self._output_moment = None
@@ -244,11 +260,6 @@ class FeatureWhitening(GradientTransform):
     def extra_repr(self) -> str:
         options = {"power": self.power, "output_power": self.output_power, "features": self.features}
         return ", ".join([repr(self.method), *(f"{name}={value!r}" for name, value in options.items())])
-
-
-def _constant(state: Tensor) -> Tensor:
-    """State as a factor of the gradient: a copy where a graph of the backward pass may outlive the next refresh."""
-    return state.clone() if torch.is_grad_enabled() else state
 
 
 def _check(name: str, value: object, allowed: bool, choices: str) -> None:

@@ -1,0 +1,145 @@
+"""The recursion: the condition number falls and never rises, P stays positive definite, in float32 too."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whiten_layers.covariance import moments
+from whiten_layers.factor import WhiteningFactor
+from whiten_layers.inverse import recursive
+from whiten_layers.refresh import refresh
+
+from .. import reference
+
+
+def with_spectrum(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)).Q
+    matrix = (basis * values.double()) @ basis.mT
+    return (matrix + matrix.mT) / 2
+
+
+def condition(inverse: torch.Tensor, covariance: torch.Tensor) -> float:
+    """Of ``P^½ C P^½``; not a number where P is not positive definite."""
+    lower, info = torch.linalg.cholesky_ex(inverse.double())
+    values = torch.linalg.eigvalsh(lower.mT @ covariance.double() @ lower)
+    return (values[-1] / values[0]).item() if info == 0 else float("nan")
+
+
+spectra = st.tuples(
+    st.integers(2, 48), st.floats(0, 6), st.sampled_from(["even", "random", "one large", "one small", "two clusters"])
+)
+
+
+def draw_spectrum(size: int, exponent: float, kind: str, seed: int) -> torch.Tensor:
+    place = {
+        "even": torch.linspace(0, 1, size),
+        "random": torch.rand(size, generator=torch.Generator().manual_seed(seed)),
+        "one large": torch.ones(size).index_fill(0, torch.tensor([0]), 0.0),
+        "one small": torch.zeros(size).index_fill(0, torch.tensor([0]), 1.0),
+        "two clusters": (torch.arange(size) % 2).float(),
+    }[kind]
+    return 10 ** (-exponent * place.double())
+
+
+@settings(deadline=None, max_examples=300)
+@given(spectrum=spectra, rank=st.integers(1, 32), seed=st.integers(0, 2**20))
+def test_the_condition_number_never_rises(spectrum, rank, seed):
+    covariance = with_spectrum(draw_spectrum(*spectrum, seed), seed)
+    before, last = condition(torch.eye(len(covariance)), covariance), None
+    for _ in range(8):
+        last = recursive(covariance[None], 1.0, last, rank)
+        after = condition(last.matrix[0], covariance)
+        # Rounding of 2e-16 at each of some ten products with a condition number of at most 1e6.
+        assert after <= before * (1 + 1e-7)
+        assert not last.restarted
+        before = after
+
+
+@settings(deadline=None, max_examples=300)
+@given(spectrum=spectra, rank=st.integers(1, 32), seed=st.integers(0, 2**20))
+def test_in_float32_it_never_diverges(spectrum, rank, seed):
+    """At 1e6 float32 no longer tells a matrix from an indefinite one: P may be far from it, or NaN, no more."""
+    covariance = with_spectrum(draw_spectrum(*spectrum, seed), seed)
+    smallest = torch.linalg.eigvalsh(covariance)[0].item()
+    start, last = condition(torch.eye(len(covariance)), covariance), None
+    for _ in range(20):
+        last = recursive(covariance[None].float(), 1.0, last, rank)
+        if start < 1e5:
+            assert last.matrix.isfinite().all() and not last.restarted
+            # Rounding of 6e-8, times the condition number.
+            assert condition(last.matrix[0], covariance) <= start * (1 + 1e-2)
+        elif last.matrix.isfinite().all():
+            assert torch.linalg.matrix_norm(last.matrix[0], 2) <= 1e4 / smallest
+
+
+def test_the_speed_on_a_harmonic_spectrum():
+    """The issue's figures were 60 after one refresh and 15 after five, from 576."""
+    covariance, last, conditions = with_spectrum(1 / torch.arange(1, 577)), None, []
+    for _ in range(5):
+        last = recursive(covariance[None], 1.0, last, 16)
+        conditions.append(condition(last.matrix[0], covariance))
+    assert conditions[0] <= 60 and conditions[4] <= 15
+
+
+def test_the_directions_of_a_step_are_whitened_exactly():
+    covariance = with_spectrum(1 / torch.arange(1, 65))
+    for rank in (1, 7, 16):
+        first = recursive(covariance[None], 1.0, None, rank)
+        second = recursive(covariance[None], 1.0, first, rank)
+        # The first step of the second refresh cleared these, and the next keeps it: P C S = S.
+        torch.testing.assert_close(
+            second.matrix @ covariance @ first.directions, first.directions, rtol=1e-9, atol=1e-9
+        )
+
+
+def test_a_p_that_has_lost_its_definiteness_starts_afresh_and_is_counted():
+    covariance = torch.stack([with_spectrum(1 / torch.arange(1, 41), seed) for seed in range(3)])
+    last = recursive(covariance, 1.0, None, 4)
+    last.matrix[1] = -last.matrix[1]
+    result = recursive(covariance, 1.0, last, 4)
+    assert result.restarted.tolist() == [False, True, False]
+    torch.testing.assert_close(result.matrix[1:2], recursive(covariance[1:2], 1.0, None, 4).matrix)
+    with pytest.raises(ValueError, match="directions"):
+        recursive(covariance, 1.0, last._replace(directions=None))
+
+
+def test_p_stays_positive_definite_over_ten_thousand_refreshes_in_float32():
+    torch.manual_seed(0)
+    options = {"method": "recursive", "power": 1.0, "damping": 0.03, "decay": 0.95, "rescale": True, "rank": 4}
+    factor = WhiteningFactor(1, 24, **options)
+    mix, turn = torch.randn(24, 24) / torch.arange(1, 25).sqrt(), torch.linalg.qr(torch.randn(24, 24)).Q
+    conditions = []
+    for step in range(10_000):
+        rows = torch.randn(1, 48, 24) @ mix + 0.5
+        if step % 10 == 0:  # the distribution drifts, and its size with it
+            mix = mix @ (torch.eye(24) + 0.02 * (turn - turn.mT)) * (1.01 if step % 2000 < 1000 else 1 / 1.01)
+            mix *= mix.norm().clamp(1e-3, 1e3) / mix.norm()
+        factor.update(*moments(rows), 48)
+        refresh([factor])
+        if step % 100 == 99:
+            assert torch.equal(factor.precision, factor.precision.mT)
+            conditions.append(condition(factor.precision[0], factor.damped()[0]))
+    assert factor.num_refreshes == 10_000 and factor.num_refreshes_failed == 0
+    assert factor.num_refreshes_restarted == 0
+    # And it keeps up: the covariance's own condition number is in the hundreds.
+    assert max(conditions) < 50
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5])
+def test_another_power_is_that_of_the_leading_eigenvalues_and_the_mean_of_the_rest(power):
+    values = torch.cat([torch.tensor([50.0, 20.0, 10.0, 5.0]), torch.full((36,), 0.3)])
+    covariance, last = with_spectrum(values), None
+    for _ in range(3):
+        last = recursive(covariance[None], power, last, 4)
+    expected = reference.inverse_power(covariance, power, damping=0.0, rescale=False)
+    torch.testing.assert_close(last.matrix[0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_another_power_on_a_spectrum_with_a_tail():
+    """Of the harmonic spectrum's whitened condition number the leading 16 of 256 directions leave twice the best."""
+    covariance, last = with_spectrum(1 / torch.arange(1, 257)), None
+    for _ in range(5):
+        last = recursive(covariance[None], 0.5, last, 16)
+    assert condition(last.matrix[0], covariance) < 2 * 256**0.5

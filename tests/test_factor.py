@@ -1,0 +1,104 @@
+"""A factor: blocks, the scalar k, what a failed or approximate inverse leaves behind."""
+
+import pytest
+import torch
+
+from whiten_layers import FeatureWhitening, WhitenedLinear
+from whiten_layers.covariance import moments
+from whiten_layers.factor import WhiteningFactor, transformed_trace
+from whiten_layers.inverse import METHODS
+from whiten_layers.refresh import refresh
+
+from . import reference
+
+OPTIONS = {"method": "auto", "power": 1.0, "damping": 0.1, "decay": 0.9, "rescale": True, "dtype": torch.float64}
+
+
+def filled(*shape, **options):
+    """A factor that has seen a batch of correlated rows of unequal size."""
+    factor = WhiteningFactor(*shape, **(OPTIONS | options))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(factor.groups, 4 * factor.features, factor.features, generator=generator, dtype=torch.float64)
+    rows = (rows + 0.5 * rows.cumsum(-1)) * torch.linspace(0.5, 2, factor.features)
+    factor.update(*moments(factor.split(rows)), rows.shape[1])
+    return factor, rows
+
+
+@pytest.mark.parametrize(
+    "method, power", [("cholesky", 1.0), ("eigh", 0.5), ("newton_schulz", 0.5), ("recursive", 1.0)]
+)
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("groups, channels, taps, block_size", [(1, 7, 1, 3), (2, 5, 4, 2), (3, 6, 2, 3), (1, 4, 9, 1)])
+def test_blocks_are_the_dense_block_diagonal_inverse(groups, channels, taps, block_size, method, power, rescale):
+    options = {"method": method, "power": power, "rescale": rescale, "block_size": block_size}
+    factor, rows = filled(groups, channels, taps, **options)
+    refresh([factor])
+    for group in range(groups):
+        _, covariance = reference.moments(rows[group])
+        dense = reference.block_diagonal(covariance, block_size, taps)
+        expected = reference.inverse_power(dense, power, 0.1, rescale)
+        unit = torch.zeros(groups, channels * taps, channels * taps, dtype=torch.float64)
+        unit[group] = torch.eye(channels * taps)
+        torch.testing.assert_close(factor.multiply(unit)[group], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(factor.feature_mean(), rows.mean(1), rtol=1e-12, atol=1e-12)
+
+
+def test_all_blocks_of_a_layer_are_inverted_in_one_call(monkeypatch):
+    calls, method = [], METHODS["eigh"]
+    counted = method._replace(inverse=lambda c, *rest: (calls.append(tuple(c.shape)), method.inverse(c, *rest))[1])
+    monkeypatch.setitem(METHODS, "eigh", counted)
+    layer = WhitenedLinear(10, 3, transform=FeatureWhitening(block_size=4))
+    layer(torch.randn(20, 10)).sum().backward()
+    assert calls == [(3, 4, 4)]
+
+
+def test_features_that_fill_up_a_block_need_no_damping():
+    factor, _ = filled(1, 5, block_size=2, damping=0.0)
+    refresh([factor])
+    assert factor.num_refreshes == 1 and factor.precision.isfinite().all()
+
+
+def test_a_block_that_cannot_be_inverted_leaves_its_group_alone_and_no_other():
+    factor, _ = filled(2, 4, block_size=2, damping=0.0)
+    factor.running_covariance[1] = 0
+    refresh([factor])
+    assert factor.num_refreshes_failed == 1
+    assert torch.equal(factor.precision[:2], torch.eye(2).double().expand(2, -1, -1))
+    assert not torch.equal(factor.precision[2], torch.eye(2).double())
+
+
+@pytest.mark.parametrize("size", [40, 600])
+def test_the_trace_of_the_transformed_covariance(size):
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    values = 1 / torch.arange(1, size + 1).double()
+    covariance, inverse = ((basis * v) @ basis.mT for v in (values, 1 / (values + 0.01)))
+    truth = (values / (values + 0.01).square()).sum()
+    result = transformed_trace(torch.stack([inverse, 2 * inverse]), torch.stack([covariance, covariance]))
+    torch.testing.assert_close(result[1], 4 * result[0])
+    # Exact, or five standard deviations of √(2 / 64 r), r the effective rank.
+    spread = (values / (values + 0.01).square()).square().sum().sqrt() / truth
+    assert abs(result[0] / truth - 1) < (1e-10 if size == 40 else 5 * (2 / 64) ** 0.5 * spread)
+
+
+@pytest.mark.parametrize("block_size", [None, 24])
+def test_an_approximate_inverse_that_is_not_rescaled_whitens_to_a_mean_variance_of_one(block_size):
+    factor, rows = filled(1, 60, method="recursive", rank=2, rescale=False, block_size=block_size)
+    refresh([factor])
+    _, covariance = reference.moments(rows[0])
+    damped = reference.block_diagonal(covariance, block_size) + 0.1 * covariance.trace() / 60 * torch.eye(60)
+    assert factor.multiply(damped[None])[0].trace().item() == pytest.approx(60)
+
+
+def test_the_recursion_goes_on_from_its_last_result_and_a_broken_one_is_counted():
+    factor, _ = filled(1, 60, method="recursive", rank=2)
+    whitened = []
+    for _ in range(4):
+        refresh([factor])
+        values = torch.linalg.eigvals(factor.precision[0] @ factor.damped()[0]).real
+        whitened.append((values.max() / values.min()).item())
+    assert whitened == sorted(whitened, reverse=True) and whitened[3] < whitened[0] / 2
+    assert factor.num_refreshes_restarted == 0
+    factor.precision.neg_()
+    refresh([factor])
+    assert factor.num_refreshes == 5 and factor.num_refreshes_restarted == 1

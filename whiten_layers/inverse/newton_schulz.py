@@ -1,0 +1,106 @@
+"""The inverse, or its root, by Newton–Schulz iteration: matrix products and nothing else.
+
+For the inverse, ``P ← P (2I − C P)`` squares the residual ``I − C P`` at every step, from any symmetric
+positive P whose ``P C`` has eigenvalues below 2. The last refresh's P mostly is one, a
+few steps from the end; where it is not, ``P = I / b`` with b at least C's largest eigenvalue always is.
+
+For the root, the coupled form ``Y ← Y T, Z ← T Z, T = (3I − Z Y) / 2`` from ``Y = C / b, Z = I`` tends to
+``Z = (C / b)^(-½)`` (Higham 2008, Functions of Matrices, eq. 6.35). It can only start there: with
+one matrix alone rounding errors grow, and both together stay stable only while they commute with C.
+"""
+
+import torch
+from torch import Tensor
+
+from ..numerics import symmetrize_
+from .base import Inverse, warm_started
+
+ITERATIONS = 50  # what a condition number of 1e12 takes, and some: each multiplies the smallest eigenvalue by 2
+SAFE = 1.7  # below 2 by more than a power iteration underestimates
+
+
+def newton_schulz(covariance: Tensor, power: float, last: Inverse | None = None, rank: int = 16) -> Inverse:
+    """Return ``covariance^(-power)`` for n symmetric positive definite matrices.
+
+    Args:
+        covariance: ``(n, M, M)``, already damped.
+        power: 1 or ½.
+        last: where to start from, with power 1; otherwise, and where the largest eigenvalue of ``P C``
+            is not well below 2, the start is the identity, divided by a bound of the largest eigenvalue.
+        rank: not looked at.
+
+    Returns:
+        ``matrix`` (n, M, M), NaN where it did not converge; ``restarted`` where `last` was of no use.
+    """
+    if power == 1:
+        return warm_started(_inverse, covariance, last, _cold, _is_safe)
+    return Inverse(_coupled(covariance))
+
+
+def _bound(covariance: Tensor) -> Tensor:
+    """At least the largest eigenvalue: the largest sum of a row's absolute values."""
+    return covariance.abs().sum(-1).amax(-1)[:, None, None]
+
+
+def _cold(covariance: Tensor) -> Inverse:
+    return Inverse(torch.eye(covariance.shape[-1]).to(covariance) / _bound(covariance))
+
+
+def _is_safe(covariance: Tensor, matrix: Tensor) -> Tensor:
+    """Whether the largest eigenvalue of ``P C`` is below `SAFE`, by power iteration in the metric of C."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(covariance.shape[-1], 8, generator=generator, dtype=covariance.dtype).to(covariance.device)
+    vectors = vectors.expand(len(covariance), -1, -1)
+    for _ in range(8):
+        images = covariance @ vectors
+        norms = torch.linalg.vecdot(vectors, images, dim=-2)
+        vectors = matrix @ images
+        growth = torch.linalg.vecdot(images, vectors, dim=-2) / norms
+        vectors = vectors / torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
+    return growth.amax(-1) < SAFE
+
+
+def _inverse(covariance: Tensor, start: Inverse) -> Inverse:
+    matrix, progress = start.matrix, _Progress(covariance)
+    while progress.goes_on:
+        residual = _minus_identity(covariance @ matrix)
+        matrix = torch.baddbmm(matrix, matrix, residual, alpha=-1)
+        progress.take(residual)
+    return Inverse(symmetrize_(progress.accepted(matrix)))
+
+
+def _coupled(covariance: Tensor) -> Tensor:
+    bound = _bound(covariance)
+    root, inverse_root = covariance / bound, torch.eye(covariance.shape[-1]).to(covariance).expand_as(covariance)
+    progress = _Progress(covariance)
+    while progress.goes_on:
+        residual = _minus_identity(inverse_root @ root)
+        root = torch.baddbmm(root, root, residual, alpha=-0.5)
+        inverse_root = torch.baddbmm(inverse_root, residual, inverse_root, alpha=-0.5)
+        progress.take(residual)
+    return symmetrize_(progress.accepted(inverse_root) / bound.sqrt())
+
+
+def _minus_identity(product: Tensor) -> Tensor:
+    product.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return product
+
+
+class _Progress:
+    """Whether an iteration that squares its residuals is through, for n matrices together."""
+
+    def __init__(self, covariance: Tensor) -> None:
+        self.steps = 0
+        self.errors = covariance.new_full((len(covariance),), torch.inf)
+        self.goes_on = True
+
+    def take(self, residual: Tensor) -> None:
+        """The residual before a step: the step squares its norm, down to where rounding holds it up."""
+        before, self.errors = self.errors, torch.linalg.vector_norm(residual, dim=(-2, -1))
+        self.steps += 1
+        settled = (self.errors < torch.finfo(residual.dtype).eps ** 0.5) | ~torch.isfinite(self.errors)
+        settled |= (before < 0.5) & (self.errors > before / 2)
+        self.goes_on = self.steps < ITERATIONS and not bool(settled.all())
+
+    def accepted(self, matrix: Tensor) -> Tensor:
+        return torch.where((self.errors < 0.5)[:, None, None], matrix, torch.nan)
