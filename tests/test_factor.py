@@ -76,9 +76,9 @@ def test_the_trace_of_the_transformed_covariance(size):
     truth = (values / (values + 0.01).square()).sum()
     result = transformed_trace(torch.stack([inverse, 2 * inverse]), torch.stack([covariance, covariance]))
     torch.testing.assert_close(result[1], 4 * result[0])
-    # Exact, or five standard deviations of √(2 / 64 r), r the effective rank.
+    # Exact, or five standard deviations of √(2 / 16 r), r the effective rank.
     spread = (values / (values + 0.01).square()).square().sum().sqrt() / truth
-    assert abs(result[0] / truth - 1) < (1e-10 if size == 40 else 5 * (2 / 64) ** 0.5 * spread)
+    assert abs(result[0] / truth - 1) < (1e-10 if size == 40 else 5 * (2 / 16) ** 0.5 * spread)
 
 
 @pytest.mark.parametrize("block_size", [None, 24])

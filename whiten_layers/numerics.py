@@ -1,10 +1,9 @@
-"""Full float32 products, whatever the user's global setting, and symmetry."""
+"""Full float32 products, whatever the user's global setting."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor
 
 _BACKENDS = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
 
@@ -44,15 +43,3 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-def symmetrize_(matrix: Tensor) -> Tensor:
-    """Put ``(A + Aᵀ) / 2`` in the place of n matrices ``(n, M, M)``, in tiles: a large transpose misses every cache."""
-    starts = range(0, matrix.shape[-1], 512)
-    for i in starts:
-        for j in range(i, matrix.shape[-1], 512):
-            upper, lower = matrix[:, i : i + 512, j : j + 512], matrix[:, j : j + 512, i : i + 512]
-            mean = (upper + lower.mT) / 2
-            upper.copy_(mean)
-            lower.copy_(mean.mT)
-    return matrix

@@ -119,7 +119,9 @@ def test_p_stays_positive_definite_over_ten_thousand_refreshes_in_float32():
         factor.update(*moments(rows), 48)
         refresh([factor])
         if step % 100 == 99:
-            assert torch.equal(factor.precision, factor.precision.mT)
+            # Each refresh adds a rounding of 6e-8, with no preferred sign: 1e-5 after 10,000.
+            skew = (factor.precision - factor.precision.mT).norm() / factor.precision.norm()
+            assert skew < 1e-5
             conditions.append(condition(factor.precision[0], factor.damped()[0]))
     assert factor.num_refreshes == 10_000 and factor.num_refreshes_failed == 0
     assert factor.num_refreshes_restarted == 0

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from ..numerics import symmetrize_
 from .base import Inverse
 
 
@@ -39,4 +38,4 @@ def eigh(covariance: Tensor, power: float, last: Inverse | None = None, rank: in
         converge, comes back as NaN.
     """
     values, vectors = decompose(covariance)
-    return Inverse(symmetrize_((vectors * inverse_power(values, power).unsqueeze(-2)) @ vectors.mT))
+    return Inverse((vectors * inverse_power(values, power).unsqueeze(-2)) @ vectors.mT)

@@ -12,7 +12,6 @@ one matrix alone rounding errors grow, and both together stay stable only while 
 import torch
 from torch import Tensor
 
-from ..numerics import symmetrize_
 from .base import Inverse, warm_started
 
 ITERATIONS = 50  # what a condition number of 1e12 takes, and some: each multiplies the smallest eigenvalue by 2
@@ -66,7 +65,7 @@ def _inverse(covariance: Tensor, start: Inverse) -> Inverse:
         residual = _minus_identity(covariance @ matrix)
         matrix = torch.baddbmm(matrix, matrix, residual, alpha=-1)
         progress.take(residual)
-    return Inverse(symmetrize_(progress.accepted(matrix)))
+    return Inverse(progress.accepted(matrix))
 
 
 def _coupled(covariance: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ def _coupled(covariance: Tensor) -> Tensor:
         root = torch.baddbmm(root, root, residual, alpha=-0.5)
         inverse_root = torch.baddbmm(inverse_root, residual, inverse_root, alpha=-0.5)
         progress.take(residual)
-    return symmetrize_(progress.accepted(inverse_root) / bound.sqrt())
+    return progress.accepted(inverse_root) / bound.sqrt()
 
 
 def _minus_identity(product: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ are this library's.
 import torch
 from torch import Tensor
 
-from ..numerics import symmetrize_
 from .base import Inverse, warm_started
 from .eigh import decompose, inverse_power
 
@@ -98,25 +97,28 @@ def _cholesky(gram: Tensor) -> Tensor:
 
 
 def _quasi_newton(covariance: Tensor, start: Inverse) -> Inverse:
-    matrix, directions = start.matrix.clone(), start.directions
+    directions = start.directions
     assert directions is not None
+    # P less left @ right.mT is the P of the steps so far: large matrices are read, and once written.
+    left = right = directions[..., :0]
     for _ in range(STEPS):
+        images = covariance @ directions
         # Orthonormal in the metric of C, before all else: errors then grow with its condition number, not the square.
-        lower = _cholesky(directions.mT @ (covariance @ directions))
-        directions = torch.linalg.solve_triangular(lower.mT, directions, upper=True, left=False)
-        images = covariance @ directions  # Y
-        moved = matrix @ images  # Z
+        lower = _cholesky(directions.mT @ images)
+        both = torch.linalg.solve_triangular(lower.mT, torch.cat([directions, images], -2), upper=True, left=False)
+        directions, images = both.chunk(2, -2)  # S, Y
+        moved = start.matrix @ images - left @ (right.mT @ images)  # Z
         metric, inner = directions.mT @ images, images.mT @ moved  # SᵀY, YᵀZ
         dual = torch.cholesky_solve(directions.mT, _cholesky(metric)).mT  # S K
-        half = dual @ ((inner + metric) / 2)
-        left, right = torch.cat([moved - half, dual], -1), torch.cat([dual, moved - half], -1)  # [W, S K], [S K, W]
-        matrix.baddbmm_(left, right.mT, alpha=-1)
+        update = moved - dual @ ((inner + metric) / 2)  # W
+        left, right = torch.cat([left, update, dual], -1), torch.cat([right, dual, update], -1)
         directions = _orthonormal(moved - dual @ inner)  # V
+    matrix = torch.baddbmm(start.matrix, left, right.mT, alpha=-1)
     # A direction of P that rounding has turned negative is at the end of the spectrum, where the steps lead,
     # and each makes positive what it clears; only where it shows in the sums of many is P past healing.
     broken = (inner.diagonal(dim1=-2, dim2=-1) <= 0).any(-1, keepdim=True)
     matrix.diagonal(dim1=-2, dim2=-1).masked_fill_(broken, torch.nan)
-    return Inverse(symmetrize_(matrix), directions)
+    return Inverse(matrix, directions)
 
 
 def _leading_eigenvectors(covariance: Tensor, power: float, start: Inverse) -> Inverse:
@@ -130,4 +132,4 @@ def _leading_eigenvectors(covariance: Tensor, power: float, start: Inverse) -> I
     flat = inverse_power(tail, power)
     matrix = (vectors * (inverse_power(values, power) - flat).unsqueeze(-2)) @ vectors.mT
     matrix.diagonal(dim1=-2, dim2=-1).add_(flat)
-    return Inverse(symmetrize_(matrix), vectors)
+    return Inverse(matrix, vectors)
