@@ -5,25 +5,26 @@ several learning rates the one that is best for the plain network is used for bo
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import whiten_layers.models
+from matplotlib.figure import Figure
 
 from whiten_layers import whiten
 
 from .data import DATASETS
 from .environment import describe, environment
+from .output import aligned, write
 from .training import (
     OPTIMIZERS,
     SMOOTHING,
     Curve,
     add_transform_options,
+    changed,
     positive,
     train,
     transform_from,
@@ -50,6 +51,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, default=Path("results/convergence"), help="folder for results.json and curves.png"
     )
     add_transform_options(parser)
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE[,NAME=VALUE]",
+        help="several transforms, each given by what is different in it: method=recursive,rank=8 block-size=16",
+    )
     options = parser.parse_args(arguments)
     options.lr = options.lr or [{"sgd": 0.1, "adamw": 0.003}[options.optimizer]]
     options.epochs = options.epochs or {"digits": 20, "crops": 5}[options.dataset]
@@ -58,22 +66,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.batch_size > images:
         parser.error(f"--batch-size {options.batch_size}: {options.dataset} has {images} training images")
     try:
-        options.transform = transform_from(options)
+        options.transforms = {"whitened": transform_from(options)}
+        if options.compare:
+            options.transforms = {text: transform_from(changed(options, text)) for text in options.compare}
     except ValueError as error:
         parser.error(str(error))
     return options
 
 
 def run(options: argparse.Namespace, runs: Runs) -> float:
-    """Fill `runs`, plain at every learning rate and whitened at the best; return that rate."""
+    """Fill `runs`, plain at every learning rate and each transform at the best; return that rate."""
     data = options.data
     settings = {name: getattr(options, name) for name in ("optimizer", "epochs", "batch_size")}
 
     def measure(variant: str, lr: float, seed: int) -> None:
         torch.manual_seed(seed)
         network = getattr(whiten_layers.models, options.model)(data.num_classes)
-        if variant == "whitened":
-            whiten(network, options.transform)
+        if variant != "plain":
+            whiten(network, options.transforms[variant])
         label = f"{variant:8}  lr {lr:g}  seed {seed}"
         curve = runs[variant, lr, seed] = Curve()
         train(network, data, lr=lr, seed=seed, label=label, curve=curve, **settings)
@@ -93,7 +103,8 @@ def run(options: argparse.Namespace, runs: Runs) -> float:
     for seed in options.seeds:
         if len(options.lr) == 1:
             measure("plain", best, seed)
-        measure("whitened", best, seed)
+        for variant in options.transforms:
+            measure(variant, best, seed)
     return best
 
 
@@ -162,26 +173,21 @@ def table(rows: list[dict]) -> str:
                 "never" if late else f"{row['seconds_to_plain']:.1f}",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return aligned(lines)
 
 
-def plot(runs: Runs, lr: float, title: str, path: Path) -> None:
+def plot(runs: Runs, lr: float, title: str) -> Figure:
     """Draw the smoothed loss of every run at the rate `lr`, against steps and against seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    colors = {"plain": "tab:gray", "whitened": "tab:blue"}
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    variants = list(dict.fromkeys(variant for variant, _, _ in runs))
+    colors = dict(zip(variants, ["tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red"], strict=False))
     for (variant, rate, _), curve in runs.items():
         losses = curve.smoothed()
         if rate != lr or not losses:
             continue
-        for panel, xs in zip(
-            panels, [range(SMOOTHING, len(curve.losses) + 1), curve.seconds[SMOOTHING - 1 :]], strict=True
-        ):
+        steps = range(SMOOTHING, len(curve.losses) + 1)
+        for panel, xs in zip(panels, [steps, curve.seconds[SMOOTHING - 1 :]], strict=True):
             known = variant in panel.get_legend_handles_labels()[1]
             panel.plot(xs, losses, color=colors[variant], alpha=0.8, label=None if known else variant)
     for panel, name in zip(panels, ["steps", "seconds of training"], strict=True):
@@ -189,26 +195,15 @@ def plot(runs: Runs, lr: float, title: str, path: Path) -> None:
         panel.set_yscale("log")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"training loss (mean of {SMOOTHING} steps)")
-    panels[0].legend()
+    if variants:
+        panels[0].legend()
     figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def finite(value: Any) -> Any:
-    """The same with None for every NaN and infinity, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status: 130 where Ctrl-C cut it short."""
     options = parse(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     print(describe())
     runs: Runs = {}
     best, interrupted = options.lr[0], False
@@ -217,19 +212,18 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
         print("\ninterrupted: what follows is what was measured until then", file=sys.stderr)
-    rows = summarise(runs)
-    summary = [row for row in (medians(rows, variant, best) for variant in ("plain", "whitened")) if row]
-    title = f"{options.model} on {options.dataset}, {options.optimizer}, lr {best:g}, {options.transform.extra_repr()}"
+    rows, variants = summarise(runs), ["plain", *options.transforms]
+    summary = [row for row in (medians(rows, variant, best) for variant in variants) if row]
+    transforms = "; ".join(transform.extra_repr() for transform in options.transforms.values())
+    title = f"{options.model} on {options.dataset}, {options.optimizer}, lr {best:g}, {transforms}"
     print(f"\n{title}\n{table([*rows, *(summary if len(options.seeds) > 1 else [])])}")
     print(f"'to plain': until the mean loss of {SMOOTHING} steps is at most the plain run's last, with the same seed.")
-    chosen = {key: value for key, value in vars(options).items() if key not in ("transform", "data", "out")}
+    chosen = {key: value for key, value in vars(options).items() if key not in ("transforms", "data", "out")}
     result = {"environment": environment(), "options": chosen, "lr": best}
-    result["transform"] = transform_options(options.transform)
+    result["transforms"] = {name: transform_options(transform) for name, transform in options.transforms.items()}
     result |= {"interrupted": interrupted, "rows": rows, "medians": summary}
     result["curves"] = [{"variant": v, "lr": r, "seed": s, **vars(c)} for (v, r, s), c in runs.items()]
-    (options.out / "results.json").write_text(json.dumps(finite(result), indent=1))
-    plot(runs, best, title, options.out / "curves.png")
-    print(f"written: {options.out / 'results.json'}, {options.out / 'curves.png'}")
+    write(options.out, result, {"curves": plot(runs, best, title)})
     return 130 if interrupted else 0
 
 

@@ -8,8 +8,6 @@ whole cycles, and the ratio printed is the median over such stretches.
 
 import argparse
 import copy
-import ctypes
-import json
 import math
 import statistics
 import sys
@@ -27,22 +25,9 @@ from whiten_layers import whiten
 
 from .convergence import MODELS
 from .environment import describe, environment
+from .output import write
+from .timing import steady_allocator
 from .training import OPTIMIZERS, add_transform_options, positive, transform_from, transform_options
-
-
-def steady_allocator() -> bool:
-    """Keep glibc from giving memory back to the system between two steps; return whether that could be asked for.
-
-    It takes and returns the top of its heap many times a step, thousands of page faults, more or fewer
-    as small allocations happen to lie: between two processes the plain network alone was seen to
-    differ by more than what is measured here.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(mmap_threshold, 32 * 2**20) and mallopt(trim_threshold, 2**31 - 1))
 
 
 def stepper(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], float]:
@@ -109,7 +94,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name:9} {1e3 * statistics.median(stretches(name)):8.1f} ms a step")
     print(f"ratio     {statistics.median(ratios):8.3f} (median of {len(ratios)} stretches of {cycle} steps,", end=" ")
     print(f"{min(ratios):.3f} to {max(ratios):.3f})")
-    options.out.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(), "transform": transform_options(transform), "model": options.model}
     result |= {
         "steady_allocator": steady,
@@ -118,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         "seconds": seconds,
         "ratios": ratios,
     }
-    (options.out / "results.json").write_text(json.dumps(result, indent=1))
+    write(options.out, result, {})
     return 0
 
 

@@ -128,6 +128,13 @@ def add_transform_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
 
 
+def changed(options: argparse.Namespace, text: str) -> argparse.Namespace:
+    """The same options with those of the transform that `text` names: ``method=recursive,rank=8``."""
+    parser = argparse.ArgumentParser(add_help=False, prog=f"--compare {text}", usage=argparse.SUPPRESS)
+    add_transform_options(parser)
+    return parser.parse_args([f"--{part.strip()}" for part in text.split(",")], argparse.Namespace(**vars(options)))
+
+
 def transform_from(options: argparse.Namespace) -> FeatureWhitening:
     """The transform that `add_transform_options` describes.
 

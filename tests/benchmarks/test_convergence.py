@@ -27,7 +27,7 @@ def test_a_run_leaves_a_table_a_file_and_a_plot(tmp_path, capsys):
     assert len(result["curves"][0]["losses"]) == 30
     # The same weights and the same batch: the first step's loss is the same to the last bit.
     assert result["curves"][0]["losses"][0] == result["curves"][1]["losses"][0]
-    assert result["environment"]["torch"] and result["transform"]["power"] == 1.0
+    assert result["environment"]["torch"] and result["transforms"]["whitened"]["power"] == 1.0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -59,11 +59,43 @@ def test_the_best_rate_of_the_plain_network_is_used_for_both(tmp_path, monkeypat
     assert len(result["rows"]) == 8
 
 
+def test_several_transforms_in_one_run(tmp_path, capsys, monkeypatch):
+    def train(network, data, *, curve, **options):
+        curve.losses, curve.seconds = [1.0] * 30, [0.0] * 30
+        seen.append(getattr(getattr(network.fc, "transform", None), "method", None))
+
+    seen = []
+    monkeypatch.setattr(convergence, "train", train)
+    arguments = [
+        "--compare",
+        "method=cholesky",
+        "method=recursive,rank=8",
+        "--power",
+        "1",
+        "--seeds",
+        "0",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    assert convergence.main(arguments) == 0
+    assert seen == [None, "cholesky", "recursive"] * 2
+    assert [row["variant"] for row in results(tmp_path)["medians"]] == [
+        "plain",
+        "method=cholesky",
+        "method=recursive,rank=8",
+    ]
+    assert results(tmp_path)["transforms"]["method=recursive,rank=8"]["rank"] == 8
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--power", "2"], r"power=2.0 is not possible: give a number in [0, 1]"),
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
+        (["--compare", "method=eigh", "method=qr"], "method='qr' is not possible"),
+        (["--compare", "rank=x"], "argument --rank: invalid int value: 'x'"),
+        (["--compare", "ranks=3"], "unrecognized arguments: --ranks=3"),
         (["--method", "qr"], "method='qr' is not possible"),
         (["--epochs", "0"], "invalid positive int value: '0'"),
         (["--lr", "-0.1"], "invalid positive float value: '-0.1'"),

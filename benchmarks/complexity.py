@@ -1,0 +1,208 @@
+"""The paper's two complexity claims (arXiv 2010.01546), measured.
+
+(a) Whitening by transforming the gradient, against transforming the samples forward and backward: the
+multiplications and the time of both, and the factor S / (2B) that the paper predicts between them.
+(b) Refreshing the inverse by recursion, against the eigendecomposition: time over M, and the exponent of M.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from whiten_layers.factor import WhiteningFactor
+from whiten_layers.inverse import METHODS
+from whiten_layers.numerics import full_precision
+from whiten_layers.refresh import refresh
+
+from .environment import describe, environment
+from .output import aligned, write
+from .timing import median_seconds, steady_allocator
+from .training import positive
+
+BASELINE = "eigh"
+DAMPING = 0.03
+
+
+def covariance_of(size: int) -> Tensor:
+    """A sample covariance whose variances fall as 1/i."""
+    rows = torch.randn(2 * size, size) / torch.arange(1, size + 1).sqrt()
+    return rows.mT @ rows / len(rows)
+
+
+def transformation(batch: int, outputs: int, features: int) -> dict[str, float]:
+    """Cell (B, S, M) of claim (a): both ways on the same numbers, the answers compared, then timed in turns."""
+    inputs, delta = torch.randn(batch, features) + 0.5, torch.randn(batch, outputs)
+    mean, weight = inputs.mean(0), torch.randn(outputs, features)
+    covariance = covariance_of(features) + DAMPING * torch.eye(features)
+    root = torch.linalg.inv(torch.linalg.cholesky(covariance))  # TᵀT = P
+    precision = root.mT @ root
+    grad_weight, grad_bias = delta.mT @ inputs, delta.sum(0)
+    upstream = delta @ weight  # ∂L/∂x̃ of the network that whitens its samples
+
+    def samples() -> tuple[Tensor, Tensor]:
+        return (inputs - mean) @ root.mT, upstream @ root  # x̃ forward, ∂L/∂x backward
+
+    def gradient() -> tuple[Tensor, Tensor]:
+        whitened = (grad_weight - torch.outer(grad_bias, mean)) @ precision
+        return whitened, grad_bias - whitened @ mean
+
+    # The same step: the plain parameters W = W̃ T of the network that whitens its samples move by (δᵀx̃) T.
+    step = (delta.mT @ samples()[0]) @ root
+    torch.testing.assert_close(gradient()[0], step, rtol=1e-3, atol=1e-3 * step.abs().max().item())
+    of_samples, of_gradient = median_seconds(samples, gradient)
+    counts = {"samples": 2 * batch * features**2, "gradient": outputs * features**2 + 3 * outputs * features}
+    return {
+        "B": batch,
+        "S": outputs,
+        "M": features,
+        "multiplications_samples": counts["samples"],
+        "multiplications_gradient": counts["gradient"],
+        "seconds_samples": of_samples,
+        "seconds_gradient": of_gradient,
+        "predicted": outputs / (2 * batch),
+        "counted": counts["gradient"] / counts["samples"],
+        "measured": of_gradient / of_samples,
+        "rate_samples": counts["samples"] / of_samples,
+        "rate_gradient": counts["gradient"] / of_gradient,
+    }
+
+
+def agreement(cell: dict[str, float]) -> str:
+    """How far the measured factor is from the predicted one, and why where it is more than twice."""
+    off = cell["measured"] / cell["predicted"]
+    if 0.5 <= off <= 2:
+        return "yes"
+    slow = "gradient's" if off > 1 else "samples'"
+    return f"no: the {slow} products run at {min(off, 1 / off):.2f} of the other's speed"
+
+
+def refreshes(size: int, rank: int, largest: int) -> dict[str, dict[str, float]]:
+    """Claim (b) at one M: seconds of each method alone, and of a whole refresh with statistics scaled and P written."""
+    covariance = covariance_of(size)[None]
+    seconds: dict[str, dict[str, float]] = {}
+    calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
+    for name, method in METHODS.items():
+        if name in (BASELINE, "newton_schulz") and size > largest:
+            continue
+        factor = WhiteningFactor(1, size, method=name, power=1.0, damping=DAMPING, decay=0.95, rescale=True, rank=rank)
+        factor.running_covariance.copy_(covariance)
+        factor.running_count.fill_(1)
+        refresh([factor])  # from here on warm, as in training
+        damped, last = factor.damped(), factor.last()
+        calls[name] = (
+            lambda method=method, damped=damped, last=last: method.inverse(damped, 1.0, last, rank),
+            lambda factor=factor: refresh([factor]),
+        )
+    alone, whole = (median_seconds(*column, budget=3.0) for column in zip(*calls.values(), strict=True))
+    for name, inverse, complete in zip(calls, alone, whole, strict=True):
+        seconds[name] = {"inverse": inverse, "refresh": complete}
+    seconds["recursive"]["floor"] = sum(median_seconds(*large_products(covariance, min(rank, size))))
+    return seconds
+
+
+def large_products(covariance: Tensor, rank: int) -> list[Callable[[], Tensor]]:
+    """What a recursive inverse cannot do without: in two steps C and P times `rank` columns, and one update of P."""
+    columns, pairs = torch.randn(1, covariance.shape[-1], rank), torch.randn(1, covariance.shape[-1], 4 * rank)
+    precision = covariance.clone()
+    thin = [lambda: covariance @ columns, lambda: precision @ columns]
+    return [*thin, *thin, lambda: torch.baddbmm(precision, pairs, pairs.mT, alpha=-1)]
+
+
+def exponent(sizes: list[int], seconds: list[float]) -> float:
+    """The slope of log seconds over log M, by least squares."""
+    x, y = torch.tensor(sizes).double().log(), torch.tensor(seconds).double().log()
+    x, y = x - x.mean(), y - y.mean()
+    return ((x * y).sum() / (x * x).sum()).item()
+
+
+def plot(cells: list[dict], measured: dict[int, dict], exponents: dict[str, float]) -> Figure:
+    """Measured against predicted factors, and seconds of an inverse over M."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for features in sorted({cell["M"] for cell in cells}):
+        points = [(cell["predicted"], cell["measured"]) for cell in cells if cell["M"] == features]
+        left.loglog(*zip(*points, strict=True), "o", markersize=4, label=f"M = {features}")
+    ends = [min(cell["predicted"] for cell in cells), max(cell["predicted"] for cell in cells)]
+    left.loglog(ends, ends, "k-", linewidth=0.8)
+    left.fill_between(ends, [end / 2 for end in ends], [end * 2 for end in ends], color="k", alpha=0.1, linewidth=0)
+    left.set_xlabel("S / (2B)")
+    left.set_ylabel("time of the gradient's way / of the samples' way")
+    left.legend()
+    for name, slope in exponents.items():
+        points = [(size, values[name]["inverse"]) for size, values in measured.items() if name in values]
+        right.loglog(*zip(*points, strict=True), "o-", markersize=4, label=f"{name}, M^{slope:.2f}")
+    right.set_xlabel("M")
+    right.set_ylabel("seconds of an inverse")
+    right.legend()
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.complexity", description=__doc__.split("\n\n")[0])
+    sizes = [128, 288, 576, 1152, 2304, 4608]
+    parser.add_argument("--batches", type=positive(int), nargs="+", default=[32, 128, 512, 2048], help="B of (a)")
+    parser.add_argument("--outputs", type=positive(int), nargs="+", default=[64, 256, 1024], help="S of (a)")
+    parser.add_argument("--features", type=positive(int), nargs="+", default=[144, 576, 2304], help="M of (a)")
+    parser.add_argument("--sizes", type=positive(int), nargs="+", default=sizes, help="M of (b)")
+    parser.add_argument("--largest", type=positive(int), default=4608, help="M of the slow methods of (b) at most")
+    parser.add_argument("--rank", type=positive(int), default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("results/complexity"), help="folder for the results")
+    options = parser.parse_args(arguments)
+    if options.largest < min(options.sizes):
+        parser.error(f"--largest {options.largest}: --sizes begins at {min(options.sizes)}")
+    steady_allocator()
+    torch.manual_seed(options.seed)
+    print(describe())
+    grid = [(b, s, m) for m in options.features for s in options.outputs for b in options.batches]
+    with full_precision():
+        cells = [transformation(*cell) for cell in tqdm(grid, unit="cell", desc="(a)", dynamic_ncols=True)]
+        measured = {
+            size: refreshes(size, options.rank, options.largest)
+            for size in tqdm(sorted(options.sizes), unit="size", desc="(b)", dynamic_ncols=True)
+        }
+
+    print("\n(a) transforming the gradient against transforming the samples; the factor is gradient / samples")
+    heads = ["B", "S", "M", "multiplications", "ms, samples", "ms, gradient", "S/(2B)", "counted", "measured"]
+    table = [[*heads, "within 2×"]]
+    for cell in cells:
+        counts = f"{cell['multiplications_gradient']:.3g} / {cell['multiplications_samples']:.3g}"
+        times = [f"{1e3 * cell[key]:.3f}" for key in ("seconds_samples", "seconds_gradient")]
+        factors = [f"{cell[key]:.3g}" for key in ("predicted", "counted", "measured")]
+        table.append([str(cell["B"]), str(cell["S"]), str(cell["M"]), counts, *times, *factors, agreement(cell)])
+    print(aligned(table))
+
+    print(f"\n(b) milliseconds of an inverse (of a whole refresh), power 1, rank {options.rank}, warm")
+    table = [["M", *METHODS, f"{BASELINE} / recursive", "cholesky / recursive", "its products alone"]]
+    for size, values in measured.items():
+        row = [f"{1e3 * v['inverse']:.2f} ({1e3 * v['refresh']:.2f})" for v in (values.get(n) for n in METHODS) if v]
+        row += ["" for name in METHODS if name not in values]
+        for name in (BASELINE, "cholesky"):
+            ratios = [
+                f"{values[name][k] / values['recursive'][k]:.1f}" for k in ("inverse", "refresh") if name in values
+            ]
+            row.append(f"{ratios[0]} ({ratios[1]})" if ratios else "")
+        table.append([str(size), *row, f"{1e3 * values['recursive']['floor']:.2f}"])
+    exponents = {}
+    for name in METHODS:
+        known = {size: values[name]["inverse"] for size, values in measured.items() if name in values}
+        exponents[name] = exponent(list(known), list(known.values())) if len(known) > 1 else math.nan
+    table.append(["exponent", *(f"{exponents[name]:.2f}" for name in METHODS), "", "", ""])
+    print(aligned(table))
+    chosen = {key: value for key, value in vars(options).items() if key != "out"}
+    result = {"environment": environment(), "options": chosen, "transformation": cells}
+    result |= {"refresh": measured, "exponents": exponents}
+    write(options.out, result, {"complexity": plot(cells, measured, exponents)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Measuring time, so that two figures of one run can be compared."""
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+
+
+def steady_allocator() -> bool:
+    """Keep glibc from giving memory back to the system between two calls; return whether that could be asked for.
+
+    It takes and returns the top of its heap many times a step, thousands of page faults, more or fewer
+    as small allocations happen to lie: between two processes the same work alone was seen to
+    differ by more than what is measured here.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(mmap_threshold, 32 * 2**20) and mallopt(trim_threshold, 2**31 - 1))
+
+
+def median_seconds(*calls: Callable[[], object], budget: float = 0.5, limit: int = 25) -> list[float]:
+    """Median seconds of each of several calls, which take turns: one round to warm up, then within `budget` seconds.
+
+    Three rounds are taken at least, `limit` at most.
+    """
+    for call in calls:
+        call()
+    seconds: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    for number in range(limit):
+        if number >= 3 and time.perf_counter() - start > budget:
+            break
+        for call, taken in zip(calls, seconds, strict=True):
+            before = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - before)
+    return [statistics.median(taken) for taken in seconds]
