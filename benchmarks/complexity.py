@@ -28,6 +28,7 @@ from .training import positive
 
 BASELINE = "eigh"
 DAMPING = 0.03
+LARGE = 1000  # from this M on arithmetic outweighs the cost of calls
 
 
 def covariance_of(size: int) -> Tensor:
@@ -115,9 +116,11 @@ def large_products(covariance: Tensor, rank: int) -> list[Callable[[], Tensor]]:
     return [*thin, *thin, lambda: torch.baddbmm(precision, pairs, pairs.mT, alpha=-1)]
 
 
-def exponent(sizes: list[int], seconds: list[float]) -> float:
-    """The slope of log seconds over log M, by least squares."""
-    x, y = torch.tensor(sizes).double().log(), torch.tensor(seconds).double().log()
+def exponent(seconds: dict[int, float]) -> float:
+    """The slope of log seconds over log M, by least squares; not a number for fewer than two sizes."""
+    if len(seconds) < 2:
+        return math.nan
+    x, y = torch.tensor(list(seconds)).double().log(), torch.tensor(list(seconds.values())).double().log()
     x, y = x - x.mean(), y - y.mean()
     return ((x * y).sum() / (x * x).sum()).item()
 
@@ -192,15 +195,17 @@ def main(arguments: list[str] | None = None) -> int:
             row.append(f"{ratios[0]} ({ratios[1]})" if ratios else "")
         table.append([str(size), *row, f"{1e3 * values['recursive']['floor']:.2f}"])
     exponents = {}
-    for name in METHODS:
-        known = {size: values[name]["inverse"] for size, values in measured.items() if name in values}
-        exponents[name] = exponent(list(known), list(known.values())) if len(known) > 1 else math.nan
-    table.append(["exponent", *(f"{exponents[name]:.2f}" for name in METHODS), "", "", ""])
+    for label, least in {"exponent": 0, f"from {LARGE} on": LARGE}.items():
+        exponents[label] = {
+            name: exponent({size: v[name]["inverse"] for size, v in measured.items() if name in v and size >= least})
+            for name in METHODS
+        }
+        table.append([label, *(f"{exponents[label][name]:.2f}" for name in METHODS), "", "", ""])
     print(aligned(table))
     chosen = {key: value for key, value in vars(options).items() if key != "out"}
     result = {"environment": environment(), "options": chosen, "transformation": cells}
     result |= {"refresh": measured, "exponents": exponents}
-    write(options.out, result, {"complexity": plot(cells, measured, exponents)})
+    write(options.out, result, {"complexity": plot(cells, measured, exponents["exponent"])})
     return 0
 
 
