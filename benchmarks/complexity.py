@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from whiten_layers.factor import WhiteningFactor
-from whiten_layers.inverse import METHODS
+from whiten_layers.inverse import METHODS, supports
 from whiten_layers.numerics import full_precision
 from whiten_layers.refresh import refresh
 
@@ -28,6 +28,7 @@ from .training import positive
 
 BASELINE = "eigh"
 DAMPING = 0.03
+KEYS = ("inverse", "refresh")
 LARGE = 1000  # from this M on arithmetic outweighs the cost of calls
 
 
@@ -58,7 +59,8 @@ def transformation(batch: int, outputs: int, features: int) -> dict[str, float]:
     step = (delta.mT @ samples()[0]) @ root
     torch.testing.assert_close(gradient()[0], step, rtol=1e-3, atol=1e-3 * step.abs().max().item())
     of_samples, of_gradient = median_seconds(samples, gradient)
-    counts = {"samples": 2 * batch * features**2, "gradient": outputs * features**2 + 3 * outputs * features}
+    counts = {"samples": 2 * batch * features**2, "gradient": outputs * features**2 + 2 * outputs * features}
+    (alone,) = median_seconds(gradient)
     return {
         "B": batch,
         "S": outputs,
@@ -67,6 +69,7 @@ def transformation(batch: int, outputs: int, features: int) -> dict[str, float]:
         "multiplications_gradient": counts["gradient"],
         "seconds_samples": of_samples,
         "seconds_gradient": of_gradient,
+        "seconds_gradient_alone": alone,
         "predicted": outputs / (2 * batch),
         "counted": counts["gradient"] / counts["samples"],
         "measured": of_gradient / of_samples,
@@ -76,34 +79,48 @@ def transformation(batch: int, outputs: int, features: int) -> dict[str, float]:
 
 
 def agreement(cell: dict[str, float]) -> str:
-    """How far the measured factor is from the predicted one, and why where it is more than twice."""
+    """Whether the measured factor is within twice the predicted one, and if not, why."""
     off = cell["measured"] / cell["predicted"]
     if 0.5 <= off <= 2:
         return "yes"
-    slow = "gradient's" if off > 1 else "samples'"
-    return f"no: the {slow} products run at {min(off, 1 / off):.2f} of the other's speed"
+    alone = cell["seconds_gradient_alone"] / cell["seconds_samples"] / cell["predicted"]
+    if 0.5 <= alone <= 2:
+        return f"no, {off:.1f}×; alone {alone:.1f}×: the samples turn its operands out of the cache"
+    short = min(cell["seconds_gradient"], cell["seconds_samples"])
+    return f"no, {off:.1f}×; alone {alone:.1f}×" + (": too short to fill the machine" if short < 1e-4 else "")
 
 
-def refreshes(size: int, rank: int, largest: int) -> dict[str, dict[str, float]]:
-    """Claim (b) at one M: seconds of each method alone, and of a whole refresh with statistics scaled and P written."""
+def refreshes(size: int, power: float, rank: int, largest: int) -> dict[str, dict[str, float]]:
+    """Claim (b) at one M: seconds of each method alone, and of a whole refresh with statistics scaled and P written.
+
+    As in training, C has moved since the last refresh, by ten batches at a decay of 0.95. It goes back and forth
+    between two covariances, so that every call has as far to go as the one before.
+    """
     covariance = covariance_of(size)[None]
+    moved = torch.lerp(covariance_of(size)[None], covariance, 0.95**10)
     seconds: dict[str, dict[str, float]] = {}
     calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
     for name, method in METHODS.items():
-        if name in (BASELINE, "newton_schulz") and size > largest:
+        if not supports(name, power) or (name in (BASELINE, "newton_schulz") and size > largest):
             continue
-        factor = WhiteningFactor(1, size, method=name, power=1.0, damping=DAMPING, decay=0.95, rescale=True, rank=rank)
-        factor.running_covariance.copy_(covariance)
-        factor.running_count.fill_(1)
-        refresh([factor])  # from here on warm, as in training
-        damped, last = factor.damped(), factor.last()
-        calls[name] = (
-            lambda method=method, damped=damped, last=last: method.inverse(damped, 1.0, last, rank),
-            lambda factor=factor: refresh([factor]),
-        )
-    alone, whole = (median_seconds(*column, budget=3.0) for column in zip(*calls.values(), strict=True))
-    for name, inverse, complete in zip(calls, alone, whole, strict=True):
-        seconds[name] = {"inverse": inverse, "refresh": complete}
+        options = {"method": name, "power": power, "damping": DAMPING, "decay": 0.95, "rescale": True, "rank": rank}
+        factor = WhiteningFactor(1, size, **options)
+        factor.running_covariance = covariance
+        for _ in range(10):
+            refresh([factor])
+        last = factor.last()
+        factor.running_covariance = moved
+        damped = factor.damped()
+
+        def whole(factor: WhiteningFactor = factor) -> None:
+            factor.running_covariance = covariance if factor.running_covariance is moved else moved
+            refresh([factor])
+
+        alone = lambda method=method, damped=damped, last=last: method.inverse(damped, power, last, rank)  # noqa: E731
+        calls[name] = (alone, whole)
+    taken = iter(median_seconds(*(call for pair in calls.values() for call in pair), budget=5.0))
+    for name in calls:
+        seconds[name] = {"inverse": next(taken), "refresh": next(taken)}
     seconds["recursive"]["floor"] = sum(median_seconds(*large_products(covariance, min(rank, size))))
     return seconds
 
@@ -116,6 +133,13 @@ def large_products(covariance: Tensor, rank: int) -> list[Callable[[], Tensor]]:
     return [*thin, *thin, lambda: torch.baddbmm(precision, pairs, pairs.mT, alpha=-1)]
 
 
+def pair(values: dict, name: str, compute: Callable[[float, float], float], text: str) -> str:
+    """A cell of table (b): of an inverse, and of a whole refresh; empty where the method was left out."""
+    if name not in values:
+        return ""
+    return text.format(*(compute(values[name][key], values["recursive"][key]) for key in KEYS))
+
+
 def exponent(seconds: dict[int, float]) -> float:
     """The slope of log seconds over log M, by least squares; not a number for fewer than two sizes."""
     if len(seconds) < 2:
@@ -125,7 +149,7 @@ def exponent(seconds: dict[int, float]) -> float:
     return ((x * y).sum() / (x * x).sum()).item()
 
 
-def plot(cells: list[dict], measured: dict[int, dict], exponents: dict[str, float]) -> Figure:
+def plot(cells: list[dict], measured: dict[int, dict], exponents: dict[str, dict[str, float]]) -> Figure:
     """Measured against predicted factors, and seconds of an inverse over M."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -140,7 +164,7 @@ def plot(cells: list[dict], measured: dict[int, dict], exponents: dict[str, floa
     left.legend()
     for name, slope in exponents.items():
         points = [(size, values[name]["inverse"]) for size, values in measured.items() if name in values]
-        right.loglog(*zip(*points, strict=True), "o-", markersize=4, label=f"{name}, M^{slope:.2f}")
+        right.loglog(*zip(*points, strict=True), "o-", markersize=4, label=f"{name}, M^{slope['inverse']:.2f}")
     right.set_xlabel("M")
     right.set_ylabel("seconds of an inverse")
     right.legend()
@@ -156,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--features", type=positive(int), nargs="+", default=[144, 576, 2304], help="M of (a)")
     parser.add_argument("--sizes", type=positive(int), nargs="+", default=sizes, help="M of (b)")
     parser.add_argument("--largest", type=positive(int), default=4608, help="M of the slow methods of (b) at most")
+    parser.add_argument("--power", type=positive(float), default=1.0, help="of (b)")
     parser.add_argument("--rank", type=positive(int), default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/complexity"), help="folder for the results")
@@ -169,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     with full_precision():
         cells = [transformation(*cell) for cell in tqdm(grid, unit="cell", desc="(a)", dynamic_ncols=True)]
         measured = {
-            size: refreshes(size, options.rank, options.largest)
+            size: refreshes(size, options.power, options.rank, options.largest)
             for size in tqdm(sorted(options.sizes), unit="size", desc="(b)", dynamic_ncols=True)
         }
 
@@ -183,29 +208,30 @@ def main(arguments: list[str] | None = None) -> int:
         table.append([str(cell["B"]), str(cell["S"]), str(cell["M"]), counts, *times, *factors, agreement(cell)])
     print(aligned(table))
 
-    print(f"\n(b) milliseconds of an inverse (of a whole refresh), power 1, rank {options.rank}, warm")
-    table = [["M", *METHODS, f"{BASELINE} / recursive", "cholesky / recursive", "its products alone"]]
+    title = f"(b) milliseconds of an inverse (of a whole refresh), power {options.power:g}, rank {options.rank}"
+    print(f"\n{title}, from the last one, after C has moved")
+    names = [name for name in METHODS if supports(name, options.power)]
+    others = [name for name in (BASELINE, "cholesky") if name in names]
+    floor = options.power == 1
+    table = [["M", *names, *(f"{name} / recursive" for name in others), *(["its products alone"] if floor else [])]]
     for size, values in measured.items():
-        row = [f"{1e3 * v['inverse']:.2f} ({1e3 * v['refresh']:.2f})" for v in (values.get(n) for n in METHODS) if v]
-        row += ["" for name in METHODS if name not in values]
-        for name in (BASELINE, "cholesky"):
-            ratios = [
-                f"{values[name][k] / values['recursive'][k]:.1f}" for k in ("inverse", "refresh") if name in values
-            ]
-            row.append(f"{ratios[0]} ({ratios[1]})" if ratios else "")
-        table.append([str(size), *row, f"{1e3 * values['recursive']['floor']:.2f}"])
-    exponents = {}
+        row = [pair(values, name, lambda own, _: 1e3 * own, "{:.2f} ({:.2f})") for name in names]
+        row += [pair(values, name, lambda own, recursive: own / recursive, "{:.1f} ({:.1f})") for name in others]
+        table.append([str(size), *row, *([f"{1e3 * values['recursive']['floor']:.2f}"] if floor else [])])
+    exponents: dict[str, dict[str, dict[str, float]]] = {}
     for label, least in {"exponent": 0, f"from {LARGE} on": LARGE}.items():
+        known = {size: values for size, values in measured.items() if size >= least}
         exponents[label] = {
-            name: exponent({size: v[name]["inverse"] for size, v in measured.items() if name in v and size >= least})
-            for name in METHODS
+            name: {key: exponent({m: v[name][key] for m, v in known.items() if name in v}) for key in KEYS}
+            for name in names
         }
-        table.append([label, *(f"{exponents[label][name]:.2f}" for name in METHODS), "", "", ""])
+        slopes = ["{inverse:.2f} ({refresh:.2f})".format(**exponents[label][name]) for name in names]
+        table.append([label, *slopes, *[""] * (len(table[0]) - 1 - len(names))])
     print(aligned(table))
     chosen = {key: value for key, value in vars(options).items() if key != "out"}
     result = {"environment": environment(), "options": chosen, "transformation": cells}
     result |= {"refresh": measured, "exponents": exponents}
-    write(options.out, result, {"complexity": plot(cells, measured, exponents["exponent"])})
+    write(options.out, result, {"complexity": lambda: plot(cells, measured, exponents["exponent"])})
     return 0
 
 

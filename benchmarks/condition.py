@@ -23,6 +23,7 @@ from tqdm import tqdm
 from whiten_layers import FeatureWhitening, whiten
 from whiten_layers.factor import WhiteningFactor
 from whiten_layers.inverse import METHODS, Inverse
+from whiten_layers.numerics import full_precision
 
 from .data import DATASETS
 from .environment import describe, environment
@@ -68,15 +69,16 @@ def trained(epochs: int, seed: int) -> list[Case]:
 
 
 def condition(matrix: Tensor, covariance: Tensor) -> float:
-    """Of ``P^½ C P^½``, whose eigenvalues are those of ``Lᵀ C L`` with ``L Lᵀ = P``."""
+    """Of ``P^½ C P^½``, whose eigenvalues are those of ``Lᵀ C L`` with ``L Lᵀ = P``; infinite unless P is positive."""
     lower, info = torch.linalg.cholesky_ex(matrix.double())
     values = torch.linalg.eigvalsh(lower.mT @ covariance.double() @ lower)[0]
-    return (values[-1] / values[0]).item() if not info.any() else float("nan")
+    return (values[-1] / values[0]).item() if not info.any() else float("inf")
 
 
 def refreshed(name: str, covariance: Tensor, power: float, rank: int, refreshes: int) -> dict[str, Any]:
     """Refresh as often as is asked; an exact method has no more to tell after a few."""
     inverse = textbook if name == "textbook" else METHODS[name].inverse
+    inverse(covariance, power, None, rank)  # to warm up
     last, seconds, conditions, total = None, [], {}, 0.0
     for number in range(1, (refreshes if name in ("recursive", "textbook") else 3) + 1):
         start = time.perf_counter()
@@ -88,18 +90,18 @@ def refreshed(name: str, covariance: Tensor, power: float, rank: int, refreshes:
     return {"method": name, "power": power, "seconds": statistics.median(seconds), "after": conditions}
 
 
-def lines(case: str, size: int, before: float, runs: list[dict]) -> list[list[str]]:
+def lines(case: str, size: int, before: float, runs: list[dict], shown: list[int]) -> list[list[str]]:
     """Rows of the table: a method's condition numbers, and the milliseconds of a refresh."""
     rows = []
     for run in runs:
         after = {number: value["condition"] for number, value in run["after"].items()}
-        cells = [f"{after[n]:.3g}" if n in after else "" for n in SHOWN]
+        cells = [f"{after[n]:.3g}" if n in after else "" for n in shown]
         label = run["method"] if run["power"] == 1 else f"{run['method']}, power {run['power']:g}"
         rows.append([case, str(size), label, f"{before:.4g}", *cells, f"{1e3 * run['seconds']:.2f}"])
     return rows
 
 
-def summary(layers: list[dict]) -> list[list[str]]:
+def summary(layers: list[dict], shown: list[int]) -> list[list[str]]:
     """Of many layers: the median and the worst condition number after each number of refreshes."""
     rows = []
     for index, run in enumerate(layers[0]["runs"]):
@@ -107,13 +109,16 @@ def summary(layers: list[dict]) -> list[list[str]]:
             runs = [layer["runs"][index] for layer in layers]
             after = {n: {"condition": reduce(r["after"][n]["condition"] for r in runs)} for n in run["after"]}
             total = {**run, "after": after, "seconds": sum(r["seconds"] for r in runs)}
-            rows += lines(f"ResNet-20, {name}", len(layers), reduce(layer["before"] for layer in layers), [total])
+            rows += lines(
+                f"ResNet-20, {name}", len(layers), reduce(layer["before"] for layer in layers), [total], shown
+            )
     return rows
 
 
 def plot(results: list[dict]) -> Figure:
     """Condition numbers against refreshes, and against seconds, for the largest case of each kind."""
-    chosen = list({result["case"]: result for result in results if result["kind"] == "spectrum"}.values())
+    spectra = sorted((result for result in results if result["kind"] == "spectrum"), key=lambda result: result["size"])
+    chosen = list({result["case"]: result for result in spectra}.values())
     layers = [result for result in results if result["kind"] == "layer"]
     chosen += [max(layers, key=lambda result: (result["size"], result["before"]))] if layers else []
     figure = Figure(figsize=(4 * len(chosen), 7), layout="constrained")
@@ -161,25 +166,24 @@ def main(arguments: list[str] | None = None) -> int:
     for kind, name, covariance in tqdm(cases, unit="case", dynamic_ncols=True):
         size = covariance.shape[-1]
         asked = [(method, 1.0) for method in ("textbook", *METHODS)] + [("eigh", 0.5), ("recursive", 0.5)]
-        runs = [refreshed(m, covariance, power, options.rank, options.refreshes) for m, power in asked]
+        with full_precision():
+            runs = [refreshed(m, covariance, power, options.rank, options.refreshes) for m, power in asked]
         before = condition(torch.eye(size)[None], covariance)
         results.append({"kind": kind, "case": name, "size": size, "before": before, "runs": runs})
-    heads = ["covariance", "M", "method", "at first", *(f"after {n}" for n in SHOWN), "ms"]
     shown = [n for n in SHOWN if n <= options.refreshes]
-    table = [heads]
+    table = [["covariance", "M", "method", "at first", *(f"after {n}" for n in shown), "ms"]]
     layers = [result for result in results if result["kind"] == "layer"]
     if layers:
-        table += summary(layers)
+        table += summary(layers, shown)
     for result in results:
         if result["kind"] == "spectrum":
-            table += lines(result["case"], result["size"], result["before"], result["runs"])
-    keep = [i for i, head in enumerate(heads) if not head.startswith("after") or int(head.split()[1]) in shown]
+            table += lines(result["case"], result["size"], result["before"], result["runs"], shown)
     print(f"\nrank {options.rank}, condition number of P^½ C P^½ after so many refreshes, milliseconds a refresh")
-    print(aligned([[line[i] for i in keep] for line in table]))
+    print(aligned(table))
     print("ResNet-20: M is the number of layers, all refreshed; the milliseconds are those of all.")
     chosen = {key: value for key, value in vars(options).items() if key != "out"}
     result = {"environment": environment(), "options": chosen, "cases": results}
-    write(options.out, result, {"condition": plot(results)})
+    write(options.out, result, {"condition": lambda: plot(results)})
     return 0
 
 

@@ -181,7 +181,7 @@ def plot(runs: Runs, lr: float, title: str) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     variants = list(dict.fromkeys(variant for variant, _, _ in runs))
-    colors = dict(zip(variants, ["tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red"], strict=False))
+    colors = {variant: "tab:gray" if variant == "plain" else f"C{i}" for i, variant in enumerate(variants)}
     for (variant, rate, _), curve in runs.items():
         losses = curve.smoothed()
         if rate != lr or not losses:
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     result["transforms"] = {name: transform_options(transform) for name, transform in options.transforms.items()}
     result |= {"interrupted": interrupted, "rows": rows, "medians": summary}
     result["curves"] = [{"variant": v, "lr": r, "seed": s, **vars(c)} for (v, r, s), c in runs.items()]
-    write(options.out, result, {"curves": plot(runs, best, title)})
+    write(options.out, result, {"curves": lambda: plot(runs, best, title)})
     return 130 if interrupted else 0
 
 

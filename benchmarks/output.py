@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,10 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(folder: Path, result: dict[str, Any], figures: "dict[str, Figure]") -> None:
-    """Write ``results.json`` and the figures, named without ending, into a folder that is made if need be."""
+def write(folder: Path, result: dict[str, Any], figures: "dict[str, Callable[[], Figure]]") -> None:
+    """Write ``results.json``, then draw the figures, named without ending, into a folder that is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(finite(result), indent=1))
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=120)
+    for name, draw in figures.items():
+        draw().savefig(folder / f"{name}.png", dpi=120)
     print("written:", ", ".join(str(folder / name) for name in ["results.json", *(f"{n}.png" for n in figures)]))

@@ -80,6 +80,21 @@ def inverse_power(covariance: Tensor, power: float, damping: float, rescale: boo
     return scale * inverse
 
 
+def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
+    """A covariance with these eigenvalues, in a random basis."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)).Q
+    matrix = (basis * values.double()) @ basis.mT
+    return (matrix + matrix.mT) / 2
+
+
+def condition(inverse: Tensor, covariance: Tensor) -> float:
+    """Of ``P^½ C P^½``; not a number where P is not positive definite."""
+    lower, info = torch.linalg.cholesky_ex(inverse.double())
+    values = torch.linalg.eigvalsh(lower.mT @ covariance.double() @ lower)
+    return (values[-1] / values[0]).item() if info == 0 else float("nan")
+
+
 def tap_correlation(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """``(groups, taps, taps)``: autocorrelation of the centred channels by displacement, a position at a time."""
     x = x if x.dim() == 4 else x[None]

@@ -25,12 +25,20 @@ def filled(*shape, **options):
 
 
 @pytest.mark.parametrize(
-    "method, power", [("cholesky", 1.0), ("eigh", 0.5), ("newton_schulz", 0.5), ("recursive", 1.0)]
+    "method, power",
+    [
+        ("cholesky", 1.0),
+        ("eigh", 0.5),
+        ("newton_schulz", 0.5),
+        ("newton_schulz", 1.0),
+        ("recursive", 1.0),
+        ("recursive", 0.5),
+    ],
 )
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("groups, channels, taps, block_size", [(1, 7, 1, 3), (2, 5, 4, 2), (3, 6, 2, 3), (1, 4, 9, 1)])
 def test_blocks_are_the_dense_block_diagonal_inverse(groups, channels, taps, block_size, method, power, rescale):
-    options = {"method": method, "power": power, "rescale": rescale, "block_size": block_size}
+    options = {"method": method, "power": power, "rescale": rescale, "block_size": block_size, "rank": 40}
     factor, rows = filled(groups, channels, taps, **options)
     refresh([factor])
     for group in range(groups):
@@ -102,3 +110,54 @@ def test_the_recursion_goes_on_from_its_last_result_and_a_broken_one_is_counted(
     factor.precision.neg_()
     refresh([factor])
     assert factor.num_refreshes == 5 and factor.num_refreshes_restarted == 1
+
+
+def test_k_counts_no_feature_that_fills_up_a_block():
+    factor, rows = filled(1, 51, method="recursive", rank=1, block_size=26)
+    refresh([factor])
+    precision = factor.multiply(torch.eye(51).double()[None])[0]
+    _, covariance = reference.moments(rows[0])
+    covariance = reference.block_diagonal(covariance, 26)
+    assert (precision @ covariance @ precision).trace().item() == pytest.approx(covariance.trace().item())
+
+
+def test_a_group_in_which_nothing_varies_leaves_the_others_their_warm_start():
+    together, _ = filled(2, 30, method="recursive", rank=2)
+    alone, _ = filled(1, 30, method="recursive", rank=2)
+    together.running_covariance[1] = 0
+    alone.running_covariance.copy_(together.running_covariance[:1])
+    for _ in range(4):
+        refresh([together])
+        refresh([alone])
+    torch.testing.assert_close(together.precision[:1], alone.precision, rtol=1e-9, atol=1e-9)
+    assert torch.equal(together.precision[1], torch.eye(30).double())
+    assert together.num_refreshes_failed == 4 and together.num_refreshes_restarted == 0
+
+
+def test_a_covariance_that_jumped_restarts_newton_schulz_and_is_counted():
+    factor, _ = filled(1, 12, method="newton_schulz")
+    refresh([factor])
+    refresh([factor])
+    assert factor.num_refreshes_restarted == 0
+    factor.running_covariance[0, 0, 0] *= 1e3
+    refresh([factor])
+    assert factor.num_refreshes_restarted == 1
+    expected = reference.inverse_power(factor.running_covariance[0], 1.0, 0.1, rescale=True)
+    torch.testing.assert_close(factor.precision[0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_recursion_keeps_up_with_a_wide_layer_that_drifts():
+    torch.manual_seed(0)
+    factor = WhiteningFactor(1, 200, **(OPTIONS | {"method": "recursive", "damping": 0.03, "dtype": torch.float32}))
+    mix, turn = torch.randn(200, 200) / torch.arange(1, 201), torch.linalg.qr(torch.randn(200, 200)).Q
+    conditions = []
+    for _ in range(200):
+        mix = mix @ torch.linalg.matrix_exp(0.002 * (turn - turn.mT))
+        rows = torch.randn(1, 400, 200) @ mix
+        factor.update(*moments(rows), 400)
+        refresh([factor])
+        conditions.append(reference.condition(factor.precision[0], factor.damped()[0]))
+    plain = reference.condition(torch.eye(200), factor.damped()[0])
+    # Rank 16 of 200: within a tenth of what it would be, throughout.
+    assert plain > 300 and all(value < plain / 10 for value in conditions[5:])
+    assert factor.num_refreshes_failed == 0 and factor.num_refreshes_restarted == 0

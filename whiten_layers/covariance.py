@@ -92,7 +92,3 @@ class FeatureCovariance(nn.Module):
             if old is not None and new is not None and new.is_floating_point() and torch.finfo(new.dtype).bits < 32:
                 self._buffers[name] = old.to(new.device, torch.float32)
         return self
-
-    def extra_repr(self) -> str:
-        groups, features = self.running_mean.shape
-        return f"{features}" if groups == 1 else f"{features}, groups={groups}"

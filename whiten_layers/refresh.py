@@ -39,13 +39,14 @@ def refresh(factors: Iterable[WhiteningFactor]) -> None:
     alike = defaultdict(list)
     for factor in factors:
         covariance = factor.running_covariance
-        size, rank = covariance.shape[-1], factor.rank if METHODS[factor.method].keeps_directions else None
+        size, rank = covariance.shape[-1], factor.rank if METHODS[factor.method].is_approximate else None
         alike[factor.method, factor.power, size, rank, covariance.dtype, covariance.device].append(factor)
     for (name, power, *_, device), group in alike.items():
         method = METHODS[name]
         with full_precision(), without_autocast(device):
             covariances = _together([factor.damped() for factor in group])
-            last = _gathered([factor.last() for factor in group]) if method.starts_from_last else None
+            warm = method.warm_powers is None or power in method.warm_powers
+            last = _gathered([factor.last() for factor in group]) if warm else None
             inverses = method.inverse(covariances, power, last, group[0].rank)
             for factor, part in zip(group, _dealt(inverses, [len(factor.scale) for factor in group]), strict=True):
                 factor.install(part)

@@ -8,7 +8,7 @@ import torch
 from benchmarks import condition
 from benchmarks.data import Images
 
-from ..inverse.test_recursive import with_spectrum
+from ..reference import with_spectrum
 
 
 def test_a_run_leaves_a_table_a_file_and_a_plot(tmp_path, capsys, monkeypatch):
@@ -25,8 +25,9 @@ def test_a_run_leaves_a_table_a_file_and_a_plot(tmp_path, capsys, monkeypatch):
     for case in result["cases"]:
         runs = {(run["method"], run["power"]): run for run in case["runs"]}
         for name in ("cholesky", "eigh", "newton_schulz"):
-            assert runs[name, 1.0]["after"]["1"]["condition"] == pytest.approx(1, rel=0.05)
-        assert runs["eigh", 0.5]["after"]["1"]["condition"] == pytest.approx(case["before"] ** 0.5, rel=0.05)
+            # Rounding of 6e-8 times a condition number of up to a few thousand, in a matrix of hundreds of rows.
+            assert runs[name, 1.0]["after"]["1"]["condition"] == pytest.approx(1, rel=0.02)
+        assert runs["eigh", 0.5]["after"]["1"]["condition"] == pytest.approx(case["before"] ** 0.5, rel=0.02)
         after = [value["condition"] for value in runs["recursive", 1.0]["after"].values()]
         assert after[-1] < case["before"]
     assert (tmp_path / "condition.png").read_bytes().startswith(b"\x89PNG")

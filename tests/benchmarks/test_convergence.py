@@ -66,10 +66,12 @@ def test_several_transforms_in_one_run(tmp_path, capsys, monkeypatch):
 
     seen = []
     monkeypatch.setattr(convergence, "train", train)
+    more = [f"method=cholesky,block-size={size}" for size in (2, 4, 8, 16)]
     arguments = [
         "--compare",
         "method=cholesky",
         "method=recursive,rank=8",
+        *more,
         "--power",
         "1",
         "--seeds",
@@ -79,11 +81,12 @@ def test_several_transforms_in_one_run(tmp_path, capsys, monkeypatch):
         str(tmp_path),
     ]
     assert convergence.main(arguments) == 0
-    assert seen == [None, "cholesky", "recursive"] * 2
+    assert seen == [None, "cholesky", "recursive", *["cholesky"] * 4] * 2
     assert [row["variant"] for row in results(tmp_path)["medians"]] == [
         "plain",
         "method=cholesky",
         "method=recursive,rank=8",
+        *more,
     ]
     assert results(tmp_path)["transforms"]["method=recursive,rank=8"]["rank"] == 8
 

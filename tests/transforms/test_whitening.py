@@ -23,6 +23,10 @@ OPTIONS = {
     "both sides": {"output_power": 0.5},
     "about zero": {"center": False},
     "blocks": {"power": 1.0, "block_size": 2, "output_power": 0.5},
+    "Newton–Schulz": {"method": "newton_schulz", "power": 1.0},
+    "Newton–Schulz, half": {"method": "newton_schulz"},
+    "recursive": {"method": "recursive", "power": 1.0},  # exact: no factor is wider than the rank
+    "recursive, half, in blocks": {"method": "recursive", "block_size": 2},
 }
 
 
@@ -240,7 +244,7 @@ def test_damping_is_relative_to_the_variance():
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["cholesky", "eigh", "auto"])
+@pytest.mark.parametrize("method", ["cholesky", "eigh", "newton_schulz", "recursive", "auto"])
 def test_methods_agree(method):
     gradients = []
     for name in (method, "eigh"):

@@ -1,8 +1,8 @@
 """Inverse powers of covariances: one method a file, each a pure function of tensors.
 
 A method takes n damped covariances ``(n, M, M)``, a power p, its own last result or None, and a rank, and
-returns an `Inverse` with ``C^(-p)``: symmetric positive definite, or NaN for a matrix that it cannot
-invert; it never raises. Exact methods look at the first two only. To add a method, write the
+returns an `Inverse` with ``C^(-p)``, symmetric to rounding, or NaN for a matrix that it cannot invert: a
+bad matrix never raises. Exact methods look at the first two only. To add a method, write the
 function and give it a line in `METHODS`.
 """
 
@@ -23,15 +23,15 @@ class Method(NamedTuple):
 
     inverse: Callable[[Tensor, float, Inverse | None, int], Inverse]
     powers: tuple[float, ...] | None  # the powers it gives; None for any
-    starts_from_last: bool = False
-    keeps_directions: bool = False
+    warm_powers: tuple[float, ...] | None = ()  # those for which it starts from its last result; None for all
+    is_approximate: bool = False  # and keeps directions from call to call
 
 
 METHODS = {
     "cholesky": Method(cholesky, powers=(1.0,)),
     "eigh": Method(eigh, powers=None),
-    "newton_schulz": Method(newton_schulz, powers=(0.5, 1.0), starts_from_last=True),
-    "recursive": Method(recursive, powers=None, starts_from_last=True, keeps_directions=True),
+    "newton_schulz": Method(newton_schulz, powers=(0.5, 1.0), warm_powers=(1.0,)),
+    "recursive": Method(recursive, powers=None, warm_powers=None, is_approximate=True),
 }
 
 

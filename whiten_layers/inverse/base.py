@@ -40,16 +40,20 @@ def warm_started(
         return run(covariance, cold(covariance))._replace(restarted=covariance.new_zeros(len(covariance)).bool())
     started = has_finite_trace(last.matrix)
     usable = started if is_safe is None else started & is_safe(covariance, last.matrix)
-    result = run(covariance, last if usable.all() else _choose(usable, last, cold(covariance)))
+    if not usable.all():
+        last = _replaced(last, ~usable, cold(covariance[~usable]))
+    result = run(covariance, last)
     failed = usable & ~has_finite_trace(result.matrix)
     if failed.any():
-        result = _choose(~failed, result, run(covariance, cold(covariance)))
+        result = _replaced(result, failed, run(covariance[failed], cold(covariance[failed])))
     return result._replace(restarted=started & (failed | ~usable))
 
 
-def _choose(condition: Tensor, these: Inverse, those: Inverse) -> Inverse:
-    condition = condition[:, None, None]
-    directions = None
-    if these.directions is not None and those.directions is not None:
-        directions = torch.where(condition, these.directions, those.directions)
-    return Inverse(torch.where(condition, these.matrix, those.matrix), directions)
+def _replaced(inverse: Inverse, chosen: Tensor, others: Inverse) -> Inverse:
+    """Put `others` in the place of those that are chosen: one bad matrix must not cost all a new start."""
+    matrix, directions = inverse.matrix.clone(), inverse.directions
+    matrix[chosen] = others.matrix
+    if directions is not None and others.directions is not None:
+        directions = directions.clone()
+        directions[chosen] = others.directions
+    return Inverse(matrix, directions)

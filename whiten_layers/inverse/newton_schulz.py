@@ -42,7 +42,11 @@ def _bound(covariance: Tensor) -> Tensor:
 
 
 def _cold(covariance: Tensor) -> Inverse:
-    return Inverse(torch.eye(covariance.shape[-1]).to(covariance) / _bound(covariance))
+    return Inverse(_identity(covariance) / _bound(covariance))
+
+
+def _identity(covariance: Tensor) -> Tensor:
+    return torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device).expand_as(covariance)
 
 
 def _is_safe(covariance: Tensor, matrix: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ def _inverse(covariance: Tensor, start: Inverse) -> Inverse:
 
 def _coupled(covariance: Tensor) -> Tensor:
     bound = _bound(covariance)
-    root, inverse_root = covariance / bound, torch.eye(covariance.shape[-1]).to(covariance).expand_as(covariance)
+    root, inverse_root = covariance / bound, _identity(covariance)
     progress = _Progress(covariance)
     while progress.goes_on:
         residual = _minus_identity(inverse_root @ root)
@@ -86,7 +90,10 @@ def _minus_identity(product: Tensor) -> Tensor:
 
 
 class _Progress:
-    """Whether an iteration that squares its residuals is through, for n matrices together."""
+    """Whether an iteration that squares its residuals is through, for n matrices together.
+
+    Asks the device after every step: a step is two or three products of M×M matrices, the question nothing.
+    """
 
     def __init__(self, covariance: Tensor) -> None:
         self.steps = 0

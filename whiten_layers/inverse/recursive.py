@@ -52,8 +52,11 @@ def recursive(covariance: Tensor, power: float, last: Inverse | None = None, ran
         rank: directions that a step clears, where it starts; then `last` says how many.
 
     Returns:
-        ``matrix`` (n, M, M), NaN where the covariance is not positive definite; ``directions``
-        (n, M, min(rank, M)); ``restarted`` where `last` was of no use.
+        ``matrix`` (n, M, M), NaN where the covariance shows itself not to be positive definite;
+        ``directions`` (n, M, min(rank, M)); ``restarted`` where `last` was of no use.
+
+    Raises:
+        ValueError: `last` is another method's result.
     """
     columns = min(rank, covariance.shape[-1])
     if last is not None:
@@ -84,7 +87,8 @@ def _start(covariance: Tensor, rank: int) -> Inverse:
     values, vectors = decompose(basis.mT @ (covariance @ basis))
     # A larger c is inside the spectrum, too, and P must not hold more orders of magnitude than its digits can.
     low = torch.maximum(values[:, :1], torch.finfo(values.dtype).eps ** 0.5 * values[:, -1:])
-    return Inverse(torch.eye(size).to(covariance) / low.unsqueeze(-1), basis @ vectors[..., -rank:])
+    identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
+    return Inverse(identity / low.unsqueeze(-1), basis @ vectors[..., -rank:])
 
 
 def _cholesky(gram: Tensor) -> Tensor:
@@ -101,6 +105,7 @@ def _quasi_newton(covariance: Tensor, start: Inverse) -> Inverse:
     assert directions is not None
     # P less left @ right.mT is the P of the steps so far: large matrices are read, and once written.
     left = right = directions[..., :0]
+    broken = (start.matrix.diagonal(dim1=-2, dim2=-1) <= 0).any(-1, keepdim=True)
     for _ in range(STEPS):
         images = covariance @ directions
         # Orthonormal in the metric of C, before all else: errors then grow with its condition number, not the square.
@@ -109,14 +114,14 @@ def _quasi_newton(covariance: Tensor, start: Inverse) -> Inverse:
         directions, images = both.chunk(2, -2)  # S, Y
         moved = start.matrix @ images - left @ (right.mT @ images)  # Z
         metric, inner = directions.mT @ images, images.mT @ moved  # SᵀY, YᵀZ
+        broken = broken | (inner.diagonal(dim1=-2, dim2=-1) <= 0).any(-1, keepdim=True)
         dual = torch.cholesky_solve(directions.mT, _cholesky(metric)).mT  # S K
         update = moved - dual @ ((inner + metric) / 2)  # W
         left, right = torch.cat([left, update, dual], -1), torch.cat([right, dual, update], -1)
         directions = _orthonormal(moved - dual @ inner)  # V
     matrix = torch.baddbmm(start.matrix, left, right.mT, alpha=-1)
-    # A direction of P that rounding has turned negative is at the end of the spectrum, where the steps lead,
-    # and each makes positive what it clears; only where it shows in the sums of many is P past healing.
-    broken = (inner.diagonal(dim1=-2, dim2=-1) <= 0).any(-1, keepdim=True)
+    # P is no longer positive where a diagonal entry, of it or of YᵀPY, is not. A negative direction that hides from
+    # both is at the end of the spectrum, where the steps lead, and a step makes positive what it clears.
     matrix.diagonal(dim1=-2, dim2=-1).masked_fill_(broken, torch.nan)
     return Inverse(matrix, directions)
 
@@ -129,7 +134,9 @@ def _leading_eigenvectors(covariance: Tensor, power: float, start: Inverse) -> I
     size, rank = vectors.shape[-2:]
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     tail = (trace - values.sum(-1, keepdim=True)) / (size - rank) if size > rank else torch.ones_like(trace)
-    flat = inverse_power(tail, power)
+    flat = inverse_power(torch.cat([tail, values[:, -1:]], -1), power)[
+        :, :1
+    ]  # what is rounding of the largest is nothing
     matrix = (vectors * (inverse_power(values, power) - flat).unsqueeze(-2)) @ vectors.mT
     matrix.diagonal(dim1=-2, dim2=-1).add_(flat)
     return Inverse(matrix, vectors)

@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import refresh
 from ..covariance import moments
 from ..factor import WhiteningFactor
-from ..inverse import METHODS, supports
+from ..inverse import METHODS, resolve, supports
 from ..patches import Geometry, channel_rows, linear_rows, patch_rows, tap_correlation
 from .base import GradientTransform
 
@@ -50,16 +50,18 @@ class FeatureWhitening(GradientTransform):
         decay: weight of the past at each batch, taken into the statistics or not, in [0, 1).
         center: whiten about the mean (covariance) or about zero (second moment).
         rescale: choose k such that the expected norm of the gradient stays that of the plain one,
-            so that a learning rate tuned for the plain network still fits; otherwise k = 1.
+            so that a learning rate tuned for the plain network still fits; otherwise k = 1 (of the
+            recursive method, power 1: such that the whitened features have variance 1 on the mean).
         update_interval: batches between two refreshes of P, after 1, 2, 4, 8, … at first.
         statistics_interval: batches between two statistics updates, once the running average has
             filled its window of ``1 / (1 − decay)`` batches; before that every batch is taken.
         max_rows: rows (positions, for a convolution) sampled for an update; None for all.
         block_size: how many channels (of a linear layer: features) are whitened together at most, in
             order, as equal parts: the covariance is then block-diagonal. With "patch" features a
-            channel's taps stay together. None for all. It divides memory by the number of blocks
-            and the cost of an inverse by its square.
-        rank: directions that the recursive method follows at each refresh, at least 1.
+            channel's taps stay together. None for all. It divides memory by the number of blocks, and
+            the cost of an inverse by its square (of a recursive one by the number).
+        rank: columns that the recursive method works with, at least 1: with power 1 a refresh clears
+            twice as many directions, with another power so many eigenvectors are followed.
 
     Raises:
         ValueError: an option is outside what is allowed; the message names it, its value and the choices.
@@ -259,6 +261,10 @@ class FeatureWhitening(GradientTransform):
 
     def extra_repr(self) -> str:
         options = {"power": self.power, "output_power": self.output_power, "features": self.features}
+        if METHODS[resolve(self.method, self.power)].is_approximate:
+            options["rank"] = self.rank
+        if self.block_size is not None:
+            options["block_size"] = self.block_size
         return ", ".join([repr(self.method), *(f"{name}={value!r}" for name, value in options.items())])
 
 
