@@ -106,7 +106,7 @@ def refreshes(size: int, power: float, rank: int, largest: int) -> dict[str, dic
         options = {"method": name, "power": power, "damping": DAMPING, "decay": 0.95, "rescale": True, "rank": rank}
         factor = WhiteningFactor(1, size, **options)
         factor.running_covariance = covariance
-        for _ in range(10):
+        for _ in range(10 if method.is_approximate else 1):
             refresh([factor])
         last = factor.last()
         factor.running_covariance = moved
