@@ -8,31 +8,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+def is_transposed(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+
+
+def batched(layer: nn.Module, x: Tensor) -> Tensor:
+    return x if x.dim() == len(layer.kernel_size) + 2 else x[None]
+
+
+def spread(layer: nn.Module, x: Tensor) -> Tensor:
+    """The input of a transposed convolution with ``stride − 1`` zeros between its positions; of another one itself."""
+    if not is_transposed(layer):
+        return x
+    sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], layer.stride, strict=True)]
+    result = torch.zeros(*x.shape[:2], *sizes, dtype=x.dtype)
+    for place in itertools.product(*map(range, x.shape[2:])):
+        target = tuple(p * step for p, step in zip(place, layer.stride, strict=True))
+        result[(slice(None), slice(None), *target)] = x[(slice(None), slice(None), *place)]
+    return result
+
+
+def padded(layer: nn.Module, x: Tensor) -> Tensor:
     """The input of a convolution with what its padding adds, for every spelling of padding."""
-    if layer.padding == "valid":
-        sides = [(0, 0)] * 2
+    sizes = list(zip(layer.dilation, layer.kernel_size, strict=True))
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    if is_transposed(layer):
+        more = zip(sizes, layer.padding, layer.output_padding, strict=True)
+        sides = [(d * (k - 1) - p, d * (k - 1) - p + o) for (d, k), p, o in more]
+    elif layer.padding == "valid":
+        sides = [(0, 0)] * len(sizes)
     elif layer.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        totals = [d * (k - 1) for d, k in sizes]
         sides = [(total // 2, total - total // 2) for total in totals]
     else:
         sides = [(p, p) for p in layer.padding]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(x, (*sides[1], *sides[0]), mode=mode)
+    return F.pad(spread(layer, x), [side for pair in reversed(sides) for side in pair], mode=mode)
 
 
 def rows(layer: nn.Module, x: Tensor) -> Tensor:
     """What each row of the weight is multiplied with: ``(groups, rows, M)``, differentiable in x."""
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
-    x = padded(layer, x if x.dim() == 4 else x[None])
-    heights = range(0, x.shape[2] - layer.dilation[0] * (layer.kernel_size[0] - 1), layer.stride[0])
-    widths = range(0, x.shape[3] - layer.dilation[1] * (layer.kernel_size[1] - 1), layer.stride[1])
+    x = padded(layer, batched(layer, x))
+    reaches = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    steps = [1] * len(reaches) if is_transposed(layer) else layer.stride
+    places = [range(0, size - r, step) for size, r, step in zip(x.shape[2:], reaches, steps, strict=True)]
     patches = []
-    for image, top, left in itertools.product(range(len(x)), heights, widths):
-        bottom = top + layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
-        right = left + layer.dilation[1] * (layer.kernel_size[1] - 1) + 1
-        patch = x[image, :, top : bottom : layer.dilation[0], left : right : layer.dilation[1]]
+    for image, *corner in itertools.product(range(len(x)), *places):
+        window = [slice(c, c + r + 1, d) for c, r, d in zip(corner, reaches, layer.dilation, strict=True)]
+        patch = x[(image, slice(None), *window)]
+        if is_transposed(layer):
+            patch = patch.flip(list(range(1, patch.dim())))
         patches.append(patch.reshape(layer.groups, -1))
     return torch.stack(patches, dim=1)
 
@@ -41,8 +67,28 @@ def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
     """An output (or its gradient) as ``(groups, rows, S)``, in the order of `rows`."""
     if isinstance(layer, nn.Linear):
         return y.reshape(1, -1, y.shape[-1])
-    y = y if y.dim() == 4 else y[None]
-    return y.permute(1, 0, 2, 3).reshape(layer.groups, y.shape[1] // layer.groups, -1).mT
+    return (
+        batched(layer, y)
+        .movedim(1, 0)
+        .reshape(layer.groups, y.shape[-len(layer.kernel_size) - 1] // layer.groups, -1)
+        .mT
+    )
+
+
+def matrix(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A weight, or its gradient, as ``(groups, S, M)``: ``rows @ matrix.mT`` is the layer's output."""
+    groups = getattr(layer, "groups", 1)
+    if is_transposed(layer):  # its weight lies (groups · C, S, taps)
+        return torch.stack([part.transpose(0, 1).flatten(1) for part in weight.chunk(groups)])
+    return torch.stack([part.flatten(1) for part in weight.chunk(groups)])
+
+
+def weight(layer: nn.Module, matrix: Tensor) -> Tensor:
+    """The inverse of `matrix`."""
+    if is_transposed(layer):
+        channels, *taps = layer.weight.shape[0] // layer.groups, *layer.kernel_size
+        return torch.cat([part.view(len(part), channels, *taps).transpose(0, 1) for part in matrix])
+    return matrix.reshape(layer.weight.shape)
 
 
 def moments(x: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
@@ -95,29 +141,40 @@ def condition(inverse: Tensor, covariance: Tensor) -> float:
     return (values[-1] / values[0]).item() if info == 0 else float("nan")
 
 
-def tap_correlation(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """``(groups, taps, taps)``: autocorrelation of the centred channels by displacement, a position at a time."""
-    x = x if x.dim() == 4 else x[None]
+def tap_correlation(layer: nn.Module, x: Tensor) -> Tensor:
+    """``(groups, taps, taps)``: autocorrelation of the centred channels by displacement, a position at a time.
+
+    Of a transposed convolution: of the spread input, as a part of what all its positions would have.
+    """
+    x = batched(layer, x)
     taps = list(itertools.product(*map(range, layer.kernel_size)))
+    zeros = math.prod(layer.stride) if is_transposed(layer) else 1
     result = []
     for group in x.chunk(layer.groups, dim=1):
-        centred = group - group.mean((0, 2, 3), keepdim=True)
-        height, width = centred.shape[2:]
+        centred = spread(layer, group - group.mean([0, *range(2, group.dim())], keepdim=True))
+        sizes = centred.shape[2:]
 
-        def at(dy: int, dx: int, centred: Tensor = centred, height: int = height, width: int = width) -> Tensor:
+        def at(*step: int, centred: Tensor = centred, sizes: tuple = sizes) -> Tensor:
             total = torch.zeros((), dtype=centred.dtype)
-            for i, j in itertools.product(range(height), range(width)):
-                if 0 <= i + dy < height and 0 <= j + dx < width:
-                    total = total + (centred[:, :, i, j] * centred[:, :, i + dy, j + dx]).sum()
+            for place in itertools.product(*map(range, sizes)):
+                other = [p + s for p, s in zip(place, step, strict=True)]
+                if all(0 <= p < size for p, size in zip(other, sizes, strict=True)):
+                    total = total + (centred[(..., *place)] * centred[(..., *other)]).sum()
             return total
 
-        dilation = layer.dilation
-        values = [[at((c - a) * dilation[0], (d - b) * dilation[1]) for c, d in taps] for a, b in taps]
-        result.append(torch.stack([torch.stack(row) for row in values]) / at(0, 0))
+        values: dict[tuple, Tensor] = {}
+        for here, there in itertools.product(taps, taps):
+            step = tuple((b - a) * d for a, b, d in zip(here, there, layer.dilation, strict=True))
+            if step not in values:
+                values[step] = at(*step)
+        rows = [[tuple((b - a) * d for a, b, d in zip(x, y, layer.dilation, strict=True)) for y in taps] for x in taps]
+        total = values[(0,) * len(sizes)] * zeros
+        result.append(torch.stack([torch.stack([values[step] for step in row]) for row in rows]) / total)
     return torch.stack(result)
 
 
 def transformed(
+    layer: nn.Module,
     grad_weight: Tensor,
     grad_bias: Tensor | None,
     mean: Tensor | None,
@@ -126,21 +183,20 @@ def transformed(
 ) -> tuple[Tensor, Tensor | None]:
     """``Ĝ = Q (G − g μᵀ) P`` and ``ĝ = Q g − Ĝ μ``, group by group; None for Q stands for the identity.
 
-    G ``(S, ...)``, g ``(S,)``, μ ``(groups, M)``, P ``(groups, M, M)``, Q ``(groups, S / groups, S / groups)``.
+    g ``(S,)``, μ ``(groups, M)``, P ``(groups, M, M)``, Q ``(groups, S / groups, S / groups)``.
     """
     groups = len(precision)
     weights, biases = [], []
-    for i in range(groups):
-        weight = grad_weight.flatten(1).chunk(groups)[i]
-        q = torch.eye(len(weight), dtype=weight.dtype) if output_precision is None else output_precision[i]
+    for i, part in enumerate(matrix(layer, grad_weight)):
+        q = torch.eye(len(part), dtype=part.dtype) if output_precision is None else output_precision[i]
         if grad_bias is None:
-            weights.append(q @ weight @ precision[i])
+            weights.append(q @ part @ precision[i])
             continue
         bias = grad_bias.chunk(groups)[i]
         shift = torch.zeros_like(precision[i][0]) if mean is None else mean[i]
-        weights.append(q @ (weight - torch.outer(bias, shift)) @ precision[i])
+        weights.append(q @ (part - torch.outer(bias, shift)) @ precision[i])
         biases.append(q @ bias - weights[-1] @ shift)
-    return torch.cat(weights).view_as(grad_weight), torch.cat(biases) if biases else None
+    return weight(layer, torch.stack(weights)), torch.cat(biases) if biases else None
 
 
 def root(matrix: Tensor) -> Tensor:
@@ -158,13 +214,12 @@ class SampleWhitening:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.groups = getattr(layer, "groups", 1)
-        weight = layer.weight.detach().clone()
-        self.out_features = weight.shape[0] // self.groups
-        features = weight[0].numel()
+        weight = matrix(layer, layer.weight.detach().clone())
+        _, self.out_features, features = weight.shape
         self.transform = torch.eye(features).expand(self.groups, -1, -1).to(weight)
         self.mean = torch.zeros(self.groups, features).to(weight)
         self.output = torch.eye(self.out_features).expand(self.groups, -1, -1).to(weight)
-        self.weight = weight.reshape(self.groups, self.out_features, features).requires_grad_()
+        self.weight = weight.requires_grad_()
         self.bias = None
         if layer.bias is not None:
             self.bias = layer.bias.detach().clone().view(self.groups, self.out_features).requires_grad_()
@@ -185,33 +240,26 @@ class SampleWhitening:
     def _shaped(self, x: Tensor) -> Tensor:
         if isinstance(self.layer, nn.Linear):
             return self.result[0].view(*x.shape[:-1], -1)
-        spatial = F.conv2d(
-            padded(self.layer, x),
-            self.layer.weight.detach(),
-            None,
-            self.layer.stride,
-            0,
-            self.layer.dilation,
-            self.groups,
-        ).shape[2:]
+        with torch.no_grad():
+            spatial = self.layer(x).shape[2:]
         y = self.result.mT.reshape(self.groups * self.out_features, len(x), *spatial)
         return y.transpose(0, 1)
 
     @torch.no_grad()
     def plain(self) -> tuple[Tensor, Tensor | None]:
         """The plain parameters ``W = R W̃ T`` and ``b = R b̃ − W μ``."""
-        weight = self.output @ self.weight @ self.transform
+        product = self.output @ self.weight @ self.transform
         bias = None
         if self.bias is not None:
-            bias = (self.output @ self.bias[..., None] - weight @ self.mean[..., None]).flatten()
-        return weight.reshape(self.layer.weight.shape), bias
+            bias = (self.output @ self.bias[..., None] - product @ self.mean[..., None]).flatten()
+        return weight(self.layer, product), bias
 
     @torch.no_grad()
     def reparametrise(self, transform: Tensor, mean: Tensor, output: Tensor) -> None:
-        weight, bias = self.plain()
-        weight = weight.view(self.weight.shape)
+        plain, bias = self.plain()
+        product = matrix(self.layer, plain)
         self.transform, self.mean, self.output = transform, mean, output
-        self.weight = (torch.linalg.inv(output) @ weight @ torch.linalg.inv(transform)).requires_grad_()
+        self.weight = (torch.linalg.inv(output) @ product @ torch.linalg.inv(transform)).requires_grad_()
         if bias is not None:
-            bias = bias.view(self.bias.shape)[..., None] + weight @ mean[..., None]
+            bias = bias.view(self.bias.shape)[..., None] + product @ mean[..., None]
             self.bias = (torch.linalg.inv(output) @ bias).squeeze(-1).requires_grad_()

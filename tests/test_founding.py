@@ -21,6 +21,19 @@ NETWORKS = {
         ],
         (3, 4, 7, 8),
     ),
+    "conv1d": (lambda: [nn.Conv1d(3, 4, 3, padding=1), nn.ConvTranspose1d(4, 2, 3, stride=2, padding=1)], (4, 3, 9)),
+    "transposed": (
+        lambda: [
+            nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
+            nn.Conv2d(6, 3, 2, stride=2, bias=False),
+            nn.ConvTranspose2d(3, 2, (2, 1), dilation=2),
+        ],
+        (3, 4, 3, 4),
+    ),
+    "conv3d": (
+        lambda: [nn.Conv3d(2, 4, 2, padding=1), nn.ConvTranspose3d(4, 2, (1, 2, 1), stride=2, bias=False)],
+        (2, 2, 3, 3, 2),
+    ),
 }
 
 TRANSFORMS = {

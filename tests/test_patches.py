@@ -9,7 +9,7 @@ from whiten_layers.patches import channel_rows, linear_rows, patch_rows, tap_cor
 from . import reference
 from .cases import CASES
 
-CONVOLUTIONS = [case for case in CASES if case.plain is nn.Conv2d]
+CONVOLUTIONS = [case for case in CASES if case.plain is not nn.Linear]
 each_convolution = pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.name)
 
 
@@ -24,7 +24,7 @@ def test_patches_are_the_reference_patches(case):
 def test_patches_times_the_weight_are_the_convolution(case):
     layer, x = case.make_plain(), case.make_input()
     rows = patch_rows(x, case.whitened.geometry(layer))
-    product = rows @ layer.weight.view(layer.groups, -1, rows.shape[-1]).mT
+    product = rows @ reference.matrix(layer, layer.weight).mT
     if layer.bias is not None:
         product = product + layer.bias.view(layer.groups, 1, -1)
     torch.testing.assert_close(product, reference.output_rows(layer, layer(x)), rtol=1e-12, atol=1e-12)
@@ -36,7 +36,8 @@ def test_tap_correlation_is_the_reference_autocorrelation(case):
     result = tap_correlation(x, case.whitened.geometry(layer))
     torch.testing.assert_close(result, reference.tap_correlation(layer, x), rtol=1e-10, atol=1e-12)
     assert torch.linalg.eigvalsh(result).min() > -1e-12
-    torch.testing.assert_close(result.diagonal(dim1=1, dim2=2), torch.ones(result.shape[:2], dtype=torch.float64))
+    diagonal = torch.ones(result.shape[:2], dtype=torch.float64) / case.whitened.geometry(layer).spread
+    torch.testing.assert_close(result.diagonal(dim1=1, dim2=2), diagonal)
 
 
 def test_taps_farther_apart_than_the_image_is_wide_do_not_correlate():

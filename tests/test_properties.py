@@ -1,5 +1,6 @@
-"""What must hold for every configuration that nn.Conv2d and nn.Linear accept, over random ones."""
+"""What must hold for every configuration that linear layers and convolutions accept, over random ones."""
 
+import copy
 import warnings
 
 import torch
@@ -7,27 +8,42 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear
+from whiten_layers import FeatureWhitening, WhitenedLinear, whiten
+from whiten_layers.convert import TWINS
 from whiten_layers.patches import patch_rows, tap_correlation
 
 from . import reference
 
-pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @st.composite
 def convolutions(draw):
-    """A plain float64 convolution and an input that it takes."""
+    """A plain float64 convolution, transposed or not, of one to three dimensions, and an input that it takes."""
+    dims, is_transposed = draw(st.sampled_from([1, 2, 2, 3])), draw(st.booleans())
     groups = draw(st.integers(1, 3))
-    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    stride = draw(pairs)
-    choices = [st.tuples(st.integers(0, 2), st.integers(0, 2)), st.just("valid")]
-    padding = draw(st.one_of(*choices, *([st.just("same")] if stride == (1, 1) else [])))
-    options = {"stride": stride, "padding": padding, "dilation": draw(pairs), "padding_mode": mode}
+
+    def each(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+    options = {
+        "stride": each(1, 3),
+        "dilation": each(1, 3 if dims < 3 else 2),
+        "groups": groups,
+        "bias": draw(st.booleans()),
+    }
+    if is_transposed:
+        options["padding"] = each(0, 2)
+        larger = zip(options["stride"], options["dilation"], strict=True)
+        options["output_padding"] = tuple(draw(st.integers(0, max(pair) - 1)) for pair in larger)
+    else:
+        spellings = [each(0, 2), "valid", *(["same"] if set(options["stride"]) == {1} else [])]
+        options["padding"] = draw(st.sampled_from(spellings))
+        options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
     channels = draw(st.integers(1, 3)) * groups, draw(st.integers(1, 3)) * groups
     torch.manual_seed(draw(st.integers(0, 1000)))
-    layer = nn.Conv2d(*channels, draw(pairs), groups=groups, bias=draw(st.booleans()), **options).double()
-    x = torch.randn(draw(st.integers(1, 3)), channels[0], draw(st.integers(3, 8)), draw(st.integers(3, 8))).double()
+    layer = CONVOLUTIONS[is_transposed][dims - 1](*channels, each(1, 3), **options).double()
+    x = torch.randn(draw(st.integers(1, 3)), channels[0], *each(3, 8 if dims < 3 else 4)).double()
     x = x + 0.5 * x.cumsum(-1) + 0.3
     try:
         with warnings.catch_warnings(action="ignore"):  # "same" and an even kernel: told once, and so not reproducible
@@ -41,9 +57,9 @@ def convolutions(draw):
 @given(convolutions())
 def test_patches_and_tap_correlations(example):
     layer, x = example
-    geometry = WhitenedConv2d.geometry(layer)
+    geometry = TWINS[type(layer)].geometry(layer)
     rows = patch_rows(x, geometry)
-    product = rows @ layer.weight.view(layer.groups, -1, rows.shape[-1]).mT
+    product = rows @ reference.matrix(layer, layer.weight).mT
     if layer.bias is not None:
         product = product + layer.bias.view(layer.groups, 1, -1)
     torch.testing.assert_close(product, reference.output_rows(layer, layer(x)), rtol=1e-10, atol=1e-10)
@@ -65,20 +81,7 @@ def test_the_twin_is_plain_but_for_a_descent_direction(example, features, power,
     plain, x = example
     options = {"features": features, "power": power, "output_power": output_power, "center": center, "rescale": rescale}
     transform = FeatureWhitening(update_interval=1, **options)
-    twin = WhitenedConv2d(
-        plain.in_channels,
-        plain.out_channels,
-        plain.kernel_size,
-        plain.stride,
-        plain.padding,
-        plain.dilation,
-        plain.groups,
-        plain.bias is not None,
-        plain.padding_mode,
-        dtype=torch.float64,
-        transform=transform,
-    )
-    twin.load_state_dict(plain.state_dict())
+    twin = whiten(copy.deepcopy(plain), transform)
     for step in range(3):
         results = []
         for layer in (plain, twin):

@@ -37,7 +37,10 @@ def test_counts_memory_and_what_is_left(tmp_path):
         ("0", "outputs", 2, 3),
     ]
     assert {row.batches for row in result.rows} == {2} and {row.skipped for row in result.rows} == {1}
-    assert result.left == {"2": "Linear, not asked for", "3": "Embedding, no whitened twin"}
+    assert result.left == {
+        "2": "Linear, not asked for",
+        "3": "Embedding, whose covariance is diagonal: what an adaptive optimizer does already",
+    }
     assert result.bytes == sum(buffer.nbytes for buffer in model[0].transform.buffers()) - 16
     assert json.loads(json.dumps(result.to_dict()))["rows"][1]["factor"] == "taps"
     text = str(result)

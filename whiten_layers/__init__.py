@@ -1,7 +1,15 @@
 """Drop-in whitening layers for PyTorch: swap them in, change nothing else, converge in fewer steps."""
 
 from .convert import unwhiten, whiten
-from .layers import WhitenedConv2d, WhitenedLinear
+from .layers import (
+    WhitenedConv1d,
+    WhitenedConv2d,
+    WhitenedConv3d,
+    WhitenedConvTranspose1d,
+    WhitenedConvTranspose2d,
+    WhitenedConvTranspose3d,
+    WhitenedLinear,
+)
 from .report import Report, report
 from .transforms import FeatureWhitening, GradientTransform
 
@@ -9,7 +17,12 @@ __all__ = [
     "FeatureWhitening",
     "GradientTransform",
     "Report",
+    "WhitenedConv1d",
     "WhitenedConv2d",
+    "WhitenedConv3d",
+    "WhitenedConvTranspose1d",
+    "WhitenedConvTranspose2d",
+    "WhitenedConvTranspose3d",
     "WhitenedLinear",
     "report",
     "unwhiten",

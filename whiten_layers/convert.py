@@ -3,21 +3,35 @@
 import fnmatch
 import logging
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .layers import WhitenedConv2d, WhitenedLinear, attach
+from .layers import (
+    WhitenedConv1d,
+    WhitenedConv2d,
+    WhitenedConv3d,
+    WhitenedConvTranspose1d,
+    WhitenedConvTranspose2d,
+    WhitenedConvTranspose3d,
+    WhitenedLinear,
+    attach,
+)
 from .transforms import GradientTransform
 
 logger = logging.getLogger("whiten_layers")
 
 M = TypeVar("M", bound=nn.Module)
 
-TWINS: dict[type[nn.Module], type[WhitenedLinear] | type[WhitenedConv2d]] = {
+TWINS: dict[type[nn.Module], Any] = {
     nn.Linear: WhitenedLinear,
+    nn.Conv1d: WhitenedConv1d,
     nn.Conv2d: WhitenedConv2d,
+    nn.Conv3d: WhitenedConv3d,
+    nn.ConvTranspose1d: WhitenedConvTranspose1d,
+    nn.ConvTranspose2d: WhitenedConvTranspose2d,
+    nn.ConvTranspose3d: WhitenedConvTranspose3d,
 }
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {whitened: plain for plain, whitened in TWINS.items()}
 
@@ -29,7 +43,7 @@ def whiten(
     include: str | Iterable[str] | None = None,
     skip: str | Iterable[str] | None = None,
 ) -> M:
-    """Turn every `nn.Linear` and `nn.Conv2d` of a model into its whitened twin, in place.
+    """Turn every linear and (transposed) convolutional layer of a model into its whitened twin, in place.
 
     A layer stays the same object with the same parameters, so optimizers, hooks, references, device,
     dtype and training mode are as before; a module that is shared is converted once. Layers that are
@@ -63,7 +77,7 @@ def whiten(
         if id(module) in skipped or (include is not None and not _matches(name, include)):
             continue
         twin = TWINS[type(module)]
-        attach(module, twin.geometry(module), transform)  # type: ignore[arg-type]
+        attach(module, twin.geometry(module), transform)
         module.__class__ = twin
     for name, reason in reasons_left(model).items():
         logger.info("left %s: %s", name, reason)
@@ -102,6 +116,10 @@ def _reason_left(module: nn.Module) -> str | None:
         return None
     if type(module) in TWINS:
         return "not asked for"
+    if isinstance(module, nn.MultiheadAttention):
+        return "whose projections are used as functions, not as layers"
+    if isinstance(module, nn.Embedding):
+        return "whose covariance is diagonal: what an adaptive optimizer does already"
     for plain in TWINS:
         if isinstance(module, plain):
             lazy = isinstance(module._parameters.get("weight"), UninitializedParameter)

@@ -5,11 +5,12 @@ same operations, nothing saved, nothing observed.
 """
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .autograd import ObserveOutput, TransformGradient
 from .patches import Geometry
@@ -26,7 +27,7 @@ def _make_transform(transform: GradientTransform | str | None) -> GradientTransf
     raise TypeError(f"transform={transform!r} is not possible: give a GradientTransform, a method's name, or None")
 
 
-def attach(layer: nn.Linear | nn.Conv2d, geometry: Geometry, transform: GradientTransform | str | None) -> None:
+def attach(layer: nn.Linear | _ConvNd, geometry: Geometry, transform: GradientTransform | str | None) -> None:
     """Give a layer its own copy of a transform, with state on the weight's device and of its precision."""
     if layer.weight.is_complex():
         raise ValueError(f"dtype={layer.weight.dtype} is not possible: give a real floating-point type")
@@ -34,11 +35,11 @@ def attach(layer: nn.Linear | nn.Conv2d, geometry: Geometry, transform: Gradient
     layer.transform = bound.train(layer.training)
 
 
-def _is_transformed(layer: "WhitenedLinear | WhitenedConv2d") -> bool:
+def _is_transformed(layer: Any) -> bool:
     return layer.training and torch.is_grad_enabled() and layer.weight.requires_grad
 
 
-def _parameters(layer: "WhitenedLinear | WhitenedConv2d", input: Tensor) -> tuple[Tensor, Tensor | None]:
+def _parameters(layer: Any, input: Tensor) -> tuple[Tensor, Tensor | None]:
     # Nothing absorbs a shift of the inputs where there is no bias, or a frozen one.
     shifted = layer.bias is not None and layer.bias.requires_grad
     parameters = (layer.weight, layer.bias) if shifted else (layer.weight,)
@@ -47,7 +48,7 @@ def _parameters(layer: "WhitenedLinear | WhitenedConv2d", input: Tensor) -> tupl
     return weight, bias[0] if shifted else layer.bias
 
 
-def _observed(layer: "WhitenedLinear | WhitenedConv2d", output: Tensor) -> Tensor:
+def _observed(layer: Any, output: Tensor) -> Tensor:
     if layer.transform.observes_output:
         output = ObserveOutput.apply(output, layer.transform.handle)
     return output
@@ -90,15 +91,8 @@ class WhitenedLinear(nn.Linear):
         return _observed(self, F.linear(input, weight, bias))
 
 
-class WhitenedConv2d(nn.Conv2d):
-    """`nn.Conv2d` whose gradient is taken as if its input patches were whitened.
-
-    Args:
-        in_channels, …, dtype: as for `nn.Conv2d`.
-        transform: as for `WhitenedLinear`.
-
-    Shape: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``, as for `nn.Conv2d`.
-    """
+class _WhitenedConv(_ConvNd):
+    """What the whitened convolutions share: the plain class's signature, `transform`, and one operation."""
 
     transform: GradientTransform
 
@@ -106,10 +100,10 @@ class WhitenedConv2d(nn.Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
@@ -118,13 +112,12 @@ class WhitenedConv2d(nn.Conv2d):
         *,
         transform: GradientTransform | str | None = None,
     ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
+        options: tuple[Any, ...] = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        super().__init__(in_channels, out_channels, kernel_size, *options)  # type: ignore[arg-type]
         attach(self, self.geometry(self), transform)
 
     @staticmethod
-    def geometry(layer: nn.Conv2d) -> Geometry:
+    def geometry(layer: _ConvNd) -> Geometry:
         return Geometry(
             layer.in_channels // layer.groups,
             layer.out_channels // layer.groups,
@@ -141,3 +134,141 @@ class WhitenedConv2d(nn.Conv2d):
             return super().forward(input)
         weight, bias = _parameters(self, input)
         return _observed(self, self._conv_forward(input, weight, bias))
+
+
+class WhitenedConv1d(_WhitenedConv, nn.Conv1d):
+    """`nn.Conv1d` whose gradient is taken as if its input patches were whitened.
+
+    Args:
+        in_channels, …, dtype: as for `nn.Conv1d`.
+        transform: as for `WhitenedLinear`.
+
+    Shape: ``(N, in_channels, L)`` or ``(in_channels, L)``, as for `nn.Conv1d`.
+    """
+
+
+class WhitenedConv2d(_WhitenedConv, nn.Conv2d):
+    """`nn.Conv2d` whose gradient is taken as if its input patches were whitened.
+
+    Args:
+        in_channels, …, dtype: as for `nn.Conv2d`.
+        transform: as for `WhitenedLinear`.
+
+    Shape: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``, as for `nn.Conv2d`.
+    """
+
+
+class WhitenedConv3d(_WhitenedConv, nn.Conv3d):
+    """`nn.Conv3d` whose gradient is taken as if its input patches were whitened.
+
+    Args:
+        in_channels, …, dtype: as for `nn.Conv3d`.
+        transform: as for `WhitenedLinear`.
+
+    Shape: ``(N, in_channels, D, H, W)`` or ``(in_channels, D, H, W)``, as for `nn.Conv3d`.
+    """
+
+
+class _WhitenedConvTranspose(_ConvTransposeNd):
+    """What the whitened transposed convolutions share.
+
+    A transposed convolution is a convolution, with the kernel turned round, of the input with
+    ``stride − 1`` zeros between its positions: its patches, which hold those zeros, are what is whitened.
+    A size asked for with `output_size` changes the statistics by none of the positions it adds.
+    """
+
+    transform: GradientTransform
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        output_padding: int | tuple[int, ...] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, ...] = 1,
+        padding_mode: Literal["zeros"] = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        transform: GradientTransform | str | None = None,
+    ) -> None:
+        options: tuple[Any, ...] = (
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device,
+            dtype,
+        )
+        super().__init__(in_channels, out_channels, kernel_size, *options)  # type: ignore[arg-type]
+        attach(self, self.geometry(self), transform)
+
+    @staticmethod
+    def geometry(layer: Any) -> Geometry:
+        padding: list[int] = []
+        for axis, cropped in enumerate(layer.padding):
+            side = layer.dilation[axis] * (layer.kernel_size[axis] - 1) - cropped
+            padding = [side, side + layer.output_padding[axis], *padding]
+        return Geometry(
+            layer.in_channels // layer.groups,
+            layer.out_channels // layer.groups,
+            layer.groups,
+            layer.kernel_size,
+            (1,) * len(layer.kernel_size),
+            layer.dilation,
+            tuple(padding),
+            upsampling=layer.stride,
+        )
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if not _is_transformed(self):
+            return super().forward(input, output_size)
+        plain: Any = self  # whose attributes have, to the type checker, the types of every convolution at once
+        dims = len(plain.kernel_size)
+        sizes = plain._output_padding(
+            input, output_size, plain.stride, plain.padding, plain.kernel_size, dims, plain.dilation
+        )
+        weight, bias = _parameters(self, input)
+        operation = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        output = operation(input, weight, bias, plain.stride, plain.padding, sizes, plain.groups, plain.dilation)
+        return _observed(self, output)
+
+
+class WhitenedConvTranspose1d(_WhitenedConvTranspose, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` whose gradient is taken as if its input patches were whitened.
+
+    Args:
+        in_channels, …, dtype: as for `nn.ConvTranspose1d`.
+        transform: as for `WhitenedLinear`.
+
+    Shape: ``(N, in_channels, L)`` or ``(in_channels, L)``, as for `nn.ConvTranspose1d`.
+    """
+
+
+class WhitenedConvTranspose2d(_WhitenedConvTranspose, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` whose gradient is taken as if its input patches were whitened.
+
+    Args:
+        in_channels, …, dtype: as for `nn.ConvTranspose2d`.
+        transform: as for `WhitenedLinear`.
+
+    Shape: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``, as for `nn.ConvTranspose2d`.
+    """
+
+
+class WhitenedConvTranspose3d(_WhitenedConvTranspose, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` whose gradient is taken as if its input patches were whitened.
+
+    Args:
+        in_channels, …, dtype: as for `nn.ConvTranspose3d`.
+        transform: as for `WhitenedLinear`.
+
+    Shape: ``(N, in_channels, D, H, W)`` or ``(in_channels, D, H, W)``, as for `nn.ConvTranspose3d`.
+    """

@@ -32,10 +32,28 @@ class Geometry:
     dilation: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()  # as F.pad takes it: last dimension first, both sides
     padding_mode: str = "constant"
+    upsampling: tuple[
+        int, ...
+    ] = ()  # of a transposed convolution, the distance its input is spread to; its weight lies (C, S)
 
     @property
     def taps(self) -> int:
         return math.prod(self.kernel_size)
+
+    @property
+    def spread(self) -> int:
+        """One in so many positions of the spread input is not a zero put in between."""
+        return math.prod(self.upsampling)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight, or its gradient, as ``(groups, S, C, taps)``."""
+        if self.upsampling:
+            return weight.reshape(self.groups, self.in_channels, self.out_channels, self.taps).transpose(1, 2)
+        return weight.reshape(self.groups, self.out_channels, self.in_channels, self.taps)
+
+    def weight(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `matrix`: the shape of the weight `like`."""
+        return (matrix.transpose(1, 2) if self.upsampling else matrix).reshape(like.shape)
 
     @property
     def spatial_dims(self) -> int:
@@ -62,6 +80,17 @@ def _batched(input: Tensor, spatial_dims: int) -> Tensor:
     return input.unsqueeze(0) if input.dim() == spatial_dims + 1 else input
 
 
+def _spread(input: Tensor, upsampling: tuple[int, ...]) -> Tensor:
+    """Put zeros between the positions of an input, so that they lie `upsampling` apart."""
+    if all(step == 1 for step in upsampling):
+        return input
+    sizes = [(size - 1) * step + 1 for size, step in zip(input.shape[2:], upsampling, strict=True)]
+    spread = input.new_zeros(*input.shape[:2], *sizes)
+    places = tuple(slice(None, None, step) for step in upsampling)
+    spread[(slice(None), slice(None), *places)] = input
+    return spread
+
+
 def linear_rows(input: Tensor, max_rows: int | None = None, phase: int = 0) -> Tensor:
     """Rows of a linear layer's input (or output gradient): ``(..., M) -> (1, rows, M)``."""
     rows = input.reshape(-1, input.shape[-1])
@@ -86,7 +115,7 @@ def patch_rows(input: Tensor, geometry: Geometry, max_rows: int | None = None, p
     Exact for every stride, padding, dilation and number of groups: ``rows @ weight.flatten(1).T``
     is the convolution's output at those positions.
     """
-    input = _batched(input, geometry.spatial_dims)
+    input = _spread(_batched(input, geometry.spatial_dims), geometry.upsampling)
     if any(geometry.padding):
         input = F.pad(input, geometry.padding, mode=geometry.padding_mode)
     window = input
@@ -96,6 +125,8 @@ def patch_rows(input: Tensor, geometry: Geometry, max_rows: int | None = None, p
     outputs = window.shape[2 : 2 + geometry.spatial_dims]
     images, space = _even_steps(window.shape[0], outputs, max_rows, phase)
     window = window[(images, slice(None), *space)]
+    if geometry.upsampling:
+        window = window.flip([*range(2 + geometry.spatial_dims, window.dim())])  # the kernel is turned round
     window = window.flatten(2 + geometry.spatial_dims)  # copies the sampled patches, and only those
     return rearrange(window, "n (g c) ... taps -> g (n ...) (c taps)", g=geometry.groups)
 
@@ -105,6 +136,7 @@ def tap_correlation(input: Tensor, geometry: Geometry, max_rows: int | None = No
 
     The entry of two taps is the autocorrelation of the centred channels, summed over channels, at the
     displacement from one tap to the other, divided by the one at displacement zero: unit diagonal.
+    Of a transposed convolution, whose spread input is mostly zeros, the diagonal is the part that is not.
     The image counts as zero outside its borders, so the result is positive semidefinite. Whole images
     are sampled, so that at least one is and otherwise at most `max_rows` positions are. NaN for an
     input that is constant.
@@ -132,6 +164,12 @@ def tap_correlation(input: Tensor, geometry: Geometry, max_rows: int | None = No
         offset = sum(d * stride for d, stride in zip(displacement, strides, strict=True))
         return torch.linalg.vecdot(line[:, : line.shape[1] - offset], line[:, offset:])
 
+    def spread_autocorrelation(displacement: tuple[int, ...]) -> Tensor:
+        steps = geometry.upsampling or (1,) * len(displacement)
+        if any(d % step for d, step in zip(displacement, steps, strict=True)):
+            return line.new_zeros(len(line))  # one of the two is a zero put in between
+        return autocorrelation(tuple(d // step for d, step in zip(displacement, steps, strict=True)))
+
     taps = list(itertools.product(*map(range, geometry.kernel_size)))
     values: dict[tuple[int, ...], Tensor] = {}
     rows = []
@@ -141,8 +179,8 @@ def tap_correlation(input: Tensor, geometry: Geometry, max_rows: int | None = No
             step = tuple((b - a) * d for a, b, d in zip(here, there, geometry.dilation, strict=True))
             step = max(step, tuple(-s for s in step))  # the autocorrelation is even
             if step not in values:
-                values[step] = autocorrelation(step)
+                values[step] = spread_autocorrelation(step)
             row.append(values[step])
         rows.append(torch.stack(row, -1))
     correlation = torch.stack(rows, -2)
-    return correlation / correlation[:, :1, :1]
+    return correlation / (correlation[:, :1, :1] * geometry.spread)

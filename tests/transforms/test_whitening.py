@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 
 import pytest
@@ -15,7 +16,7 @@ from .. import reference
 from ..cases import CASES
 from ..memory import PeakMemory
 
-CONVOLUTIONS = [case for case in CASES if case.plain is nn.Conv2d and 1 not in (case.arguments[2],)]
+CONVOLUTIONS = [case for case in CASES if case.plain is not nn.Linear and case.arguments[2] != 1]
 OPTIONS = {
     "power one": {"power": 1.0},
     "half": {"power": 0.5},
@@ -39,6 +40,7 @@ def test_the_kronecker_gradient_is_the_dense_kronecker_products(case, options):
     )
     plain, whitened = case.make_pair(transform)
     groups, taps = plain.groups, plain.weight[0, 0].numel()
+    spread = math.prod(plain.stride) if reference.is_transposed(plain) else 1
     channels_seen, correlations, moments_seen = [], [], []
     for seed in range(3):
         x = case.make_input(seed)
@@ -57,10 +59,11 @@ def test_the_kronecker_gradient_is_the_dense_kronecker_products(case, options):
                 # (A + √λ) ⊗ (B + √λ), whose smallest eigenvalue is at least λ
                 pair = [reference.inverse_power(m, transform.power, 0.05**0.5, transform.rescale) for m in (a, b)]
                 precisions.append(torch.kron(*pair))
-                means.append(mean.repeat_interleave(taps))
+                means.append(mean.repeat_interleave(taps) / spread)
                 d = reference.block_diagonal(weighted([m[group] for m in moments_seen], 0.8), transform.block_size)
                 outputs.append(reference.inverse_power(d, transform.output_power, 0.05, transform.rescale))
             weight, bias = reference.transformed(
+                plain,
                 plain.weight.grad,
                 None if plain.bias is None else plain.bias.grad,
                 torch.stack(means),
@@ -70,7 +73,7 @@ def test_the_kronecker_gradient_is_the_dense_kronecker_products(case, options):
             torch.testing.assert_close(whitened.weight.grad, weight, rtol=1e-9, atol=1e-9 * weight.abs().max().item())
             if bias is not None:
                 torch.testing.assert_close(whitened.bias.grad, bias, rtol=1e-9, atol=1e-9 * bias.abs().max().item())
-        batched = x if x.dim() == 4 else x[None]
+        batched = reference.batched(plain, x)
         channels_seen.append(batched.movedim(1, -1).reshape(-1, groups, batched.shape[1] // groups).movedim(1, 0))
         correlations.append(reference.tap_correlation(plain, x))
         deltas = reference.output_rows(plain, upstream)

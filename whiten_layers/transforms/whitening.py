@@ -161,15 +161,15 @@ class FeatureWhitening(GradientTransform):
     def transform(self, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         geometry = self.geometry
         dtype = torch.promote_types(grad_weight.dtype, torch.float32)
-        shape = (geometry.groups, geometry.out_channels, geometry.in_channels, geometry.taps)
-        weight = grad_weight.reshape(shape).to(dtype)
+        weight = geometry.matrix(grad_weight).to(dtype)
+        shape = weight.shape
         bias = None if grad_bias is None else grad_bias.reshape(shape[:2]).to(dtype)
 
         mean = None
         if bias is not None and self.power > 0 and self.center:
             # The mean of a patch: over its taps the mean of a channel, where the two are separate.
             mean = (self.channels if self.separable else self.inputs).feature_mean()
-            mean = mean.unsqueeze(-1) if self.separable else mean.view(shape[0], *shape[2:])
+            mean = mean.unsqueeze(-1) / geometry.spread if self.separable else mean.view(shape[0], *shape[2:])
             weight = weight - bias[:, :, None, None] * mean.unsqueeze(1)
         if self.power > 0 and self.separable:
             # Two plain products; a broadcast one would multiply row by row, at three times the time.
@@ -183,7 +183,7 @@ class FeatureWhitening(GradientTransform):
             bias = None if bias is None else self.outputs.multiply(bias.unsqueeze(1)).squeeze(1)
         if bias is not None and mean is not None:
             bias = bias - (weight * mean.unsqueeze(1)).sum((-2, -1))
-        weight = weight.reshape(grad_weight.shape).to(grad_weight.dtype)
+        weight = geometry.weight(weight, grad_weight).to(grad_weight.dtype)
         return weight, None if bias is None else bias.flatten().to(grad_weight.dtype)
 
     def observe_output(self, grad_output: Tensor) -> None:
