@@ -199,6 +199,103 @@ def transformed(
     return weight(layer, torch.stack(weights)), torch.cat(biases) if biases else None
 
 
+class Whitening:
+    """What a layer under `FeatureWhitening` does that updates at every batch from every row, in float64.
+
+    `options` are `FeatureWhitening`'s own. Its map is that of the batches observed so far.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        *,
+        features: str = "kronecker",
+        power: float = 0.5,
+        output_power: float = 0.0,
+        damping: float = 0.03,
+        decay: float = 0.95,
+        center: bool = True,
+        rescale: bool = True,
+        block_size: int | None = None,
+    ) -> None:
+        self.layer, self.groups = layer, getattr(layer, "groups", 1)
+        self.taps = 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)
+        self.separable = features == "kronecker" and self.taps > 1
+        self.power, self.output_power, self.damping, self.decay = power, output_power, damping, decay
+        self.center, self.rescale, self.block_size = center, rescale, block_size
+        self.inputs: list[Tensor] = []  # each batch's rows, of whole patches or of channels
+        self.correlations: list[Tensor] = []
+        self.moments: list[Tensor] = []
+        self.counts: list[int] = []  # output rows
+        self.condition = 1.0  # of what the last map inverted, all factors together
+
+    def observe(self, x: Tensor, upstream: Tensor) -> None:
+        x, deltas = x.double(), output_rows(self.layer, upstream.double())
+        if self.separable:
+            x = batched(self.layer, x)
+            channels = x.movedim(1, -1).reshape(-1, self.groups, x.shape[1] // self.groups)
+            self.inputs.append(channels.movedim(1, 0))
+            self.correlations.append(tap_correlation(self.layer, x))
+        else:
+            self.inputs.append(rows(self.layer, x))
+        moment = torch.stack([moments(delta, center=False)[1] for delta in deltas])
+        self.moments.append(moment / moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None])
+        self.counts.append(deltas.shape[1])
+
+    def _weighted(self, ratios: list[Tensor], counts: list[int]) -> Tensor:
+        """Their mean, a batch in which nothing varies (0/0) left out; zeros where nothing ever did."""
+        ages = range(len(counts) - 1, -1, -1)
+        weights = [count * self.decay**age for count, age in zip(counts, ages, strict=True)]
+        known = [(w, r) for w, r in zip(weights, ratios, strict=True) if r.isfinite().all()]
+        return sum(w * r for w, r in known) / sum(w for w, _ in known) if known else torch.zeros_like(ratios[0])
+
+    def _inverse(self, covariance: Tensor, power: float, damping: float) -> Tensor:
+        if power == 0 or covariance.trace() == 0:
+            return torch.eye(len(covariance), dtype=torch.float64)
+        values = torch.linalg.eigvalsh(covariance)
+        floor = damping * values.sum() / len(values)
+        self.condition *= ((values[-1] + floor) / (values[0] + floor)).item()
+        return inverse_power(covariance, power, damping, self.rescale)
+
+    def is_clear(self) -> bool:
+        """Whether no variance is so small, against the values, that its digits are those of rounding."""
+        groups = torch.cat(self.inputs, 1)
+        variances = groups.var(1, correction=0).mean(-1)
+        return bool(((variances == 0) | (variances > 1e-4 * groups.square().mean((1, 2)))).all())
+
+    def transformed(self, grad_weight: Tensor, grad_bias: Tensor | None = None) -> list[Tensor]:
+        """The plain gradients, mapped."""
+        means, precisions, outputs = [], [], []
+        self.condition = 1.0
+        for group in range(self.groups):
+            mean, covariance = weighted_moments([batch[group] for batch in self.inputs], self.decay)
+            if not self.center:
+                covariance, mean = covariance + torch.outer(mean, mean), torch.zeros_like(mean)
+            covariance = block_diagonal(covariance, self.block_size, 1 if self.separable else self.taps)
+            if covariance.trace() == 0:  # no refresh has succeeded
+                mean = torch.zeros_like(mean)
+            if self.separable:
+                # (A + √λ) ⊗ (B + √λ), whose smallest eigenvalue is at least λ
+                correlation = self._weighted([c[group] for c in self.correlations], [b.shape[1] for b in self.inputs])
+                root_damping = math.sqrt(self.damping)
+                precision = torch.kron(
+                    self._inverse(covariance, self.power, root_damping),
+                    self._inverse(correlation, self.power, root_damping),
+                )
+                zeros = math.prod(self.layer.stride) if is_transposed(self.layer) else 1
+                mean = mean.repeat_interleave(self.taps) / zeros
+            else:
+                precision = self._inverse(covariance, self.power, self.damping)
+            means.append(mean if self.power else torch.zeros_like(mean))
+            precisions.append(precision)
+            moment = self._weighted([m[group] for m in self.moments], self.counts)
+            moment = block_diagonal(moment, self.block_size)
+            outputs.append(self._inverse(moment, self.output_power, self.damping))
+        stacked = torch.stack(means), torch.stack(precisions), torch.stack(outputs)
+        mapped = transformed(self.layer, grad_weight, grad_bias, *stacked)
+        return [gradient for gradient in mapped if gradient is not None]
+
+
 def root(matrix: Tensor) -> Tensor:
     """A root T, ``TᵀT = matrix``; any will do, so not a symmetric one."""
     return torch.linalg.cholesky(matrix).T

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import nn
 
+from whiten_layers.convert import TWINS
 from whiten_layers.patches import channel_rows, linear_rows, patch_rows, tap_correlation
 
 from . import reference
 from .cases import CASES
+from .strategies import convolutions
 
 CONVOLUTIONS = [case for case in CASES if case.plain is not nn.Linear]
 each_convolution = pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.name)
@@ -90,3 +93,18 @@ def test_sampled_patches_are_patches(max_rows):
             rows = patch_rows(x, geometry, max_rows, phase)[0]
             assert 1 <= len(rows) <= max_rows
             assert {tuple(row) for row in rows.tolist()} <= every
+
+
+@settings(deadline=None, max_examples=150)
+@given(convolutions())
+def test_patches_and_tap_correlations_of_random_configurations(example):
+    layer, x = example
+    geometry = TWINS[type(layer)].geometry(layer)
+    rows = patch_rows(x, geometry)
+    product = rows @ reference.matrix(layer, layer.weight).mT
+    if layer.bias is not None:
+        product = product + layer.bias.view(layer.groups, 1, -1)
+    torch.testing.assert_close(product, reference.output_rows(layer, layer(x)), rtol=1e-10, atol=1e-10)
+    correlation = tap_correlation(x, geometry)
+    torch.testing.assert_close(correlation, correlation.mT, rtol=0, atol=0)
+    assert torch.linalg.eigvalsh(correlation).min() > -1e-9

@@ -1,0 +1,97 @@
+"""Every layer, in every configuration, under every option: the plain layer's numbers, the reference's gradients."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from whiten_layers import FeatureWhitening, whiten
+
+from . import reference
+from .cases import everywhere
+from .strategies import layers
+
+OPTIONS = {
+    "paper": {"features": "patch", "power": 1.0, "rescale": False},
+    "paper, about zero": {"features": "patch", "power": 1.0, "rescale": False, "center": False},
+    "half": {"features": "patch"},
+    "half, both sides": {"features": "patch", "output_power": 0.5},
+    "half, both sides, about zero": {"features": "patch", "output_power": 0.5, "center": False},
+    "output side": {"power": 0.0, "output_power": 1.0, "rescale": False},
+    "kronecker": {},
+    "kronecker, one": {"power": 1.0},
+    "kronecker, not rescaled": {"power": 1.0, "rescale": False},
+    "kronecker, both sides": {"output_power": 0.5},
+    "kronecker, about zero": {"center": False},
+    "kronecker, blocks": {"power": 1.0, "block_size": 2, "output_power": 0.5},
+    "patch, blocks": {"features": "patch", "block_size": 2},
+}
+METHODS = {
+    "Newton–Schulz": ({"power": 1.0}, "newton_schulz"),
+    "Newton–Schulz, half": ({}, "newton_schulz"),
+    "recursive": ({"power": 1.0}, "recursive"),  # exact: no factor is wider than the rank
+    "recursive, half, in blocks": ({"block_size": 2}, "recursive"),
+}
+TABLE = {name: (options, "auto") for name, options in OPTIONS.items()} | METHODS
+
+
+def conforms(plain: nn.Module, inputs: list[torch.Tensor], options: dict, method: str = "auto") -> None:
+    """Train a layer and its twin on batches; compare outputs, the input's and the parameters' gradients.
+
+    The reference maps the plain layer's own gradient, in float64, so that all that differs is the map's rounding: of
+    a covariance's inverse, ε times its condition number (of any power up to 1 less), and of the result, ε of its type.
+    """
+    transform = FeatureWhitening(method, update_interval=1, statistics_interval=1, max_rows=None, **options)
+    twin = whiten(copy.deepcopy(plain), transform)
+    truth = reference.Whitening(plain, **options)
+    precision = torch.finfo(torch.promote_types(plain.weight.dtype, torch.float32))
+    rounding = torch.finfo(plain.weight.dtype)
+    for number, x in enumerate(inputs):
+        results = []
+        for layer in (plain, twin):
+            layer.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y = layer(leaf)
+            upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64).to(y)
+            y.backward(upstream)
+            results.append((y.detach(), leaf.grad))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        gradients = [parameter.grad.double() for parameter in plain.parameters()]
+        if number > 0 and truth.is_clear():
+            expected = truth.transformed(*gradients)
+            size = max(gradient.abs().max().item() for gradient in expected)
+            tolerance = 1e-9 * size if precision.bits == 64 else 30 * precision.eps * truth.condition * size
+            for parameter, gradient in zip(twin.parameters(), expected, strict=True):
+                torch.testing.assert_close(parameter.grad.double(), gradient, rtol=rounding.eps, atol=tolerance)
+            # P and Q are symmetric positive definite, with a bias and without.
+            descent = sum((a * b).sum() for a, b in zip(gradients, expected, strict=True))
+            assert descent > 0 or size < 1e-10
+        truth.observe(x, upstream)
+
+
+@everywhere
+@pytest.mark.parametrize("options, method", TABLE.values(), ids=TABLE.keys())
+def test_a_case_of_the_table(case, options, method):
+    inputs = [case.make_input(seed) for seed in range(4)]
+    conforms(case.make_plain(), inputs, {"damping": 0.1, "decay": 0.9, **options}, method)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    example=layers(),
+    features=st.sampled_from(["patch", "kronecker"]),
+    power=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    output_power=st.sampled_from([0.0, 0.5, 1.0]),
+    damping=st.sampled_from([0.03, 0.3]),
+    center=st.booleans(),
+    rescale=st.booleans(),
+    block_size=st.sampled_from([None, 1, 2]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_a_random_configuration(example, dtype, **options):
+    plain, x = example
+    inputs = [(x + noise * torch.randn_like(x)).to(dtype) for noise in (0.0, 0.5, 1.0)]
+    conforms(plain.to(dtype), inputs, options)
