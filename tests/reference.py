@@ -28,10 +28,23 @@ def spread(layer: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
+def wrapped(layer: nn.Module, x: Tensor) -> Tensor:
+    """The input of a layer, padded with what is not zeros: of a convolution of such a mode that is its input."""
+    if getattr(layer, "padding_mode", "zeros") == "zeros":
+        return x
+    return F.pad(x, padding_sides(layer), mode=layer.padding_mode)
+
+
 def padded(layer: nn.Module, x: Tensor) -> Tensor:
     """The input of a convolution with what its padding adds, for every spelling of padding."""
+    if layer.padding_mode != "zeros":
+        return wrapped(layer, x)
+    return F.pad(spread(layer, x), padding_sides(layer))
+
+
+def padding_sides(layer: nn.Module) -> list[int]:
+    """As `F.pad` takes them."""
     sizes = list(zip(layer.dilation, layer.kernel_size, strict=True))
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     if is_transposed(layer):
         more = zip(sizes, layer.padding, layer.output_padding, strict=True)
         sides = [(d * (k - 1) - p, d * (k - 1) - p + o) for (d, k), p, o in more]
@@ -42,7 +55,7 @@ def padded(layer: nn.Module, x: Tensor) -> Tensor:
         sides = [(total // 2, total - total // 2) for total in totals]
     else:
         sides = [(p, p) for p in layer.padding]
-    return F.pad(spread(layer, x), [side for pair in reversed(sides) for side in pair], mode=mode)
+    return [side for pair in reversed(sides) for side in pair]
 
 
 def rows(layer: nn.Module, x: Tensor) -> Tensor:
@@ -232,7 +245,7 @@ class Whitening:
     def observe(self, x: Tensor, upstream: Tensor) -> None:
         x, deltas = x.double(), output_rows(self.layer, upstream.double())
         if self.separable:
-            x = batched(self.layer, x)
+            x = wrapped(self.layer, batched(self.layer, x))
             channels = x.movedim(1, -1).reshape(-1, self.groups, x.shape[1] // self.groups)
             self.inputs.append(channels.movedim(1, 0))
             self.correlations.append(tap_correlation(self.layer, x))

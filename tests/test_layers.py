@@ -96,8 +96,8 @@ def test_training_saves_no_tensor_that_the_plain_layer_does_not(case, transform)
 
     plain, whitened = case.make_pair(transform)
     x = case.make_input().requires_grad_()
-    # A convolution that pads by itself saves what it padded, and has no use for the input.
-    padded = hasattr(plain, "padding_mode") and (plain.padding_mode != "zeros" or plain.padding == "same")
+    # A convolution that pads "same" may save what it padded, and has no use for the input.
+    padded = getattr(plain, "padding", 0) == "same" and plain.padding_mode == "zeros"
     assert storages(whitened) <= storages(plain) + padded
 
 
@@ -165,19 +165,6 @@ def test_degenerate_batches_give_finite_gradients(case, transform):
         result = backward(whitened, dead)
         assert result["weight"].isfinite().all()
         assert all(factor.precision.isfinite().all() for factor in whitened.transform.factors())
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
-@pytest.mark.parametrize(
-    "layer, shape", [(WhitenedLinear, (0, 4)), (WhitenedLinear, (3, 0, 4)), (WhitenedConv2d, (0, 4, 5, 5))]
-)
-def test_an_empty_batch_counts_for_nothing(layer, shape, transform):
-    arguments = (4, 3) if layer is WhitenedLinear else (4, 3, 3)
-    whitened = layer(*arguments, transform=transform)
-    before = state(whitened)
-    whitened(torch.zeros(shape)).sum().backward()
-    assert_same(before, state(whitened))
-    assert not whitened.weight.grad.any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])

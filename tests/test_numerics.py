@@ -1,5 +1,7 @@
 """Full precision inside, the user's own setting outside."""
 
+import threading
+
 import pytest
 import torch
 
@@ -47,3 +49,32 @@ def test_products_inside_are_exact_to_float32(setting):
     torch.set_float32_matmul_precision(setting)  # "medium": bf16 where the processor has it
     with full_precision():
         torch.testing.assert_close(a @ b, exact, rtol=1e-5, atol=1e-4)
+
+
+def test_threads_that_overlap_have_full_precision_until_the_last_has_left():
+    torch.set_float32_matmul_precision("medium")
+    inside, seen = threading.Barrier(4), []
+
+    def first():
+        for _ in range(50):
+            with full_precision():
+                inside.wait()  # all four are in
+            inside.wait()  # the first has left
+            seen.append(torch.get_float32_matmul_precision())
+            inside.wait()  # all have looked
+
+    def others():
+        for _ in range(50):
+            with full_precision():
+                inside.wait()
+                inside.wait()
+                seen.append(torch.get_float32_matmul_precision())
+                inside.wait()
+
+    threads = [threading.Thread(target=work) for work in (first, others, others, others)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(seen) == {"highest"} and len(seen) == 50 * 4
+    assert torch.get_float32_matmul_precision() == "medium"

@@ -19,14 +19,14 @@ each_convolution = pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case
 @each_convolution
 def test_patches_are_the_reference_patches(case):
     layer, x = case.make_plain(), case.make_input()
-    rows = patch_rows(x, case.whitened.geometry(layer))
+    rows = patch_rows(reference.wrapped(layer, x), case.whitened.geometry(layer))
     torch.testing.assert_close(rows, reference.rows(layer, x), rtol=0, atol=0)
 
 
 @each_convolution
 def test_patches_times_the_weight_are_the_convolution(case):
     layer, x = case.make_plain(), case.make_input()
-    rows = patch_rows(x, case.whitened.geometry(layer))
+    rows = patch_rows(reference.wrapped(layer, x), case.whitened.geometry(layer))
     product = rows @ reference.matrix(layer, layer.weight).mT
     if layer.bias is not None:
         product = product + layer.bias.view(layer.groups, 1, -1)
@@ -100,7 +100,7 @@ def test_sampled_patches_are_patches(max_rows):
 def test_patches_and_tap_correlations_of_random_configurations(example):
     layer, x = example
     geometry = TWINS[type(layer)].geometry(layer)
-    rows = patch_rows(x, geometry)
+    rows = patch_rows(reference.wrapped(layer, x), geometry)
     product = rows @ reference.matrix(layer, layer.weight).mT
     if layer.bias is not None:
         product = product + layer.bias.view(layer.groups, 1, -1)

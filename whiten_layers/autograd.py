@@ -6,7 +6,9 @@ between the plain gradient of the parameters and the parameters stands one linea
 
 The map's state is no tensor that autograd saves: later passes write to it in place, and two forward
 passes may precede a backward. A compiled graph, which can hold no Python object, has the map as one
-opaque operation that looks it up by an integer.
+opaque operation that looks it up by its handle. The handle is a tensor, so that what is compiled for
+one layer serves its likes. Under `torch.func` the map is differentiated and batched as any function,
+but what is observed must be plain tensors: the batch is shown to it beneath all function transforms.
 """
 
 from typing import Any
@@ -14,50 +16,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .beneath import beneath
 from .numerics import without_autocast
 from .transforms.base import GradientTransform
+
+NO_VMAP_OVER_PARAMETERS = (
+    "vmap over the parameters of a whitened layer in training mode is not possible, since its statistics are those of "
+    "one layer: unwhiten the model, put it in evaluation mode, or loop over the parameters"
+)
 
 
 def _transform_gradient(gradients: list[Tensor], input: Tensor, transform: GradientTransform) -> list[Tensor]:
     """Map ``[weight gradient]`` or ``[weight gradient, bias gradient]``, then observe the batch."""
-    grad_weight, grad_bias = gradients[0], gradients[1] if len(gradients) > 1 else None
-    with without_autocast(grad_weight.device):
-        transformed = transform.transform(grad_weight, grad_bias)
-        with torch.no_grad():
-            transform.observe(input, grad_weight)
-    return [gradient for gradient in transformed if gradient is not None]
+    with without_autocast(input.device):
+        mapped = transform.transform(gradients[0], gradients[1] if len(gradients) > 1 else None)
+        _observe(transform, input, gradients[0])
+    return [gradient for gradient in mapped if gradient is not None]
 
 
 def _observe_output(grad_output: Tensor, transform: GradientTransform) -> Tensor:
-    with torch.no_grad(), without_autocast(grad_output.device):
-        transform.observe_output(grad_output)
+    with without_autocast(grad_output.device):
+        beneath(transform.observe_output, grad_output)
     return grad_output
+
+
+def _observe(transform: GradientTransform, input: Tensor, grad_weight: Tensor) -> None:
+    dims = grad_weight.dim()
+    # `torch.vmap` over samples has a gradient for each of them, and one batch all the same.
+    beneath(lambda input, grad: transform.observe(input, grad.sum_to_size(grad.shape[-dims:])), input, grad_weight)
+
+
+# Both operations have effects that a recorded CUDA graph would not repeat. Older versions know no such tag.
+_TAGS: dict[str, Any] = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
 @torch.library.custom_op(
     "whiten_layers::transform_gradient",
     mutates_args=(),
-    schema="(Tensor[] gradients, Tensor input, int handle) -> Tensor[]",  # torch 2.6 cannot read it off list[Tensor]
+    schema="(Tensor[] gradients, Tensor input, Tensor handle) -> Tensor[]",  # torch 2.6 cannot read list[Tensor]
+    **_TAGS,
 )
-def _transform_gradient_op(gradients: list[Tensor], input: Tensor, handle: int) -> list[Tensor]:
+def _transform_gradient_op(gradients: list[Tensor], input: Tensor, handle: Tensor) -> list[Tensor]:
     transformed = _transform_gradient(gradients, input, GradientTransform.from_handle(handle))
     # The graph counts on new tensors of the gradients' strides.
     return [torch.empty_like(old).copy_(new) for old, new in zip(gradients, transformed, strict=True)]
 
 
 @_transform_gradient_op.register_fake
-def _(gradients: list[Tensor], input: Tensor, handle: int) -> list[Tensor]:
+def _(gradients: list[Tensor], input: Tensor, handle: Tensor) -> list[Tensor]:
     return [torch.empty_like(gradient) for gradient in gradients]
 
 
-@torch.library.custom_op("whiten_layers::observe_output", mutates_args=())
-def _observe_output_op(grad_output: Tensor, handle: int) -> Tensor:
+@torch.library.custom_op("whiten_layers::observe_output", mutates_args=(), **_TAGS)
+def _observe_output_op(grad_output: Tensor, handle: Tensor) -> Tensor:
     # An operation may not return its argument, and one whose result nobody uses is dropped: hence a copy.
     return _observe_output(grad_output, GradientTransform.from_handle(handle)).clone()
 
 
 @_observe_output_op.register_fake
-def _(grad_output: Tensor, handle: int) -> Tensor:
+def _(grad_output: Tensor, handle: Tensor) -> Tensor:
     return torch.empty_like(grad_output)
 
 
@@ -68,29 +85,36 @@ class TransformGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(input: Tensor, handle: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(input: Tensor, handle: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         return tuple(parameter.view_as(parameter) for parameter in parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(inputs[0])
-        _keep(ctx, inputs[1])
+        _keep(ctx, inputs[1], inputs[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple:  # type: ignore[override]
-        (input,) = ctx.saved_tensors
+        input, *handle = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            transformed = _transform_gradient_op(list(gradients), input, ctx.handle)
+            transformed = _transform_gradient_op(list(gradients), input, *handle)
         else:
             transformed = _transform_gradient(list(gradients), input, ctx.transform)
         return None, None, *transformed
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, input: Tensor, handle: Tensor, *parameters: Tensor) -> tuple:  # type: ignore[override]
+        if any(dim is not None for dim in in_dims[2:]):
+            raise RuntimeError(NO_VMAP_OVER_PARAMETERS)
+        if in_dims[0] is not None:
+            input = input.movedim(in_dims[0], 0)
+        return TransformGradient.apply(input, handle, *parameters), (None,) * len(parameters)
 
 
 class ObserveOutput(torch.autograd.Function):
     """``(output, handle) -> output``, showing the gradient of the output to a transform that observes it."""
 
     @staticmethod
-    def forward(output: Tensor, handle: int) -> Tensor:
+    def forward(output: Tensor, handle: Tensor) -> Tensor:
         return output
 
     @staticmethod
@@ -102,13 +126,36 @@ class ObserveOutput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
         if torch.compiler.is_compiling():
-            return _observe_output_op(grad_output, ctx.handle), None
+            return _observe_output_op(grad_output, *ctx.saved_tensors), None
         return _observe_output(grad_output, ctx.transform), None
 
 
-def _keep(ctx: Any, handle: int) -> None:
-    """Keep the handle for a graph, which can hold no object; else the object, lest it go with its model."""
+class ObserveOutputFunctional(torch.autograd.Function):
+    """`ObserveOutput` for `torch.func`, which knows no Function that works in place."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(output: Tensor, handle: Tensor) -> Tensor:
+        return output.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _keep(ctx, inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
+        return _observe_output(grad_output, ctx.transform), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        return tangent.clone()
+
+
+def _keep(ctx: Any, handle: Tensor, *tensors: Tensor) -> None:
+    """Keep tensors and the handle for a graph, which can hold no object; else the object, lest it go with its model."""
     if torch.compiler.is_compiling():
-        ctx.handle = handle
+        ctx.save_for_backward(*tensors, handle)
     else:
+        ctx.save_for_backward(*tensors)
         ctx.transform = GradientTransform.from_handle(handle)

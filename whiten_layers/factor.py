@@ -94,6 +94,13 @@ class WhiteningFactor(FeatureCovariance):
         for name in ("num_refreshes", "num_refreshes_failed", "num_refreshes_restarted"):
             self.register_buffer(name, torch.zeros((), device=device, dtype=torch.long))
 
+    @torch.no_grad()
+    def reset_state(self) -> None:
+        """Forget everything: the buffers as they were when made."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self.precision.diagonal(dim1=-2, dim2=-1).fill_(1)
+
     def split(self, rows: Tensor) -> Tensor:
         """Deal the features out to the blocks: ``(groups, n, features) -> (groups·blocks, n, M)``."""
         if self.blocks == 1:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .autograd import ObserveOutput, TransformGradient
+from .autograd import NO_VMAP_OVER_PARAMETERS, ObserveOutput, ObserveOutputFunctional, TransformGradient
+from .numerics import autocast_dtype
 from .patches import Geometry
 from .transforms import FeatureWhitening, GradientTransform
 
@@ -36,7 +37,19 @@ def attach(layer: nn.Linear | _ConvNd, geometry: Geometry, transform: GradientTr
 
 
 def _is_transformed(layer: Any) -> bool:
-    return layer.training and torch.is_grad_enabled() and layer.weight.requires_grad
+    if not (layer.training and torch.is_grad_enabled()):
+        return False
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(layer.weight):
+        raise RuntimeError(NO_VMAP_OVER_PARAMETERS)  # a weight that says of itself that it needs no gradient
+    return layer.weight.requires_grad
+
+
+def _cast(input: Tensor) -> Tensor:
+    """The input as autocast will have it, so that what is kept for the statistics is what the operation keeps."""
+    dtype = autocast_dtype(input.device)
+    if dtype is None or not input.is_floating_point() or input.dtype == torch.float64:
+        return input
+    return input.to(dtype)
 
 
 def _parameters(layer: Any, input: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -49,12 +62,31 @@ def _parameters(layer: Any, input: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _observed(layer: Any, output: Tensor) -> Tensor:
-    if layer.transform.observes_output:
-        output = ObserveOutput.apply(output, layer.transform.handle)
-    return output
+    if not layer.transform.observes_output:
+        return output
+    in_place = not torch._C._are_functorch_transforms_active()
+    return (ObserveOutput if in_place else ObserveOutputFunctional).apply(output, layer.transform.handle)
 
 
-class WhitenedLinear(nn.Linear):
+class _Whitened(nn.Module):
+    """What concerns the state of any whitened layer beside its parameters."""
+
+    transform: GradientTransform
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters as the plain layer does, and forget what was observed."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "transform" in self._modules:  # not yet, where the plain layer's __init__ calls
+            self.transform.reset_state()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        weight: Any = self.weight
+        if self.transform.is_meta and not weight.is_meta:  # a checkpoint was assigned to a model without storage
+            self.transform.to_empty(device=weight.device)
+
+
+class WhitenedLinear(_Whitened, nn.Linear):
     """`nn.Linear` whose gradient is taken as if its inputs were whitened.
 
     Args:
@@ -64,8 +96,6 @@ class WhitenedLinear(nn.Linear):
 
     Shape: ``(..., in_features) -> (..., out_features)``.
     """
-
-    transform: GradientTransform
 
     def __init__(
         self,
@@ -87,14 +117,13 @@ class WhitenedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not _is_transformed(self):
             return super().forward(input)
+        input = _cast(input)
         weight, bias = _parameters(self, input)
         return _observed(self, F.linear(input, weight, bias))
 
 
-class _WhitenedConv(_ConvNd):
+class _WhitenedConv(_Whitened, _ConvNd):
     """What the whitened convolutions share: the plain class's signature, `transform`, and one operation."""
-
-    transform: GradientTransform
 
     def __init__(
         self,
@@ -125,15 +154,21 @@ class _WhitenedConv(_ConvNd):
             layer.kernel_size,
             layer.stride,
             layer.dilation,
-            tuple(layer._reversed_padding_repeated_twice),
-            "constant" if layer.padding_mode == "zeros" else layer.padding_mode,
+            tuple(layer._reversed_padding_repeated_twice) if layer.padding_mode == "zeros" else (),
         )
 
     def forward(self, input: Tensor) -> Tensor:
         if not _is_transformed(self):
             return super().forward(input)
+        plain: Any = self  # whose attributes have, to the type checker, the types of every convolution at once
+        padding = plain.padding
+        if plain.padding_mode != "zeros":
+            input = F.pad(input, plain._reversed_padding_repeated_twice, mode=plain.padding_mode)
+            padding = 0
+        input = _cast(input)
         weight, bias = _parameters(self, input)
-        return _observed(self, self._conv_forward(input, weight, bias))
+        operation = (F.conv1d, F.conv2d, F.conv3d)[len(plain.kernel_size) - 1]
+        return _observed(self, operation(input, weight, bias, plain.stride, padding, plain.dilation, plain.groups))
 
 
 class WhitenedConv1d(_WhitenedConv, nn.Conv1d):
@@ -169,15 +204,13 @@ class WhitenedConv3d(_WhitenedConv, nn.Conv3d):
     """
 
 
-class _WhitenedConvTranspose(_ConvTransposeNd):
+class _WhitenedConvTranspose(_Whitened, _ConvTransposeNd):
     """What the whitened transposed convolutions share.
 
     A transposed convolution is a convolution, with the kernel turned round, of the input with
     ``stride − 1`` zeros between its positions: its patches, which hold those zeros, are what is whitened.
     A size asked for with `output_size` changes the statistics by none of the positions it adds.
     """
-
-    transform: GradientTransform
 
     def __init__(
         self,
@@ -235,6 +268,7 @@ class _WhitenedConvTranspose(_ConvTransposeNd):
         sizes = plain._output_padding(
             input, output_size, plain.stride, plain.padding, plain.kernel_size, dims, plain.dilation
         )
+        input = _cast(input)
         weight, bias = _parameters(self, input)
         operation = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
         output = operation(input, weight, bias, plain.stride, plain.padding, sizes, plain.groups, plain.dilation)

@@ -1,5 +1,6 @@
 """Full float32 products, whatever the user's global setting."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -12,34 +13,60 @@ def _fp32_precisions() -> list[str | None]:
     return [getattr(backend, "fp32_precision", None) for backend in _BACKENDS]  # None before torch 2.9
 
 
+_lock = threading.Lock()
+_users = 0
+_before: tuple[str | None, list[str | None]] | None = None  # what the last user is to put back
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Multiply float32 matrices in float32 inside this context, not in TF32 or bf16.
 
     TF32 keeps ten bits of a mantissa, too few for a covariance or its inverse. The setting is the
-    process's own and is put back afterwards; where it is full already, nothing is touched.
+    process's own: of several threads in this context the first changes it and the last puts it back.
+    Where it is full already, nothing is touched.
     """
+    global _users, _before
+    with _lock:
+        if _users == 0:
+            _before = _raise_precision()
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0 and _before is not None:
+                _restore_precision(*_before)
+
+
+def _raise_precision() -> tuple[str | None, list[str | None]] | None:
     try:
         overall = torch.get_float32_matmul_precision()
     except RuntimeError:  # it was set for each backend, which this question does not understand
         overall = None
     before = _fp32_precisions()
     if overall == "highest" and set(before) <= {None, "none", "ieee"}:
-        yield
-        return
+        return None
     torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        if overall is not None:
-            torch.set_float32_matmul_precision(overall)
-        for backend, value, now in zip(_BACKENDS, before, _fp32_precisions(), strict=True):
-            if value != now:
-                setattr(backend, "fp32_precision", value)  # noqa: B010 - absent before torch 2.9
+    return overall, before
+
+
+def _restore_precision(overall: str | None, before: list[str | None]) -> None:
+    if overall is not None:
+        torch.set_float32_matmul_precision(overall)
+    for backend, value, now in zip(_BACKENDS, before, _fp32_precisions(), strict=True):
+        if value != now:
+            setattr(backend, "fp32_precision", value)  # noqa: B010 - absent before torch 2.9
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on a device; None where it is off."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast off for a device: a backward pass inside an autocast block would run our products in its type."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)

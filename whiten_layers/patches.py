@@ -21,7 +21,8 @@ from torch import Tensor
 class Geometry:
     """How a layer reads its input. Channels are counted within one group.
 
-    A linear layer has no kernel: ``kernel_size == ()``, and its features are its channels.
+    A linear layer has no kernel: ``kernel_size == ()``, and its features are its channels. Padding with
+    anything but zeros is not the geometry's: the layer's input is what has been padded so.
     """
 
     in_channels: int
@@ -31,10 +32,7 @@ class Geometry:
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()  # as F.pad takes it: last dimension first, both sides
-    padding_mode: str = "constant"
-    upsampling: tuple[
-        int, ...
-    ] = ()  # of a transposed convolution, the distance its input is spread to; its weight lies (C, S)
+    upsampling: tuple[int, ...] = ()  # transposed: how far apart its input is spread. Its weight is (C, S)
 
     @property
     def taps(self) -> int:
@@ -77,7 +75,8 @@ def _even_steps(batch: int, sizes: Sequence[int], max_rows: int | None, phase: i
 
 
 def _batched(input: Tensor, spatial_dims: int) -> Tensor:
-    return input.unsqueeze(0) if input.dim() == spatial_dims + 1 else input
+    """One batch dimension for an input that has none, or (under `torch.vmap`) several."""
+    return input.reshape(-1, *input.shape[-spatial_dims - 1 :])
 
 
 def _spread(input: Tensor, upsampling: tuple[int, ...]) -> Tensor:
@@ -117,7 +116,7 @@ def patch_rows(input: Tensor, geometry: Geometry, max_rows: int | None = None, p
     """
     input = _spread(_batched(input, geometry.spatial_dims), geometry.upsampling)
     if any(geometry.padding):
-        input = F.pad(input, geometry.padding, mode=geometry.padding_mode)
+        input = F.pad(input, geometry.padding)
     window = input
     for axis in range(geometry.spatial_dims):
         span = geometry.dilation[axis] * (geometry.kernel_size[axis] - 1) + 1

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from .beneath import beneath
 from .factor import WhiteningFactor
 from .inverse import METHODS, Inverse
 from .numerics import full_precision, without_autocast
@@ -29,7 +30,9 @@ def request(factors: Iterable[WhiteningFactor]) -> None:
         return
     if task not in _due:
         _due[task] = WeakValueDictionary()
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: refresh(list(_due.pop(task).values())))
+        torch.autograd.Variable._execution_engine.queue_callback(
+            lambda: beneath(lambda: refresh(list(_due.pop(task).values())))
+        )
     _due[task].update((id(factor), factor) for factor in factors)
 
 

@@ -23,7 +23,8 @@ class GradientTransform(nn.Module, ABC):
     that a pass sees one linear map, whatever the number of layers that share a module.
 
     Subclasses implement `bind`, `transform` and `observe`; one that also follows the gradient of
-    the layer's output sets `observes_output` and implements `observe_output`.
+    the layer's output sets `observes_output` and implements `observe_output`. State is buffers, which
+    begin as zeros, and child modules that have a method `reset_state`.
 
     Buffers: ``num_batches_tracked``, the batches seen, a scalar kept on the CPU, where reading it
     waits for no device; ``num_batches_skipped``, those left out of the statistics because they
@@ -32,17 +33,19 @@ class GradientTransform(nn.Module, ABC):
 
     num_batches_tracked: Tensor
     num_batches_skipped: Tensor
-    handle: int
+    handle: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self._register()
 
     def _register(self) -> None:
-        # A compiled graph can hold an integer, not a Python object. The integer is this object's
-        # own: a copy that kept it would train the original's statistics.
-        self.handle = next(_handles)
-        _transforms[self.handle] = self
+        # A compiled graph can hold a number, not a Python object. The number is this object's own: a
+        # copy that kept it would train the original's statistics. It is no buffer, which would be
+        # saved, moved to a device, and broadcast to other processes.
+        number = next(_handles)
+        self.handle = torch.tensor(number, device="cpu")
+        _transforms[number] = self
 
     def __setstate__(self, state: dict) -> None:  # where deepcopy, copy and unpickling end
         super().__setstate__(state)
@@ -54,8 +57,8 @@ class GradientTransform(nn.Module, ABC):
         return replica
 
     @staticmethod
-    def from_handle(handle: int) -> "GradientTransform":
-        return _transforms[handle]
+    def from_handle(handle: Tensor) -> "GradientTransform":
+        return _transforms[int(handle)]
 
     @property
     def observes_output(self) -> bool:
@@ -81,11 +84,26 @@ class GradientTransform(nn.Module, ABC):
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device="cpu"))
         self.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device))
 
+    @torch.no_grad()
+    def reset_state(self) -> None:
+        """Forget what was observed: the state as `bind` made it."""
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+        for child in self.children():
+            child.reset_state()  # type: ignore[operator]
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the state has no storage yet, as on the meta device."""
+        return any(buffer.is_meta for buffer in self.buffers())
+
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        counter = self._buffers.get("num_batches_tracked")
+        counter, was_meta = self._buffers.get("num_batches_tracked"), self.is_meta
         super()._apply(fn, recurse)
         if counter is not None:
             self._buffers["num_batches_tracked"] = counter
+        if was_meta and not self.is_meta:  # `to_empty`: what it has made is not initialised
+            self.reset_state()
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]

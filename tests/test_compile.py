@@ -1,0 +1,142 @@
+"""`torch.compile`: eager's numbers, in one graph that is compiled once."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+from whiten_layers import FeatureWhitening, whiten
+
+from .cases import everywhere
+from .test_autograd import batch, buffers, each_transform, network
+
+# The compilers of some versions warn of themselves.
+pytestmark = pytest.mark.filterwarnings("ignore")
+each_backend = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs():
+    assert not counters["graph_break"] and not counters["recompile_limit"]
+    return counters["stats"]["unique_graphs"]
+
+
+def train(models, batches, autocast=None):
+    """A few steps for each model alike; every loss."""
+    optimizers = [torch.optim.SGD(model.parameters(), 0.01) for model in models]
+    losses = []
+    for x in batches:
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+                loss = F.cross_entropy(model(x), torch.arange(len(x)) % 5)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def assert_equal(compiled, eager):
+    torch.testing.assert_close(dict(compiled.named_parameters()), dict(eager.named_parameters()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(buffers(compiled), buffers(eager), rtol=1e-3, atol=1e-4)
+
+
+@everywhere
+@each_transform
+def test_every_layer_is_eager_bit_for_bit_in_one_graph(case, transform):
+    _, eager = case.make_pair(transform)
+    compiled = copy.deepcopy(eager)
+    fast = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for seed in range(3):
+        results = []
+        for call, layer in ((eager, eager), (fast, compiled)):
+            layer.zero_grad()
+            x = case.make_input(seed).requires_grad_()
+            y = call(x)
+            y.backward(torch.linspace(-1, 2, y.numel()).view(y.shape).double())
+            results.append([y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())])
+        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(buffers(compiled), buffers(eager), rtol=1e-12, atol=1e-12)
+    assert graphs() == 1
+
+
+@each_transform
+@each_backend
+def test_nothing_is_compiled_again_in_fifty_steps(transform, backend):
+    # torch 2.6 compiles no activation that works in place on the output of `ObserveOutput`.
+    inplace = not transform.observes_output
+    eager, compiled = network(transform, inplace), network(transform, inplace)
+    fast = torch.compile(compiled, backend=backend, fullgraph=True)
+    train((eager, fast), [batch(seed) for seed in range(6)])
+    assert_equal(compiled, eager)
+    train((fast,), [batch(seed) for seed in range(6, 50)])
+    assert graphs() == 1
+    assert compiled[0].transform.num_batches_tracked == 50
+
+
+@each_transform
+@each_backend
+def test_batches_of_any_size_share_a_graph(transform, backend):
+    batches = [batch(seed)[: 6 - seed % 4].clone() for seed in range(8)]
+    eager, compiled = network(transform, inplace=False), network(transform, inplace=False)
+    fast = torch.compile(compiled, backend=backend, fullgraph=True)
+    train((eager, fast), batches)
+    assert_equal(compiled, eager)
+    assert graphs() <= 2  # one for the first size, one for all others
+    torch._dynamo.reset()
+    counters.clear()
+    train((torch.compile(compiled, backend=backend, fullgraph=True, dynamic=True),), batches)
+    assert graphs() == 1
+
+
+@each_backend
+@each_transform
+def test_blocks_compiled_one_by_one_share_a_graph(transform, backend):
+    """All that tells one block from the next, the handle, is a tensor: they are more than the compiler would repeat."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 5))
+
+        def forward(self, x):
+            return x + self.layers(x)
+
+    torch.manual_seed(0)
+    eager = whiten(nn.Sequential(*(Block() for _ in range(12))), transform)
+    compiled = copy.deepcopy(eager)
+    for block in compiled:
+        block.compile(backend=backend, fullgraph=True)
+    train((eager, compiled), [torch.randn(6, 5) for _ in range(4)])
+    assert graphs() <= 2  # the first block's input asks for no gradient
+    assert_equal(compiled, eager)
+    assert all(block.layers[0].transform.num_batches_tracked == 4 for block in compiled)
+
+
+@each_transform
+def test_compiled_under_autocast(transform):
+    eager, compiled = network(transform, inplace=False), network(transform, inplace=False)
+    fast = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    losses = train((eager, fast), [batch(seed) for seed in range(6)], torch.bfloat16)
+    assert graphs() == 1
+    torch.testing.assert_close(losses[::2], losses[1::2], rtol=1e-2, atol=1e-2)  # in bf16
+    torch.testing.assert_close(buffers(compiled), buffers(eager), rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_after_training_is_one_more_graph_and_the_plain_one():
+    model = network(FeatureWhitening())
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        train((fast,), [batch(0)])
+        with torch.no_grad():
+            torch.testing.assert_close(fast.eval()(batch(1)), model(batch(1)), rtol=0, atol=0)
+        fast.train()
+    assert graphs() == 2
