@@ -1,4 +1,4 @@
-"""The report: condition numbers, counts, memory, what was left plain."""
+"""The report: condition numbers, counts, memory, what is not whitened."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_counts_memory_and_what_is_left(tmp_path):
     assert result.bytes == sum(buffer.nbytes for buffer in model[0].transform.buffers()) - 16
     assert json.loads(json.dumps(result.to_dict()))["rows"][1]["factor"] == "taps"
     text = str(result)
-    assert "2 × 9" in text and "left plain: 2 (Linear, not asked for)" in text
+    assert "2 × 9" in text and "not whitened: 2 (Linear, not asked for)" in text
     result.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 

@@ -128,6 +128,10 @@ def test_a_parametrized_layer_trains_and_is_counted_once(norm, transform):
         model(torch.randn(9, 5)).square().sum().backward()
     assert model[0].transform.num_batches_tracked == 3
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model[0].parameters())
+    with pytest.raises(ValueError, match=r"0 is a ParametrizedWhitenedLinear.* remove its parametrizations"):
+        unwhiten(model)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert type(unwhiten(model)[0]) is nn.Linear
 
 
 @each_transform

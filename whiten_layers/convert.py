@@ -85,7 +85,17 @@ def whiten(
 
 
 def unwhiten(model: M) -> M:
-    """Turn every whitened layer back into the plain one, in place: the same objects and parameters."""
+    """Turn every whitened layer back into the plain one, in place: the same objects and parameters.
+
+    Raises:
+        ValueError: a layer is of a class made from a whitened one, by a parametrization for instance.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, tuple(PLAIN)) and type(module) not in PLAIN:
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__}, a class made from a whitened layer: "
+                "remove its parametrizations first (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
     for module in model.modules():
         if type(module) in PLAIN:
             del module.transform
@@ -124,6 +134,5 @@ def _reason_left(module: nn.Module) -> str | None:
         if isinstance(module, plain):
             lazy = isinstance(module._parameters.get("weight"), UninitializedParameter)
             return "not initialised yet" if lazy else f"a subclass of nn.{plain.__name__}, which may compute otherwise"
-    if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
-        return "no whitened twin"
-    return None
+    names = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
+    return f"which has parameters of its own: {', '.join(names)}" if names else None

@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """A row for each factor of each layer, and the layers left plain, with the reason."""
+    """A row for each factor of each layer, and what is not whitened, with the reason: left plain, or never reached."""
 
     rows: list[Row]
     left: dict[str, str]
@@ -62,7 +62,7 @@ class Report:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         text.append(f"{self.bytes / 2**20:.1f} MiB in all")
-        text += [f"left plain: {name} ({reason})" for name, reason in self.left.items()]
+        text += [f"not whitened: {name} ({reason})" for name, reason in self.left.items()]
         return "\n".join(text)
 
     def plot(self, path: str | Path) -> None:
@@ -128,4 +128,10 @@ def report(model: nn.Module) -> Report:
                     bytes=sum(buffer.nbytes for buffer in factor.buffers()),
                 )
             )
-    return Report(rows, reasons_left(model))
+    left = reasons_left(model)
+    kinds = {name or "the model": type(module).__name__ for name, module in model.named_modules()}
+    has_trained = any(row.batches for row in rows)
+    for row in rows:
+        if has_trained and row.batches == 0:
+            left[row.layer] = f"{kinds[row.layer]}, which has seen no batch: frozen, unused, or used as a function"
+    return Report(rows, left)

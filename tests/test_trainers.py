@@ -1,0 +1,97 @@
+"""Trainers that others wrote, with a whitened model in the plain one's place and nothing else changed."""
+
+import lightning
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from whiten_layers import FeatureWhitening, report, unwhiten, whiten
+
+# They warn of many things, none of which is ours.
+pytestmark = pytest.mark.filterwarnings("ignore")
+STEPS = 12
+
+
+class Digits(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4)
+        self.model = whiten(nn.Sequential(*layers), FeatureWhitening(output_power=0.5, update_interval=4))
+
+    def training_step(self, batch, number):
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}],
+    ids=["plain", "bf16", "accumulating"],
+)
+def test_lightning(tmp_path, options):
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(96, 1, 8, 8, generator=generator), torch.randint(4, (96,), generator=generator))
+
+    def trainer(epochs):
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        return lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", devices=1, default_root_dir=tmp_path, **quiet, **options
+        )
+
+    whole, first, second = Digits(), Digits(), Digits()
+    trainer(2).fit(whole, DataLoader(data, 16))
+    assert whole.model[0].transform.num_batches_tracked == STEPS
+    assert {row.skipped for row in report(whole).rows} == {0}
+    half = trainer(1)
+    half.fit(first, DataLoader(data, 16))
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    trainer(2).fit(second, DataLoader(data, 16), ckpt_path=tmp_path / "half.ckpt")
+    torch.testing.assert_close(second.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def bert():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(vocab_size=30, max_position_embeddings=12, num_labels=3, **sizes)
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bf16": True}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}],
+    ids=["plain", "bf16", "accumulating, checkpointing"],
+)
+def test_hugging_face(tmp_path, options):
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(30, (96, 12), generator=generator)
+    data = [{"input_ids": row, "labels": row[0] % 3} for row in words]
+
+    def trainer(model, steps):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-3, save_steps=STEPS // 2,
+            lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True, **options,
+        )  # fmt: skip
+        return transformers.Trainer(model, arguments, train_dataset=data)
+
+    whole = whiten(bert())
+    trainer(whole, STEPS).train()
+    layers = [module for module in whole.modules() if hasattr(module, "transform") and hasattr(module, "weight")]
+    assert len(layers) == 14  # six in each block, the pooler, the classifier
+    batches = STEPS * options.get("gradient_accumulation_steps", 1)
+    assert {int(layer.transform.num_batches_tracked) for layer in layers} == {batches}
+    assert {row.skipped for row in report(whole).rows} == {0}
+
+    resumed = whiten(bert())
+    trainer(resumed, STEPS).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+    unwhiten(whole).save_pretrained(tmp_path / "plain")
+    plain = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(plain.state_dict(), whole.state_dict(), rtol=0, atol=0)
