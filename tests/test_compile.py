@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
-from whiten_layers import FeatureWhitening, whiten
+from whiten_layers import FeatureWhitening, refresh, whiten
 
 from .cases import everywhere
 from .test_autograd import batch, buffers, each_transform, network
@@ -131,6 +132,25 @@ def test_compiled_under_autocast(transform):
     torch.testing.assert_close(buffers(compiled), buffers(eager), rtol=1e-3, atol=1e-4)
 
 
+@each_transform
+def test_compiled_with_checkpoints_inside(transform):
+    eager, compiled = network(transform, inplace=False), network(transform, inplace=False)
+
+    def segments(x):
+        return checkpoint(compiled[3:], checkpoint(compiled[:3], x, use_reentrant=False), use_reentrant=False)
+
+    fast = torch.compile(segments, backend="aot_eager", fullgraph=True)
+    for seed in range(4):
+        x = batch(seed).requires_grad_()
+        for model, call in ((eager, eager), (compiled, fast)):
+            model.zero_grad()
+            call(x).square().mean().backward()
+    assert graphs() == 1
+    torch.testing.assert_close(*([p.grad for p in model.parameters()] for model in (eager, compiled)))
+    torch.testing.assert_close(buffers(compiled), buffers(eager), rtol=1e-3, atol=1e-4)
+    assert compiled[0].transform.num_batches_tracked == 4
+
+
 def test_evaluation_after_training_is_one_more_graph_and_the_plain_one():
     model = network(FeatureWhitening())
     fast = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -140,3 +160,18 @@ def test_evaluation_after_training_is_one_more_graph_and_the_plain_one():
             torch.testing.assert_close(fast.eval()(batch(1)), model(batch(1)), rtol=0, atol=0)
         fast.train()
     assert graphs() == 2
+
+
+@each_transform
+@pytest.mark.parametrize("forward", ["eager", "compiled"])
+def test_a_compiled_autograd(transform, forward):
+    """Its passes call nobody back: a layer is refreshed at once, which is the same where it is met once in a pass."""
+    eager, compiled = network(transform, inplace=False), network(transform, inplace=False)
+    called = compiled if forward == "eager" else torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for seed in range(4):
+        train((eager,), [batch(seed)])
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            train((called,), [batch(seed)])
+    assert_equal(compiled, eager)
+    assert compiled[0].transform.channels.num_refreshes == eager[0].transform.channels.num_refreshes == 4
+    assert not refresh._due

@@ -11,6 +11,7 @@ one layer serves its likes. Under `torch.func` the map is differentiated and bat
 but what is observed must be plain tensors: the batch is shown to it beneath all function transforms.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class TransformGradient(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple:  # type: ignore[override]
         input, *handle = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            transformed = _transform_gradient_op(list(gradients), input, *handle)
+            transformed = _transform_gradient_op(list(gradients), input, _handle(ctx, handle))
         else:
             transformed = _transform_gradient(list(gradients), input, ctx.transform)
         return None, None, *transformed
@@ -126,7 +127,7 @@ class ObserveOutput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
         if torch.compiler.is_compiling():
-            return _observe_output_op(grad_output, *ctx.saved_tensors), None
+            return _observe_output_op(grad_output, _handle(ctx, ctx.saved_tensors)), None
         return _observe_output(grad_output, ctx.transform), None
 
 
@@ -159,3 +160,8 @@ def _keep(ctx: Any, handle: Tensor, *tensors: Tensor) -> None:
     else:
         ctx.save_for_backward(*tensors)
         ctx.transform = GradientTransform.from_handle(handle)
+
+
+def _handle(ctx: Any, saved: Sequence[Tensor]) -> Tensor:
+    """The handle that a compiled forward pass kept; of one that was not, with a compiled autograd, the object's."""
+    return saved[0] if saved else ctx.transform.handle

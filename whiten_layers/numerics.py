@@ -62,9 +62,10 @@ def _restore_precision(overall: str | None, before: list[str | None]) -> None:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to on a device; None where it is off."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
+    # Of the meta device one may not ask; of `is_autocast_available` a graph of torch 2.6 may not.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

@@ -5,6 +5,7 @@ engine calls back when the pass is over, and then matrices of one size are inver
 call and written in place, in force from the next pass on.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from weakref import WeakValueDictionary
@@ -23,9 +24,9 @@ _due: dict[int, WeakValueDictionary[int, WhiteningFactor]] = {}
 
 
 def request(factors: Iterable[WhiteningFactor]) -> None:
-    """Refresh `factors` when the backward pass that is running has ended; at once where none is."""
+    """Refresh `factors` when the backward pass that is running has ended; at once where none calls back."""
     task = torch._C._current_graph_task_id()
-    if task == -1:
+    if task == -1 or _is_autograd_compiled():
         refresh(factors)
         return
     if task not in _due:
@@ -34,6 +35,12 @@ def request(factors: Iterable[WhiteningFactor]) -> None:
             lambda: beneath(lambda: refresh(list(_due.pop(task).values())))
         )
     _due[task].update((id(factor), factor) for factor in factors)
+
+
+def _is_autograd_compiled() -> bool:
+    """Whether a compiled autograd runs the pass, which drops callbacks that it has not seen when it was compiled."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")  # whoever uses it has imported it
+    return module is not None and module.in_compiled_autograd_region
 
 
 @torch.no_grad()
