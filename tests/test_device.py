@@ -82,6 +82,22 @@ def test_made_on_the_meta_device_then_assigned_to(checkpoint):
     torch.testing.assert_close(train(model).state_dict(), train(expected).state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("checkpoint", ["plain", "whitened"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_assigned_checkpoint_of_another_type_takes_the_state_along(checkpoint, dtype, device):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    saved = (plain if checkpoint == "plain" else train(whiten(plain))).state_dict()
+    saved = {name: value.to(dtype) if value.is_floating_point() else value.clone() for name, value in saved.items()}
+    model = network(device=device)
+    model.load_state_dict(saved, assign=True)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert {b.dtype for b in model.buffers() if b.is_floating_point()} == {wide}
+    model(torch.randn(6, 3, 6, 6).to(dtype)).square().sum().backward()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
+    assert model[0].transform.num_batches_tracked == (1 if checkpoint == "plain" else 4)
+
+
 class NoWaiting(TorchDispatchMode):
     """Fails where a tensor's numbers go from a device to the host, or, from memory that is not pinned, to a device."""
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 
 from whiten_layers import FeatureWhitening, unwhiten, whiten
@@ -89,12 +90,29 @@ def test_a_batch_that_vmap_maps_over_trains_as_a_whole_one(transform):
 
 
 @each_transform
+def test_a_jacobian_over_the_parameters_is_each_rows_gradient(transform):
+    model = network(transform)
+    twin, (x, _) = copy.deepcopy(model), batch(9)
+    result = jacrev(lambda p: functional_call(model, p, (x,)).sum(0))(detached(model))
+    for row in range(5):
+        twin.load_state_dict(network(transform).state_dict())
+        twin.zero_grad()
+        twin(x).sum(0)[row].backward()
+        for name, parameter in twin.named_parameters():
+            torch.testing.assert_close(result[name][row], parameter.grad, rtol=1e-10, atol=1e-10)
+    assert model[0].transform.num_batches_tracked == 4
+
+
+@each_transform
 def test_what_does_not_ask_for_the_weight_is_plain_and_leaves_no_trace(transform):
     model = network(transform)
     plain, (x, _) = unwhiten(copy.deepcopy(model)), batch(9)
     before = buffers(model)
 
     def results(model):
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(model(forward_ad.make_dual(x, x.cos())))
+        yield dual.tangent
         yield jacrev(model)(x[:2])
         yield jvp(model, (x,), (x.cos(),))[1]
         yield hessian(lambda x: model(x).sum())(x[:1])
@@ -148,6 +166,10 @@ def test_what_the_map_has_no_rule_for_is_an_error():
     parameters, (x, y) = detached(model), batch(9)
     with pytest.raises(NotImplementedError, match="jvp"):  # forward mode over the parameters' gradient
         jvp(lambda p: grad(loss)(p, model, x, y), (parameters,), (parameters,))
-    with pytest.raises(RuntimeError, match="Batching rule"):  # the old vmap, which knows few operations
+    # Forward mode over the parameters alone is the plain Jacobian: nothing is transformed where nothing goes backward.
+    plain = unwhiten(copy.deepcopy(model))
+    results = [jvp(lambda p, net=net: loss(p, net, x, y), (parameters,), (parameters,))[1] for net in (model, plain)]
+    torch.testing.assert_close(*results)
+    with pytest.raises(RuntimeError, match=r"through a whitened layer: use torch\.func"):
         each = torch.eye(5).double()[:, None].expand(5, 6, 5)
         torch.autograd.grad(model(x), model[0].weight, each, is_grads_batched=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear
+from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, report, whiten
 
 from . import reference
 from .cases import everywhere
@@ -263,6 +263,29 @@ def test_a_transform_taken_from_another_layer_starts_anew():
     assert [name for name, _ in layer.transform.named_children()] == ["inputs"]
     assert layer.transform.num_batches_tracked == 0 and layer.transform.inputs.num_refreshes == 0
     backward(layer, torch.randn(9, 4))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_features_is_an_error_and_whiten_leaves_it():
+    with pytest.raises(ValueError, match=r"a weight of shape \(3, 0\) is not possible: give at least one feature"):
+        WhitenedLinear(0, 3)
+    model = whiten(nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 2)))
+    assert type(model[0]) is nn.Linear and type(model[1]) is WhitenedLinear
+    assert report(model).left == {"0": "Linear, without any feature"}
+
+
+@each_transform
+def test_a_jagged_input_is_its_rows(transform):
+    layer, twin = (WhitenedLinear(4, 3, transform=copy.deepcopy(transform)) for _ in range(2))
+    twin.load_state_dict(layer.state_dict())
+    for _ in range(3):
+        parts = [torch.randn(n, 4) for n in (2, 5, 3)]
+        for net in (layer, twin):
+            net.zero_grad()
+        layer(torch.nested.nested_tensor(parts, layout=torch.jagged)).sin().values().sum().backward()
+        twin(torch.cat(parts)).sin().sum().backward()
+        torch.testing.assert_close(layer.weight.grad, twin.weight.grad)
+    assert_same(state(layer), state(twin))
 
 
 def test_what_a_layer_cannot_take_as_a_transform():

@@ -53,7 +53,7 @@ def test_products_inside_are_exact_to_float32(setting):
 
 def test_threads_that_overlap_have_full_precision_until_the_last_has_left():
     torch.set_float32_matmul_precision("medium")
-    inside, seen = threading.Barrier(4), []
+    inside, seen = threading.Barrier(4, timeout=60), []
 
     def first():
         for _ in range(50):
@@ -78,3 +78,18 @@ def test_threads_that_overlap_have_full_precision_until_the_last_has_left():
         thread.join()
     assert set(seen) == {"highest"} and len(seen) == 50 * 4
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+@by_backend
+def test_a_setting_that_a_backend_inherits_stays_inherited():
+    for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        backend.fp32_precision = "none"
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with full_precision():
+            assert _fp32_precisions() == ["ieee", "ieee"]
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = "none"

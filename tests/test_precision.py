@@ -80,12 +80,11 @@ def test_a_layer_in_an_autocast_block_that_is_switched_off_is_plain_float32():
     torch.testing.assert_close(result, twin(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("setting", ["high", "medium"])
 @each_transform
-def test_statistics_and_inverses_are_full_precision_whatever_the_setting(transform, setting):
+def test_statistics_and_inverses_are_full_precision_whatever_the_setting(transform):
     states = []
     try:
-        for precision in ("highest", setting):
+        for precision in ("highest", "medium"):  # bf16 where the processor has it
             torch.set_float32_matmul_precision(precision)
             torch.manual_seed(0)
             layer = WhitenedLinear(64, 32, transform=transform)
@@ -101,7 +100,7 @@ def test_statistics_and_inverses_are_full_precision_whatever_the_setting(transfo
 
 @each_transform
 def test_a_step_that_the_scaler_skips_leaves_nothing_behind(transform):
-    """The loss overflows at fp16's first scale, once more later, and the run is the one without those two batches."""
+    """The scaled loss of two batches overflows, and the run is the one without them."""
     runs = []
     for overflowing in ((2, 5), ()):
         model = network(transform)
@@ -126,7 +125,8 @@ def test_a_step_that_the_scaler_skips_leaves_nothing_behind(transform):
         assert scaler.get_scale() == 256.0 / 2 ** len(overflowing)
     first, second = runs
     assert all(layer.transform.num_batches_skipped == 2 for layer in (first[0], first[2], first[5]))
-    assert all(p.isfinite().all() for p in first.parameters())
+    # Every batch is observed and refreshes here, so that the count of batches, which goes on, decides nothing.
+    torch.testing.assert_close(dict(first.named_parameters()), dict(second.named_parameters()), rtol=0, atol=0)
     assert all(layer.transform.num_batches_skipped == 0 for layer in (second[0], second[2], second[5]))
 
 

@@ -123,11 +123,25 @@ def test_an_output_layer_tied_to_an_embedding():
 def test_a_parametrized_layer_trains_and_is_counted_once(norm, transform):
     """The gradient of the computed weight passes the map, and what lies behind it gets its share by the chain rule."""
     torch.manual_seed(0)
-    model = nn.Sequential(norm(whiten(nn.Linear(5, 4), transform)), nn.Tanh(), nn.Linear(4, 3))
-    for _ in range(3):
-        model(torch.randn(9, 5)).square().sum().backward()
+    plain = nn.Sequential(nn.Linear(50, 40), nn.Tanh(), nn.Linear(40, 3))
+    model = copy.deepcopy(plain)
+    whiten(model, transform, include="0")
+    torch.manual_seed(1)  # a spectral norm starts from a random vector, and moves it at each reading of the weight
+    norm(plain[0])
+    torch.manual_seed(1)
+    norm(model[0])
+    assert "0" not in report(model).left
+    for frozen in (False, False, False, True):
+        for net in (plain, model):
+            for parameter in net[0].parameters():
+                parameter.requires_grad_(not frozen)
+        x = torch.randn(9, 50)
+        torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
+        model(x).square().sum().backward()
+        plain(x)
     assert model[0].transform.num_batches_tracked == 3
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model[0].parameters())
+    assert not any(name.startswith("0") for name in report(model).left)
     with pytest.raises(ValueError, match=r"0 is a ParametrizedWhitenedLinear.* remove its parametrizations"):
         unwhiten(model)
     nn.utils.parametrize.remove_parametrizations(model[0], "weight")

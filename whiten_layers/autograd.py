@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .beneath import beneath
 from .numerics import without_autocast
@@ -29,6 +30,10 @@ NO_VMAP_OVER_PARAMETERS = (
 
 def _transform_gradient(gradients: list[Tensor], input: Tensor, transform: GradientTransform) -> list[Tensor]:
     """Map ``[weight gradient]`` or ``[weight gradient, bias gradient]``, then observe the batch."""
+    if torch._C._functorch.is_legacy_batchedtensor(gradients[0]):
+        raise RuntimeError(
+            "is_grads_batched=True (or vectorize=True) is not possible through a whitened layer: use torch.func"
+        )
     with without_autocast(input.device):
         mapped = transform.transform(gradients[0], gradients[1] if len(gradients) > 1 else None)
         _observe(transform, input, gradients[0])
@@ -37,18 +42,30 @@ def _transform_gradient(gradients: list[Tensor], input: Tensor, transform: Gradi
 
 def _observe_output(grad_output: Tensor, transform: GradientTransform) -> Tensor:
     with without_autocast(grad_output.device):
-        beneath(transform.observe_output, grad_output)
+        beneath(transform.observe_output, _dense(grad_output))
     return grad_output
 
 
 def _observe(transform: GradientTransform, input: Tensor, grad_weight: Tensor) -> None:
     dims = grad_weight.dim()
     # `torch.vmap` over samples has a gradient for each of them, and one batch all the same.
-    beneath(lambda input, grad: transform.observe(input, grad.sum_to_size(grad.shape[-dims:])), input, grad_weight)
+    beneath(
+        lambda input, grad: transform.observe(input, grad.sum_to_size(grad.shape[-dims:])), _dense(input), grad_weight
+    )
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.values() if tensor.is_nested else tensor  # the rows of a jagged one
 
 
 # Both operations have effects that a recorded CUDA graph would not repeat. Older versions know no such tag.
 _TAGS: dict[str, Any] = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+def _keep_order(operation: Any) -> None:
+    """Let a compiler run every call, in the order of the calls: it would merge equal ones, and move others about."""
+    if hasattr(operation, "register_effect"):  # older versions cannot
+        operation.register_effect(torch.library.EffectType.ORDERED)
 
 
 @torch.library.custom_op(
@@ -68,6 +85,9 @@ def _(gradients: list[Tensor], input: Tensor, handle: Tensor) -> list[Tensor]:
     return [torch.empty_like(gradient) for gradient in gradients]
 
 
+_keep_order(_transform_gradient_op)
+
+
 @torch.library.custom_op("whiten_layers::observe_output", mutates_args=(), **_TAGS)
 def _observe_output_op(grad_output: Tensor, handle: Tensor) -> Tensor:
     # An operation may not return its argument, and one whose result nobody uses is dropped: hence a copy.
@@ -79,10 +99,13 @@ def _(grad_output: Tensor, handle: Tensor) -> Tensor:
     return torch.empty_like(grad_output)
 
 
+_keep_order(_observe_output_op)
+
+
 class TransformGradient(torch.autograd.Function):
     """``(input, handle, weight) -> (weight,)`` or ``(input, handle, weight, bias) -> (weight, bias)``.
 
-    Saves the input, which a linear layer or a zero-padded convolution saves as well.
+    Saves the input, as the operation does that follows, unless that one makes a copy for itself.
     """
 
     @staticmethod
@@ -132,7 +155,7 @@ class ObserveOutput(torch.autograd.Function):
 
 
 class ObserveOutputFunctional(torch.autograd.Function):
-    """`ObserveOutput` for `torch.func`, which knows no Function that works in place."""
+    """`ObserveOutput` for `torch.func` and forward mode, which know no Function that works in place."""
 
     generate_vmap_rule = True
 
@@ -151,6 +174,13 @@ class ObserveOutputFunctional(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
         return tangent.clone()
+
+
+def observe_output(output: Tensor, handle: Tensor) -> Tensor:
+    """`ObserveOutput`, or its functional form where a Function may not work in place."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return ObserveOutputFunctional.apply(output, handle)
+    return ObserveOutput.apply(output, handle)
 
 
 def _keep(ctx: Any, handle: Tensor, *tensors: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from .layers import (
     WhitenedConv1d,
@@ -76,6 +77,8 @@ def whiten(
             continue
         if id(module) in skipped or (include is not None and not _matches(name, include)):
             continue
+        if module.weight.numel() == 0:
+            continue
         twin = TWINS[type(module)]
         attach(module, twin.geometry(module), transform)
         module.__class__ = twin
@@ -90,12 +93,13 @@ def unwhiten(model: M) -> M:
     Raises:
         ValueError: a layer is of a class made from a whitened one, by a parametrization for instance.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, tuple(PLAIN)) and type(module) not in PLAIN:
-            raise ValueError(
-                f"{name or 'the model'} is a {type(module).__name__}, a class made from a whitened layer: "
-                "remove its parametrizations first (torch.nn.utils.parametrize.remove_parametrizations)"
-            )
+    made: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}
+    for name, module in made.items():
+        if type(module) not in PLAIN:
+            cure = "unwhiten the layer before"
+            if is_parametrized(module):
+                cure = "remove its parametrizations first (torch.nn.utils.parametrize.remove_parametrizations)"
+            raise ValueError(f"{name or 'the model'} is a {type(module).__name__}, made from a whitened layer: {cure}")
     for module in model.modules():
         if type(module) in PLAIN:
             del module.transform
@@ -121,11 +125,11 @@ def reasons_left(model: nn.Module) -> dict[str, str]:
     return left
 
 
-def _reason_left(module: nn.Module) -> str | None:
-    if type(module) in PLAIN or isinstance(module, GradientTransform):
+def _reason_left(module: Any) -> str | None:
+    if isinstance(module, (*PLAIN, GradientTransform, ParametrizationList)):
         return None
     if type(module) in TWINS:
-        return "not asked for"
+        return "not asked for" if module.weight.numel() else "without any feature"
     if isinstance(module, nn.MultiheadAttention):
         return "whose projections are used as functions, not as layers"
     if isinstance(module, nn.Embedding):

@@ -92,3 +92,11 @@ class FeatureCovariance(nn.Module):
             if old is not None and new is not None and new.is_floating_point() and torch.finfo(new.dtype).bits < 32:
                 self._buffers[name] = old.to(new.device, torch.float32)
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
+        super()._load_from_state_dict(state_dict, prefix, copied(local_metadata), *args)
+
+
+def copied(local_metadata: dict) -> dict:
+    """Metadata of a load that copies: an assigned tensor would bring its own device, and fewer digits than 32 bits."""
+    return {**local_metadata, "assign_to_params_buffers": False}

@@ -5,6 +5,7 @@ same operations, nothing saved, nothing observed.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .autograd import NO_VMAP_OVER_PARAMETERS, ObserveOutput, ObserveOutputFunctional, TransformGradient
+from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, observe_output
 from .numerics import autocast_dtype
 from .patches import Geometry
 from .transforms import FeatureWhitening, GradientTransform
@@ -32,16 +33,10 @@ def attach(layer: nn.Linear | _ConvNd, geometry: Geometry, transform: GradientTr
     """Give a layer its own copy of a transform, with state on the weight's device and of its precision."""
     if layer.weight.is_complex():
         raise ValueError(f"dtype={layer.weight.dtype} is not possible: give a real floating-point type")
+    if layer.weight.numel() == 0:
+        raise ValueError(f"a weight of shape {tuple(layer.weight.shape)} is not possible: give at least one feature")
     bound = _make_transform(transform).bind(geometry, device=layer.weight.device, dtype=layer.weight.dtype)
     layer.transform = bound.train(layer.training)
-
-
-def _is_transformed(layer: Any) -> bool:
-    if not (layer.training and torch.is_grad_enabled()):
-        return False
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(layer.weight):
-        raise RuntimeError(NO_VMAP_OVER_PARAMETERS)  # a weight that says of itself that it needs no gradient
-    return layer.weight.requires_grad
 
 
 def _cast(input: Tensor) -> Tensor:
@@ -52,26 +47,32 @@ def _cast(input: Tensor) -> Tensor:
     return input.to(dtype)
 
 
-def _parameters(layer: Any, input: Tensor) -> tuple[Tensor, Tensor | None]:
-    # Nothing absorbs a shift of the inputs where there is no bias, or a frozen one.
-    shifted = layer.bias is not None and layer.bias.requires_grad
-    parameters = (layer.weight, layer.bias) if shifted else (layer.weight,)
-    # Detached, lest autograd take this for a way to the input's gradient and compute the weight's for it.
-    weight, *bias = TransformGradient.apply(input.detach(), layer.transform.handle, *parameters)
-    return weight, bias[0] if shifted else layer.bias
-
-
-def _observed(layer: Any, output: Tensor) -> Tensor:
-    if not layer.transform.observes_output:
-        return output
-    in_place = not torch._C._are_functorch_transforms_active()
-    return (ObserveOutput if in_place else ObserveOutputFunctional).apply(output, layer.transform.handle)
-
-
 class _Whitened(nn.Module):
-    """What concerns the state of any whitened layer beside its parameters."""
+    """What any whitened layer does beside its plain self."""
 
     transform: GradientTransform
+
+    def _is_plain(self) -> bool:
+        return not (self.training and torch.is_grad_enabled())
+
+    def _transformed(self, operation: Callable[..., Tensor], input: Tensor, *options: Any) -> Tensor:
+        """The layer's operation on parameters whose gradients pass through the transform.
+
+        Every parameter is read once, as in the plain layer: a parametrization computes it at each reading.
+        """
+        weight: Any = self.weight
+        bias: Any = self.bias
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(weight):
+            raise RuntimeError(NO_VMAP_OVER_PARAMETERS)  # such a weight says of itself that it needs no gradient
+        if not weight.requires_grad:
+            return operation(input, weight, bias, *options)
+        input, handle = _cast(input), self.transform.handle
+        # Nothing absorbs a shift of the inputs where there is no bias, or a frozen one.
+        shifted = bias is not None and bias.requires_grad
+        # Detached, lest autograd take this for a way to the input's gradient and compute the weight's for it.
+        parameters = TransformGradient.apply(input.detach(), handle, *((weight, bias) if shifted else (weight,)))
+        output = operation(input, *(parameters if shifted else (*parameters, bias)), *options)
+        return observe_output(output, handle) if self.transform.observes_output else output
 
     def reset_parameters(self) -> None:
         """Initialise the parameters as the plain layer does, and forget what was observed."""
@@ -79,11 +80,12 @@ class _Whitened(nn.Module):
         if "transform" in self._modules:  # not yet, where the plain layer's __init__ calls
             self.transform.reset_state()
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        weight: Any = self.weight
-        if self.transform.is_meta and not weight.is_meta:  # a checkpoint was assigned to a model without storage
-            self.transform.to_empty(device=weight.device)
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        weight = self._parameters.get("weight")
+        # A checkpoint that is assigned brings its own device and type, and may be what takes the layer off meta.
+        if local_metadata.get("assign_to_params_buffers") and weight is not None and not weight.is_meta:
+            self.transform.follow(weight)
 
 
 class WhitenedLinear(_Whitened, nn.Linear):
@@ -115,11 +117,7 @@ class WhitenedLinear(_Whitened, nn.Linear):
         return Geometry(layer.in_features, layer.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _is_transformed(self):
-            return super().forward(input)
-        input = _cast(input)
-        weight, bias = _parameters(self, input)
-        return _observed(self, F.linear(input, weight, bias))
+        return super().forward(input) if self._is_plain() else self._transformed(F.linear, input)
 
 
 class _WhitenedConv(_Whitened, _ConvNd):
@@ -158,17 +156,15 @@ class _WhitenedConv(_Whitened, _ConvNd):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _is_transformed(self):
+        if self._is_plain():
             return super().forward(input)
         plain: Any = self  # whose attributes have, to the type checker, the types of every convolution at once
-        padding = plain.padding
-        if plain.padding_mode != "zeros":
-            input = F.pad(input, plain._reversed_padding_repeated_twice, mode=plain.padding_mode)
-            padding = 0
-        input = _cast(input)
-        weight, bias = _parameters(self, input)
+        if plain.padding_mode == "zeros":
+            return self._transformed(plain._conv_forward, input)
+        # What is padded with its own values is the layer's input, and what the operation keeps.
+        input = F.pad(input, plain._reversed_padding_repeated_twice, mode=plain.padding_mode)
         operation = (F.conv1d, F.conv2d, F.conv3d)[len(plain.kernel_size) - 1]
-        return _observed(self, operation(input, weight, bias, plain.stride, padding, plain.dilation, plain.groups))
+        return self._transformed(operation, input, plain.stride, 0, plain.dilation, plain.groups)
 
 
 class WhitenedConv1d(_WhitenedConv, nn.Conv1d):
@@ -261,18 +257,15 @@ class _WhitenedConvTranspose(_Whitened, _ConvTransposeNd):
         )
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if not _is_transformed(self):
+        if self._is_plain():
             return super().forward(input, output_size)
         plain: Any = self  # whose attributes have, to the type checker, the types of every convolution at once
         dims = len(plain.kernel_size)
         sizes = plain._output_padding(
             input, output_size, plain.stride, plain.padding, plain.kernel_size, dims, plain.dilation
         )
-        input = _cast(input)
-        weight, bias = _parameters(self, input)
         operation = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-        output = operation(input, weight, bias, plain.stride, plain.padding, sizes, plain.groups, plain.dilation)
-        return _observed(self, output)
+        return self._transformed(operation, input, plain.stride, plain.padding, sizes, plain.groups, plain.dilation)
 
 
 class WhitenedConvTranspose1d(_WhitenedConvTranspose, nn.ConvTranspose1d):

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -55,9 +56,12 @@ def _raise_precision() -> tuple[str | None, list[str | None]] | None:
 def _restore_precision(overall: str | None, before: list[str | None]) -> None:
     if overall is not None:
         torch.set_float32_matmul_precision(overall)
+    backend: Any
     for backend, value, now in zip(_BACKENDS, before, _fp32_precisions(), strict=True):
         if value != now:
-            setattr(backend, "fp32_precision", value)  # noqa: B010 - absent before torch 2.9
+            backend.fp32_precision = "none"  # what it inherits, which may be all it had
+            if backend.fp32_precision != value:
+                backend.fp32_precision = value
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ..covariance import copied
 from ..patches import Geometry
 
 _transforms: "weakref.WeakValueDictionary[int, GradientTransform]" = weakref.WeakValueDictionary()
@@ -22,9 +23,8 @@ class GradientTransform(nn.Module, ABC):
     `transform` computes only when a whole backward pass is over (see `whiten_layers.refresh`), so
     that a pass sees one linear map, whatever the number of layers that share a module.
 
-    Subclasses implement `bind`, `transform` and `observe`; one that also follows the gradient of
-    the layer's output sets `observes_output` and implements `observe_output`. State is buffers, which
-    begin as zeros, and child modules that have a method `reset_state`.
+    Subclasses implement `bind`, `transform`, `observe` and `reset_state`; one that also follows the gradient of
+    the layer's output sets `observes_output` and implements `observe_output`.
 
     Buffers: ``num_batches_tracked``, the batches seen, a scalar kept on the CPU, where reading it
     waits for no device; ``num_batches_skipped``, those left out of the statistics because they
@@ -49,16 +49,17 @@ class GradientTransform(nn.Module, ABC):
 
     def __setstate__(self, state: dict) -> None:  # where deepcopy, copy and unpickling end
         super().__setstate__(state)
+        counter = self._buffers.get("num_batches_tracked")
+        if counter is not None and not counter.is_meta:
+            self._buffers["num_batches_tracked"] = counter.cpu()  # wherever `torch.load` has put it
         self._register()
-
-    def _replicate_for_data_parallel(self) -> Self:
-        replica = super()._replicate_for_data_parallel()
-        replica._register()
-        return replica
 
     @staticmethod
     def from_handle(handle: Tensor) -> "GradientTransform":
-        return _transforms[int(handle)]
+        transform = _transforms.get(int(handle))
+        if transform is None:
+            raise RuntimeError("the layer of this backward pass is gone: keep a compiled model until it has ended")
+        return transform
 
     @property
     def observes_output(self) -> bool:
@@ -84,13 +85,19 @@ class GradientTransform(nn.Module, ABC):
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device="cpu"))
         self.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device))
 
-    @torch.no_grad()
+    @abstractmethod
     def reset_state(self) -> None:
-        """Forget what was observed: the state as `bind` made it."""
-        for buffer in self.buffers(recurse=False):
-            buffer.zero_()
-        for child in self.children():
-            child.reset_state()  # type: ignore[operator]
+        """Forget what was observed: the state as `bind` made it. Implementations call `_reset_counters`."""
+
+    def _reset_counters(self) -> None:
+        self.num_batches_tracked.zero_()
+        self.num_batches_skipped.zero_()
+
+    def follow(self, weight: Tensor) -> None:
+        """Be where a weight is, as wide as it is: what a layer asks when a checkpoint has been assigned to it."""
+        if self.is_meta:
+            self.to_empty(device=weight.device)
+        self.to(weight.device, weight.dtype)
 
     @property
     def is_meta(self) -> bool:
@@ -106,8 +113,8 @@ class GradientTransform(nn.Module, ABC):
             self.reset_state()
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
         if not any(key.startswith(prefix) for key in state_dict):
             # A plain layer's checkpoint knows no transform: ours stays as it is, and nothing is missing.
             state_dict.update(self.state_dict(prefix=prefix))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, copied(local_metadata), *args)

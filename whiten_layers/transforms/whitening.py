@@ -155,6 +155,12 @@ class FeatureWhitening(GradientTransform):
             self.outputs = factor(geometry.out_channels, 1, self.output_power)
         return self
 
+    def reset_state(self) -> None:
+        self._reset_counters()
+        self._output_moment = None
+        for factor in self.factors():
+            factor.reset_state()
+
     def factors(self) -> list[WhiteningFactor]:
         return [child for child in self.children() if isinstance(child, WhiteningFactor)]
 
