@@ -1,6 +1,7 @@
 """Full precision inside, the user's own setting outside."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -84,12 +85,13 @@ def test_threads_that_overlap_have_full_precision_until_the_last_has_left():
 def test_a_setting_that_a_backend_inherits_stays_inherited():
     for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
         backend.fp32_precision = "none"
+    set_generic = partial(torch._C._set_fp32_precision_setter, "generic", "all")  # torch.backends.fp32_precision
     try:
-        torch.backends.fp32_precision = "tf32"
+        set_generic("tf32")
         with full_precision():
             assert _fp32_precisions() == ["ieee", "ieee"]
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-        torch.backends.fp32_precision = "ieee"
+        set_generic("ieee")
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     finally:
-        torch.backends.fp32_precision = "none"
+        set_generic("none")
