@@ -60,15 +60,16 @@ def conforms(plain: nn.Module, inputs: list[torch.Tensor], options: dict, method
             results.append((y.detach(), leaf.grad))
         torch.testing.assert_close(*results, rtol=0, atol=0)
         gradients = [parameter.grad.double() for parameter in plain.parameters()]
+        transformed = [parameter.grad.double() for parameter in twin.parameters()]
+        assert all(gradient.isfinite().all() for gradient in transformed)
+        if precision.bits == 64:  # P and Q are symmetric positive definite, with a bias and without
+            descent = sum((a * b).sum() for a, b in zip(gradients, transformed, strict=True))
+            assert descent > 0 or sum(gradient.square().sum() for gradient in gradients) < 1e-20
         if number > 0 and truth.is_clear():
             expected = truth.transformed(*gradients)
             size = max(gradient.abs().max().item() for gradient in expected)
             tolerance = 1e-9 * size if precision.bits == 64 else 30 * precision.eps * truth.condition * size
-            for parameter, gradient in zip(twin.parameters(), expected, strict=True):
-                torch.testing.assert_close(parameter.grad.double(), gradient, rtol=rounding.eps, atol=tolerance)
-            # P and Q are symmetric positive definite, with a bias and without.
-            descent = sum((a * b).sum() for a, b in zip(gradients, expected, strict=True))
-            assert descent > 0 or size < 1e-10
+            torch.testing.assert_close(transformed, expected, rtol=rounding.eps, atol=tolerance)
         truth.observe(x, upstream)
 
 

@@ -27,14 +27,13 @@ def test_an_averaged_model_follows_and_is_not_trained(transform, use_buffers):
     model = network(transform)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
-    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    expected = None
     for seed in range(4):
         step(model, optimizer, seed)
         average.update_parameters(model)
-        if seed:  # the first update is a copy
-            expected = {n: 0.5 * expected[n] + 0.5 * p.detach() for n, p in model.named_parameters()}
-        else:
-            expected = {n: p.detach().clone() for n, p in model.named_parameters()}
+        now = {name: p.detach().clone() for name, p in model.named_parameters()}
+        # The first update is a copy.
+        expected = now if expected is None else {name: 0.5 * expected[name] + 0.5 * p for name, p in now.items()}
     torch.testing.assert_close(dict(average.module.named_parameters()), expected)
     assert model[0].transform.num_batches_tracked == 4
     plain = unwhiten(copy.deepcopy(average.module)).eval()
@@ -168,10 +167,8 @@ def test_clipping_sees_the_transformed_gradient_and_accumulation_adds_it(transfo
     for net in (model, twin):
         F.cross_entropy(net(batch(0)), torch.arange(6) % 5).backward()
         net.zero_grad()
-    with torch.no_grad():
-        for net in (model, twin):
-            for layer in (net[0], net[2], net[5]):
-                layer.transform.update_interval = 10**6
+        for layer in (net[0], net[2], net[5]):
+            layer.transform.update_interval = 10**6
     F.cross_entropy(model(batch(1)), torch.arange(6) % 5).backward()
     F.cross_entropy(model(batch(2)), torch.arange(6) % 5).backward()
     parts = []
