@@ -154,17 +154,16 @@ def condition(inverse: Tensor, covariance: Tensor) -> float:
     return (values[-1] / values[0]).item() if info == 0 else float("nan")
 
 
-def tap_correlation(layer: nn.Module, x: Tensor) -> Tensor:
-    """``(groups, taps, taps)``: autocorrelation of the centred channels by displacement, a position at a time.
+def tap_autocovariance(layer: nn.Module, x: Tensor, mean: Tensor) -> Tensor:
+    """``(groups, taps, taps)``: autocovariance of the channels about `mean` ``(groups, C)``, a position at a time.
 
-    Of a transposed convolution: of the spread input, as a part of what all its positions would have.
+    Of a transposed convolution: of the spread input, over the positions that are not put in between.
     """
     x = batched(layer, x)
     taps = list(itertools.product(*map(range, layer.kernel_size)))
-    zeros = math.prod(layer.stride) if is_transposed(layer) else 1
     result = []
-    for group in x.chunk(layer.groups, dim=1):
-        centred = spread(layer, group - group.mean([0, *range(2, group.dim())], keepdim=True))
+    for group, centre in zip(x.chunk(layer.groups, dim=1), mean, strict=True):
+        centred = spread(layer, group - centre.view(-1, *[1] * (group.dim() - 2)))
         sizes = centred.shape[2:]
 
         def at(*step: int, centred: Tensor = centred, sizes: tuple = sizes) -> Tensor:
@@ -181,8 +180,8 @@ def tap_correlation(layer: nn.Module, x: Tensor) -> Tensor:
             if step not in values:
                 values[step] = at(*step)
         rows = [[tuple((b - a) * d for a, b, d in zip(x, y, layer.dilation, strict=True)) for y in taps] for x in taps]
-        total = values[(0,) * len(sizes)] * zeros
-        result.append(torch.stack([torch.stack([values[step] for step in row]) for row in rows]) / total)
+        positions = len(group) * math.prod(group.shape[2:])
+        result.append(torch.stack([torch.stack([values[step] for step in row]) for row in rows]) / positions)
     return torch.stack(result)
 
 
@@ -246,9 +245,17 @@ class Whitening:
         x, deltas = x.double(), output_rows(self.layer, upstream.double())
         if self.separable:
             x = wrapped(self.layer, batched(self.layer, x))
-            channels = x.movedim(1, -1).reshape(-1, self.groups, x.shape[1] // self.groups)
-            self.inputs.append(channels.movedim(1, 0))
-            self.correlations.append(tap_correlation(self.layer, x))
+            channels = x.movedim(1, -1).reshape(-1, self.groups, x.shape[1] // self.groups).movedim(1, 0)
+            # About the mean of the batches before; of the first batch there is none.
+            mean = torch.full_like(channels[:, 0], math.nan if not self.inputs else 0.0)
+            if self.inputs and self.center:
+                mean = torch.stack(
+                    [weighted_moments([b[g] for b in self.inputs], self.decay)[0] for g in range(self.groups)]
+                )
+            self.inputs.append(channels)
+            zeros = math.prod(self.layer.stride) if is_transposed(self.layer) else 1
+            covariance = tap_autocovariance(self.layer, x, mean)
+            self.correlations.append(covariance / covariance[:, :1, :1] / zeros)
         else:
             self.inputs.append(rows(self.layer, x))
         moment = torch.stack([moments(delta, center=False)[1] for delta in deltas])

@@ -43,7 +43,7 @@ def steps(model, optimizer, numbers):
 @each_transform
 def test_save_load_and_go_on_is_the_run_that_was_not_interrupted(transform):
     whole = whiten(plain(), transform)
-    optimizer = torch.optim.SGD(whole.parameters(), 0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(whole.parameters(), 0.02, momentum=0.9)
     steps(whole, optimizer, range(7))
     file = io.BytesIO()
     torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -52,7 +52,7 @@ def test_save_load_and_go_on_is_the_run_that_was_not_interrupted(transform):
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     resumed = whiten(plain(), transform)
-    optimizer = torch.optim.SGD(resumed.parameters(), 0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(resumed.parameters(), 0.02, momentum=0.9)
     resumed.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     steps(resumed, optimizer, range(7, 40))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiten_layers.covariance import FeatureCovariance, moments
+from whiten_layers.covariance import FeatureCovariance, merged, moments
 
 from . import reference
 
@@ -13,7 +13,8 @@ from . import reference
 @pytest.mark.parametrize("center", [True, False])
 def test_moments(center):
     rows = torch.randn(3, 11, 4, dtype=torch.float64) + 2
-    mean, covariance = moments(rows, center)
+    number, mean, covariance = moments(rows, center)
+    assert number.tolist() == [11, 11, 11]
     for group in range(3):
         expected = reference.moments(rows[group], center)
         torch.testing.assert_close((mean[group], covariance[group]), expected, rtol=1e-12, atol=1e-12)
@@ -35,7 +36,8 @@ def test_running_moments_are_the_weighted_moments_of_all_rows(counts, decay, fea
     ]
     running = FeatureCovariance(1, features, decay=decay, dtype=torch.float64)
     for batch in batches:
-        assert running.update(*moments(batch[None]), len(batch))
+        assert running.observe(moments(batch[None]))
+        running.close_window()
     mean, covariance = reference.weighted_moments(batches, decay)
     # The offset is squared in neither, so rounding is relative to it once.
     tolerance = {"rtol": 1e-10, "atol": 1e-10 * (1 + abs(offset))}
@@ -47,7 +49,8 @@ def test_batches_that_were_not_looked_at_age_the_past():
     batches = [torch.randn(7, 3, dtype=torch.float64) for _ in range(3)]
     running = FeatureCovariance(1, 3, decay=0.8, dtype=torch.float64)
     for batch, elapsed in zip(batches, (1, 4, 2), strict=True):
-        running.update(*moments(batch[None]), 7, elapsed=elapsed)
+        running.observe(moments(batch[None]))
+        running.close_window(elapsed)
     weights = torch.tensor([0.8**6, 0.8**2, 1.0], dtype=torch.float64).repeat_interleave(7)
     expected = torch.cat(batches).T.cov(correction=0, aweights=weights)
     torch.testing.assert_close(running.running_covariance[0], expected, rtol=1e-10, atol=1e-10)
@@ -57,18 +60,55 @@ def test_float32_statistics_survive_a_mean_far_from_zero():
     rows = torch.randn(1, 4000, 3, generator=torch.Generator().manual_seed(0)) + 1000
     running = FeatureCovariance(1, 3, decay=0.9)
     for part in rows.split(500, dim=1):
-        running.update(*moments(part), 500)
+        running.observe(moments(part))
+        running.close_window()
     # Rounding of a value of 1000 is 6e-5; squared about zero it would be 0.06.
     torch.testing.assert_close(running.running_covariance[0], torch.eye(3), rtol=0, atol=0.1)
 
 
 def test_half_precision_rows_are_summed_in_float32():
     rows = torch.full((1, 100_000, 2), 1.001).to(torch.bfloat16) + torch.randn(1, 100_000, 2).to(torch.bfloat16)
-    mean, covariance = moments(rows)
+    _, mean, covariance = moments(rows)
     assert mean.dtype == covariance.dtype == torch.float32
     expected = rows[0].double()
     torch.testing.assert_close(mean[0].double(), expected.mean(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(covariance[0].double(), expected.T.cov(correction=0), rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    offset=st.floats(-100, 100),
+    center=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_a_window_is_all_of_its_rows_at_once_however_they_came(counts, offset, center, seed):
+    generator = torch.Generator().manual_seed(seed)
+    batches = [torch.randn(1, n, 3, generator=generator, dtype=torch.float64) + offset for n in counts if n]
+    running = FeatureCovariance(1, 3, decay=0.5, dtype=torch.float64)
+    for batch in batches:
+        running.observe(moments(batch, center))
+    if not batches:
+        assert running.window is None
+        return
+    tolerance = {"rtol": 1e-10, "atol": 1e-10 * (1 + abs(offset))}
+    everything = moments(torch.cat(batches, 1), center)
+    torch.testing.assert_close(running.window, everything, **tolerance)
+    nothing = type(everything)(*map(torch.zeros_like, everything))
+    torch.testing.assert_close(merged(everything, nothing), everything, rtol=0, atol=0)
+    torch.testing.assert_close(merged(nothing, everything), everything, **tolerance)
+
+
+def test_a_group_of_which_nothing_came_does_not_age():
+    running = FeatureCovariance(2, 3, decay=0.5)
+    running.observe(moments(torch.randn(2, 8, 3)))
+    running.close_window()
+    before = running.running_covariance.clone()
+    running.observe(moments(torch.randn(2, 8, 3)), torch.tensor([True, False]))
+    running.close_window(elapsed=3)
+    assert running.running_count.tolist() == [8 / 8 + 8, 8]
+    assert torch.equal(running.running_covariance[1], before[1])
+    assert not torch.equal(running.running_covariance[0], before[0])
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -76,17 +116,34 @@ def test_half_precision_rows_are_summed_in_float32():
 def test_what_is_not_finite_leaves_no_mark(bad, first):
     running = FeatureCovariance(2, 3, decay=0.9)
     if not first:
-        running.update(*moments(torch.randn(2, 8, 3)), 8)
+        running.observe(moments(torch.randn(2, 8, 3)))
+        running.close_window()
     before = {name: value.clone() for name, value in running.state_dict().items()}
     rows = torch.randn(2, 8, 3)
     rows[1, 4, 2] = bad
-    assert not running.update(*moments(rows), 8)
-    assert not running.update(*moments(torch.randn(2, 8, 3)), 8, valid=torch.tensor(False))
+    assert not running.observe(moments(rows))
+    assert not running.observe(moments(torch.full((2, 8, 3), 1e25)))  # no variance, and a mean too far away
+    assert not running.observe(moments(torch.randn(2, 8, 3)), valid=torch.tensor(False))
+    running.close_window()
     torch.testing.assert_close(before, dict(running.state_dict()), rtol=0, atol=0)
 
 
-def test_updates_are_in_place():
+def test_an_open_window_is_saved_and_loaded():
+    running, other = (FeatureCovariance(1, 3, decay=0.9) for _ in range(2))
+    running.observe(moments(torch.randn(1, 8, 3)))
+    other.load_state_dict(running.state_dict())
+    running.close_window()
+    other.close_window()
+    assert other.running_count == 8
+    torch.testing.assert_close(dict(other.state_dict()), dict(running.state_dict()), rtol=0, atol=0)
+    other.observe(moments(torch.randn(1, 8, 3)))
+    other.load_state_dict(running.state_dict())
+    assert other.window is None
+
+
+def test_a_closed_window_changes_the_average_in_place():
     running = FeatureCovariance(1, 3, decay=0.9)
     pointers = {name: value.data_ptr() for name, value in running.named_buffers()}
-    running.update(*moments(torch.randn(1, 8, 3)), 8)
+    running.observe(moments(torch.randn(1, 8, 3)))
+    running.close_window()
     assert pointers == {name: value.data_ptr() for name, value in running.named_buffers()}

@@ -20,7 +20,8 @@ def filled(*shape, **options):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(factor.groups, 4 * factor.features, factor.features, generator=generator, dtype=torch.float64)
     rows = (rows + 0.5 * rows.cumsum(-1)) * torch.linspace(0.5, 2, factor.features)
-    factor.update(*moments(factor.split(rows)), rows.shape[1])
+    factor.observe(moments(factor.split(rows)))
+    factor.close_window()
     return factor, rows
 
 
@@ -154,7 +155,8 @@ def test_the_recursion_keeps_up_with_a_wide_layer_that_drifts():
     for _ in range(200):
         mix = mix @ torch.linalg.matrix_exp(0.002 * (turn - turn.mT))
         rows = torch.randn(1, 400, 200) @ mix
-        factor.update(*moments(rows), 400)
+        factor.observe(moments(rows))
+        factor.close_window()
         refresh([factor])
         conditions.append(reference.condition(factor.precision[0], factor.damped()[0]))
     plain = reference.condition(torch.eye(200), factor.damped()[0])

@@ -1,4 +1,4 @@
-"""Rows, patches and tap correlations against position-by-position references."""
+"""Rows, patches and tap autocovariances against position-by-position references."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from whiten_layers.convert import TWINS
-from whiten_layers.patches import channel_rows, linear_rows, patch_rows, tap_correlation
+from whiten_layers.patches import channel_rows, linear_rows, patch_rows, tap_autocovariance
 
 from . import reference
 from .cases import CASES
@@ -33,23 +33,39 @@ def test_patches_times_the_weight_are_the_convolution(case):
     torch.testing.assert_close(product, reference.output_rows(layer, layer(x)), rtol=1e-12, atol=1e-12)
 
 
+def centre(layer, x):
+    return torch.linspace(-0.3, 0.9, x.shape[-len(layer.kernel_size) - 1], dtype=x.dtype).view(layer.groups, -1)
+
+
 @each_convolution
-def test_tap_correlation_is_the_reference_autocorrelation(case):
+def test_tap_autocovariance_is_the_reference(case):
     layer, x = case.make_plain(), case.make_input()
-    result = tap_correlation(x, case.whitened.geometry(layer))
-    torch.testing.assert_close(result, reference.tap_correlation(layer, x), rtol=1e-10, atol=1e-12)
+    mean = centre(layer, x)
+    positions, result = tap_autocovariance(x, case.whitened.geometry(layer), mean)
+    assert positions == x.numel() / (mean.numel())
+    torch.testing.assert_close(result, reference.tap_autocovariance(layer, x, mean), rtol=1e-10, atol=1e-12)
     assert torch.linalg.eigvalsh(result).min() > -1e-12
-    diagonal = torch.ones(result.shape[:2], dtype=torch.float64) / case.whitened.geometry(layer).spread
-    torch.testing.assert_close(result.diagonal(dim1=1, dim2=2), diagonal)
+    diagonal = result.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(diagonal, diagonal[:, :1].expand_as(diagonal))
 
 
-def test_taps_farther_apart_than_the_image_is_wide_do_not_correlate():
+@pytest.mark.parametrize("cut", [1, 2])
+def test_tap_autocovariance_is_a_mean_over_images_whoever_has_which(cut):
+    layer = nn.Conv2d(4, 6, 3, groups=2).double()
+    x, geometry = torch.randn(3, 4, 6, 7, dtype=torch.float64), TWINS[nn.Conv2d].geometry(layer)
+    mean = centre(layer, x)
+    _, whole = tap_autocovariance(x, geometry, mean)
+    parts = [tap_autocovariance(part, geometry, mean) for part in x.split(cut)]
+    total = sum(positions * part for positions, part in parts) / sum(positions for positions, _ in parts)
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_taps_farther_apart_than_the_image_is_wide_do_not_vary_together():
     layer = nn.Conv2d(2, 3, 3, dilation=4, padding=4).double()
     x = torch.randn(2, 2, 3, 5, dtype=torch.float64)
-    from whiten_layers import WhitenedConv2d
-
-    result = tap_correlation(x, WhitenedConv2d.geometry(layer))
-    torch.testing.assert_close(result, reference.tap_correlation(layer, x), rtol=1e-10, atol=1e-12)
+    mean = centre(layer, x)
+    _, result = tap_autocovariance(x, TWINS[nn.Conv2d].geometry(layer), mean)
+    torch.testing.assert_close(result, reference.tap_autocovariance(layer, x, mean), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("max_rows", [1, 7, 40, 10_000, None])
@@ -97,7 +113,7 @@ def test_sampled_patches_are_patches(max_rows):
 
 @settings(deadline=None, max_examples=150)
 @given(convolutions())
-def test_patches_and_tap_correlations_of_random_configurations(example):
+def test_patches_and_tap_autocovariances_of_random_configurations(example):
     layer, x = example
     geometry = TWINS[type(layer)].geometry(layer)
     rows = patch_rows(reference.wrapped(layer, x), geometry)
@@ -105,6 +121,6 @@ def test_patches_and_tap_correlations_of_random_configurations(example):
     if layer.bias is not None:
         product = product + layer.bias.view(layer.groups, 1, -1)
     torch.testing.assert_close(product, reference.output_rows(layer, layer(x)), rtol=1e-10, atol=1e-10)
-    correlation = tap_correlation(x, geometry)
-    torch.testing.assert_close(correlation, correlation.mT, rtol=0, atol=0)
-    assert torch.linalg.eigvalsh(correlation).min() > -1e-9
+    _, covariance = tap_autocovariance(x, geometry, centre(layer, x))
+    torch.testing.assert_close(covariance, covariance.mT, rtol=0, atol=0)
+    assert torch.linalg.eigvalsh(covariance).min() > -1e-9

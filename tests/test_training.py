@@ -43,7 +43,7 @@ def test_an_averaged_model_follows_and_is_not_trained(transform, use_buffers):
 
 @everywhere
 @each_transform
-def test_an_empty_batch_is_plain_and_is_not_counted(case, transform):
+def test_an_empty_batch_is_plain_and_leaves_no_mark(case, transform):
     plain, whitened = case.make_pair(transform)
     if len(case.input_shape) == len(plain.weight.shape) - 1:
         pytest.skip("an unbatched input is never empty")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from .clock import Clock
 from .layers import (
     WhitenedConv1d,
     WhitenedConv2d,
@@ -48,7 +49,8 @@ def whiten(
 
     A layer stays the same object with the same parameters, so optimizers, hooks, references, device,
     dtype and training mode are as before; a module that is shared is converted once. Layers that are
-    whitened already keep their transform and its state.
+    whitened already keep their transform and its state. All whitened layers of the model keep step from then on:
+    what is due is decided by the number of the model's backward pass.
 
     Args:
         model: any module; a single layer is one too.
@@ -82,6 +84,10 @@ def whiten(
         twin = TWINS[type(module)]
         attach(module, twin.geometry(module), transform)
         module.__class__ = twin
+    twins: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}
+    for name, layer in twins.items():
+        layer.transform.name = name
+    Clock().join(layer.transform for layer in twins.values())
     for name, reason in reasons_left(model).items():
         logger.info("left %s: %s", name, reason)
     return model

@@ -1,13 +1,14 @@
 """One side of a whitening: a covariance, and the inverse of it that is in force."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .covariance import FeatureCovariance
+from .covariance import FeatureCovariance, Moments
 from .inverse import METHODS, Inverse, resolve
 
 PROBES = 16
@@ -30,6 +31,16 @@ def transformed_trace(inverse: Tensor, covariance: Tensor, kept: Tensor | None =
     return torch.linalg.vecdot(columns.flatten(1), (covariance @ columns).flatten(1))
 
 
+class Outcome(NamedTuple):
+    """What a refresh puts in force where it is `valid` (n,): see the buffers of `WhiteningFactor`."""
+
+    valid: Tensor
+    restarted: Tensor
+    scale: Tensor
+    precision: Tensor
+    directions: Tensor | None = None
+
+
 class WhiteningFactor(FeatureCovariance):
     """A running covariance C and, from it, what is in force: ``precision = k·(C/m + λI)^(-p)`` and ``mean``.
 
@@ -46,6 +57,8 @@ class WhiteningFactor(FeatureCovariance):
     Args:
         groups, channels, taps: the features are ``channels · taps`` a group, a channel's taps together.
         method, power, damping, decay, rescale, block_size, rank: as for `FeatureWhitening`.
+        trace: what the trace of a group's window is brought to before it counts, where only proportions matter;
+            None leaves it. A window in which nothing varies then tells nothing.
 
     Buffers, beside the statistics (one each for ``groups · blocks`` matrices of M features): ``precision``
     (groups·blocks, M, M), ``scale`` (groups·blocks,) the k inside it, ``mean`` (groups·blocks, M),
@@ -75,6 +88,7 @@ class WhiteningFactor(FeatureCovariance):
         rescale: bool,
         block_size: int | None = None,
         rank: int = 16,
+        trace: float | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -82,14 +96,14 @@ class WhiteningFactor(FeatureCovariance):
         size = math.ceil(channels / self.blocks) * taps
         super().__init__(groups * self.blocks, size, decay=decay, device=device, dtype=dtype)
         self.method, self.power, self.damping, self.rescale = resolve(method, power), power, damping, rescale
-        self.groups, self.features, self.rank = groups, channels * taps, min(rank, size)
+        self.groups, self.features, self.rank, self.trace = groups, channels * taps, min(rank, size), trace
         self._padding = self.blocks * size - self.features
         covariance = self.running_covariance
         self.register_buffer("precision", torch.eye(size).to(covariance).repeat(len(covariance), 1, 1))
         self.register_buffer("scale", covariance.new_zeros(len(covariance)))
         self.register_buffer("mean", torch.zeros_like(self.running_mean))
-        self._is_approximate = METHODS[self.method].is_approximate
-        directions = covariance.new_zeros(*self.mean.shape, self.rank) if self._is_approximate else None
+        self.is_approximate = METHODS[self.method].is_approximate
+        directions = covariance.new_zeros(*self.mean.shape, self.rank) if self.is_approximate else None
         self.register_buffer("directions", directions)
         for name in ("num_refreshes", "num_refreshes_failed", "num_refreshes_restarted"):
             self.register_buffer(name, torch.zeros((), device=device, dtype=torch.long))
@@ -97,6 +111,7 @@ class WhiteningFactor(FeatureCovariance):
     @torch.no_grad()
     def reset_state(self) -> None:
         """Forget everything: the buffers as they were when made."""
+        self.window = None
         for buffer in self.buffers():
             buffer.zero_()
         self.precision.diagonal(dim1=-2, dim2=-1).fill_(1)
@@ -119,6 +134,17 @@ class WhiteningFactor(FeatureCovariance):
         if self.blocks == 1:
             return values
         return values.view(self.groups, self.blocks).sum(1).repeat_interleave(self.blocks)
+
+    @torch.no_grad()
+    def close_window(self, elapsed: int = 1) -> None:
+        if self.window is not None and self.trace is not None:
+            count, mean, covariance = self.window
+            ratio = self.trace / self.group_sum(covariance.diagonal(dim1=-2, dim2=-1).sum(-1))
+            known = torch.isfinite(ratio)
+            self.window = Moments(
+                torch.where(known, count, 0), mean, torch.where(known, ratio, 0)[:, None, None] * covariance
+            )
+        super().close_window(elapsed)
 
     def _trace(self) -> Tensor:
         return self.group_sum(self.running_covariance.diagonal(dim1=-2, dim2=-1).sum(-1))
@@ -145,29 +171,34 @@ class WhiteningFactor(FeatureCovariance):
         scale = torch.where(self.scale > 0, self.scale, torch.nan)
         return Inverse(self.precision / scale[:, None, None], self.directions)
 
-    def install(self, inverse: Inverse) -> None:
-        """Put inverses of `damped()` in force, in place; where one is not finite its group stays as it is."""
+    def outcome(self, inverse: Inverse) -> Outcome:
+        """What inverses of `damped()` come to; where one is not finite none of its group is valid."""
         matrix, trace = inverse.matrix, self._trace()
         if self.rescale:
             kept = self.split(matrix.new_ones(self.groups, 1, self.features)).squeeze(1) if self._padding else None
             scale = (trace / self.group_sum(transformed_trace(matrix, self.running_covariance, kept))).sqrt()
         else:
             scale = (trace / self.features).pow(-self.power)
-            if self.power == 1 and self._is_approximate:
+            if self.power == 1 and self.is_approximate:
                 scale = scale * self.features / self._whitened_trace(matrix)
         valid = torch.isfinite(self.group_sum(scale * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)))
-        precision = matrix.mul_(scale[:, None, None])
+        restarted = torch.zeros_like(valid) if inverse.restarted is None else inverse.restarted
+        return Outcome(valid, restarted, scale, matrix.mul_(scale[:, None, None]), inverse.directions)
+
+    def install(self, outcome: Outcome) -> None:
+        """Put what is valid in force, in place; the groups that are not stay as they are."""
+        valid, precision = outcome.valid, outcome.precision
         if not (valid.is_cpu and valid.all()):  # what can be known without waiting spares a pass
             precision = torch.where(valid[:, None, None], precision, self.precision)
         self.precision.copy_(precision)
-        self.scale.copy_(torch.where(valid, scale, self.scale))
+        self.scale.copy_(torch.where(valid, outcome.scale, self.scale))
         self.mean.copy_(torch.where(valid[:, None], self.running_mean, self.mean))
-        if self.directions is not None and inverse.directions is not None:
-            self.directions.copy_(torch.where(valid[:, None, None], inverse.directions, self.directions))
+        if self.directions is not None and outcome.directions is not None:
+            self.directions.copy_(torch.where(valid[:, None, None], outcome.directions, self.directions))
         self.num_refreshes.add_(valid.all())
-        self.num_refreshes_failed.add_(~valid.all())
-        if inverse.restarted is not None:
-            self.num_refreshes_restarted.add_(inverse.restarted.any())
+        # A group that has seen nothing yet has nothing to fail at.
+        self.num_refreshes_failed.add_((~valid & (self.running_count > 0)).any())
+        self.num_refreshes_restarted.add_(outcome.restarted.any())
 
     def extra_repr(self) -> str:
         sizes = {"groups": self.groups, "blocks": self.blocks}

@@ -1,4 +1,4 @@
-"""Rows of features as a layer sees them: sampled positions, patches, and the correlation of taps.
+"""Rows of features as a layer sees them: sampled positions, patches, and the autocovariance of taps.
 
 A linear layer sees the rows of its input; a convolution sees a patch of its input at every output
 position. Statistics need only a sample of those rows, so everything here takes ``max_rows`` and a
@@ -130,18 +130,20 @@ def patch_rows(input: Tensor, geometry: Geometry, max_rows: int | None = None, p
     return rearrange(window, "n (g c) ... taps -> g (n ...) (c taps)", g=geometry.groups)
 
 
-def tap_correlation(input: Tensor, geometry: Geometry, max_rows: int | None = None, phase: int = 0) -> Tensor:
-    """How the input correlates between the taps of a kernel: ``(N, groups·C, *space) -> (groups, taps, taps)``.
+def tap_autocovariance(
+    input: Tensor, geometry: Geometry, mean: Tensor, max_rows: int | None = None, phase: int = 0
+) -> tuple[int, Tensor]:
+    """How the input varies together between the taps of a kernel: ``(N, groups·C, *space) -> (groups, taps, taps)``.
 
-    The entry of two taps is the autocorrelation of the centred channels, summed over channels, at the
-    displacement from one tap to the other, divided by the one at displacement zero: unit diagonal.
-    Of a transposed convolution, whose spread input is mostly zeros, the diagonal is the part that is not.
+    The entry of two taps is the autocovariance of the channels about `mean` ``(groups, C)``, summed over
+    channels, at the displacement from one tap to the other: a sum over positions, divided by their number, which
+    comes first in the result. So it is linear in the images, whichever process has which. Of a transposed
+    convolution, whose spread input is mostly zeros, the diagonal is that of the positions that are not.
     The image counts as zero outside its borders, so the result is positive semidefinite. Whole images
-    are sampled, so that at least one is and otherwise at most `max_rows` positions are. NaN for an
-    input that is constant.
+    are sampled, so that at least one is and otherwise at most `max_rows` positions are.
 
     No patch is unfolded. With zeros between the rows and between the images, a displacement is an
-    offset in memory: its correlation is the inner product of the images with themselves, shifted.
+    offset in memory: its autocovariance is the inner product of the images with themselves, shifted.
     """
     input = _batched(input, geometry.spatial_dims)
     sizes = input.shape[2:]
@@ -149,7 +151,8 @@ def tap_correlation(input: Tensor, geometry: Geometry, max_rows: int | None = No
     every = min(every, input.shape[0])
     images = rearrange(input[phase % every :: every], "n (g c) ... -> g c n ...", g=geometry.groups)
     images = images.to(torch.promote_types(images.dtype, torch.float32))
-    images = images - images.mean(dim=tuple(range(2, images.dim())), keepdim=True)
+    images = images - mean.view(*mean.shape, *[1] * (images.dim() - 2)).to(images.dtype)
+    positions = math.prod(images.shape[2:])
 
     reach = [(k - 1) * d for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
     margins = [min(r, size - 1) for r, size in zip(reach, sizes, strict=True)]
@@ -157,17 +160,17 @@ def tap_correlation(input: Tensor, geometry: Geometry, max_rows: int | None = No
     strides = images.stride()[3:]
     line = images.flatten(1)
 
-    def autocorrelation(displacement: tuple[int, ...]) -> Tensor:
+    def autocovariance(displacement: tuple[int, ...]) -> Tensor:
         if any(abs(d) >= size for d, size in zip(displacement, sizes, strict=True)):
             return line.new_zeros(len(line))
         offset = sum(d * stride for d, stride in zip(displacement, strides, strict=True))
         return torch.linalg.vecdot(line[:, : line.shape[1] - offset], line[:, offset:])
 
-    def spread_autocorrelation(displacement: tuple[int, ...]) -> Tensor:
+    def spread_autocovariance(displacement: tuple[int, ...]) -> Tensor:
         steps = geometry.upsampling or (1,) * len(displacement)
         if any(d % step for d, step in zip(displacement, steps, strict=True)):
             return line.new_zeros(len(line))  # one of the two is a zero put in between
-        return autocorrelation(tuple(d // step for d, step in zip(displacement, steps, strict=True)))
+        return autocovariance(tuple(d // step for d, step in zip(displacement, steps, strict=True)))
 
     taps = list(itertools.product(*map(range, geometry.kernel_size)))
     values: dict[tuple[int, ...], Tensor] = {}
@@ -176,10 +179,9 @@ def tap_correlation(input: Tensor, geometry: Geometry, max_rows: int | None = No
         row = []
         for there in taps:
             step = tuple((b - a) * d for a, b, d in zip(here, there, geometry.dilation, strict=True))
-            step = max(step, tuple(-s for s in step))  # the autocorrelation is even
+            step = max(step, tuple(-s for s in step))  # the autocovariance is even
             if step not in values:
-                values[step] = spread_autocorrelation(step)
+                values[step] = spread_autocovariance(step)
             row.append(values[step])
         rows.append(torch.stack(row, -1))
-    correlation = torch.stack(rows, -2)
-    return correlation / (correlation[:, :1, :1] * geometry.spread)
+    return positions, torch.stack(rows, -2) / positions

@@ -1,55 +1,87 @@
-"""Inverting covariances when a backward pass has ended, all that are due together.
+"""Bringing what is in force up to the statistics when a backward pass has ended, of all layers that are due together.
 
-Nothing may change in the middle of a pass: a layer that is due only signs up here. The autograd
-engine calls back when the pass is over, and then matrices of one size are inverted in one batched
-call and written in place, in force from the next pass on.
+Nothing may change in the middle of a pass: a layer that is due only asks for a refresh here. The autograd
+engine calls back when the pass is over, and then the windows are closed, matrices of one size are
+inverted in one batched call and written in place, in force from the next pass on.
 """
 
-import sys
 from collections import defaultdict
-from collections.abc import Iterable
-from weakref import WeakValueDictionary
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from .beneath import beneath
-from .factor import WhiteningFactor
+from .clock import Clock, current_pass, is_due, last_due
+from .factor import Outcome, WhiteningFactor
 from .inverse import METHODS, Inverse
 from .numerics import full_precision, without_autocast
 
-# The factors that are due when a backward pass ends, each once, by the pass's number. A pass that
-# ends in an error never calls back; weak references keep no model alive for it.
-_due: dict[int, WeakValueDictionary[int, WhiteningFactor]] = {}
+if TYPE_CHECKING:
+    from .transforms.base import GradientTransform
+
+# The clocks of the passes that are running. A pass that ends in an error never calls back; weak
+# references keep nothing alive for it.
+_running: dict[int, WeakSet[Clock]] = {}
 
 
-def request(factors: Iterable[WhiteningFactor]) -> None:
-    """Refresh `factors` when the backward pass that is running has ended; at once where none calls back."""
-    task = torch._C._current_graph_task_id()
-    if task == -1 or _is_autograd_compiled():
-        refresh(factors)
-        return
-    if task not in _due:
-        _due[task] = WeakValueDictionary()
-        torch.autograd.Variable._execution_engine.queue_callback(
-            lambda: beneath(lambda: refresh(list(_due.pop(task).values())))
-        )
-    _due[task].update((id(factor), factor) for factor in factors)
+def at_end(number: int, clock: Clock) -> None:
+    """When the pass of this number has ended, update what is due at the clock's batch."""
+    if number not in _running:
+        _running[number] = WeakSet()
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: beneath(lambda: _end(number)))
+    _running[number].add(clock)
 
 
-def _is_autograd_compiled() -> bool:
-    """Whether a compiled autograd runs the pass, which drops callbacks that it has not seen when it was compiled."""
-    module = sys.modules.get("torch._dynamo.compiled_autograd")  # whoever uses it has imported it
-    return module is not None and module.in_compiled_autograd_region
+def _end(number: int) -> None:
+    clocks = _running.pop(number)
+    for clock in clocks:
+        clock.running = None
+    together = [transform for clock in clocks for transform in clock.transforms()]
+    update(transform for transform in together if is_due(transform.clock.batch, transform.update_interval))
+
+
+def request(transform: "GradientTransform") -> None:
+    """Update a transform at once where nothing calls back when the pass ends; else then, if not asked for already."""
+    if is_due(transform.clock.batch, transform.update_interval):
+        number = current_pass()
+        if number is None:
+            update([transform])
+        elif transform.clock.running is None:
+            at_end(number, transform.clock)
+
+
+@torch.no_grad()
+def update(transforms: "Iterable[GradientTransform]") -> None:
+    """Close the windows of the transforms' factors, and refresh them.
+
+    A factor of which nothing is new stays as it is, unless its method comes nearer at every refresh.
+    """
+    factors = []
+    for transform in transforms:
+        elapsed = transform.clock.batch - last_due(transform.clock.batch - 1, transform.update_interval)
+        for factor in transform.factors():
+            if factor.window is not None or factor.is_approximate:
+                factor.close_window(elapsed)
+                factors.append(factor)
+    refresh(factors)
 
 
 @torch.no_grad()
 def refresh(factors: Iterable[WhiteningFactor]) -> None:
-    """Bring the precision of every factor up to its running covariance, one batched call for each matrix size."""
+    """Bring what is in force up to the running covariance of every factor."""
+    for factor, outcome in inverted(factors):
+        factor.install(outcome)
+
+
+def inverted(factors: Iterable[WhiteningFactor]) -> Iterator[tuple[WhiteningFactor, Outcome]]:
+    """What each factor's covariance comes to, with one batched call for each matrix size."""
     alike = defaultdict(list)
     for factor in factors:
         covariance = factor.running_covariance
-        size, rank = covariance.shape[-1], factor.rank if METHODS[factor.method].is_approximate else None
+        size, rank = covariance.shape[-1], factor.rank if factor.is_approximate else None
         alike[factor.method, factor.power, size, rank, covariance.dtype, covariance.device].append(factor)
     for (name, power, *_, device), group in alike.items():
         method = METHODS[name]
@@ -58,8 +90,9 @@ def refresh(factors: Iterable[WhiteningFactor]) -> None:
             warm = method.warm_powers is None or power in method.warm_powers
             last = _gathered([factor.last() for factor in group]) if warm else None
             inverses = method.inverse(covariances, power, last, group[0].rank)
-            for factor, part in zip(group, _dealt(inverses, [len(factor.scale) for factor in group]), strict=True):
-                factor.install(part)
+            parts = _dealt(inverses, [len(factor.scale) for factor in group])
+            outcomes = [factor.outcome(part) for factor, part in zip(group, parts, strict=True)]
+        yield from zip(group, outcomes, strict=True)
 
 
 def _together(parts: list[Tensor]) -> Tensor:
@@ -74,15 +107,3 @@ def _gathered(parts: list[Inverse]) -> Inverse:
 def _dealt(inverses: Inverse, counts: list[int]) -> list[Inverse]:
     fields = [[None] * len(counts) if field is None else field.split(counts) for field in inverses]
     return [Inverse(*parts) for parts in zip(*fields, strict=True)]
-
-
-def is_due(batch: int, interval: int) -> bool:
-    """Whether to refresh after the `batch`-th batch, counted from 1.
-
-    After 1, 2, 4, 8, … up to the largest power of two within `interval`, so that the first steps
-    are whitened too, and every `interval` batches from there.
-    """
-    early = 1 << (interval.bit_length() - 1)
-    if batch <= early:
-        return batch & (batch - 1) == 0
-    return (batch - early) % interval == 0

@@ -102,7 +102,8 @@ def test_p_stays_positive_definite_over_ten_thousand_refreshes_in_float32():
         if step % 10 == 0:  # the distribution drifts, and its size with it
             mix = mix @ (torch.eye(24) + 0.02 * (turn - turn.mT)) * (1.01 if step % 2000 < 1000 else 1 / 1.01)
             mix *= mix.norm().clamp(1e-3, 1e3) / mix.norm()
-        factor.update(*moments(rows), 48)
+        factor.observe(moments(rows))
+        factor.close_window()
         refresh([factor])
         if step % 100 == 99:
             # Each refresh adds a rounding of 6e-8, with no preferred sign: 1e-5 after 10,000.

@@ -1,15 +1,13 @@
 """FeatureWhitening: its options, its schedule, the Kronecker form, the scalar k."""
 
 import copy
-import itertools
 import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear
-from whiten_layers.refresh import is_due
+from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, whiten
 
 from ..memory import PeakMemory
 
@@ -109,39 +107,35 @@ def test_sampled_statistics_approach_those_of_all_rows():
         assert (few - every).norm() / every.norm() < 0.15
 
 
-def test_refreshes_come_early_and_then_at_the_interval():
-    assert [batch for batch in range(1, 60) if is_due(batch, 10)] == [1, 2, 4, 8, 18, 28, 38, 48, 58]
-    assert [batch for batch in range(1, 8) if is_due(batch, 1)] == [1, 2, 3, 4, 5, 6, 7]
-    assert [batch for batch in range(1, 40) if is_due(batch, 8)] == [1, 2, 4, 8, 16, 24, 32]
-    for interval in (1, 3, 10, 64, 1000):
-        due = [batch for batch in range(1, 5000) if is_due(batch, interval)]
-        gaps = [b - a for a, b in itertools.pairwise(due)]
-        assert due[0] == 1 and max(gaps) == interval and gaps == sorted(gaps)
-
-
 def test_a_layer_keeps_to_its_intervals():
     transform = FeatureWhitening(update_interval=4, statistics_interval=3, decay=0.8)
     layer = WhitenedLinear(3, 2, transform=transform)
     factor = layer.transform.inputs
     refreshed, observed = [], []
+    weight = 0.0
     for batch in range(1, 25):
-        before = factor.running_count.clone(), factor.num_refreshes.clone()
+        before = factor.num_refreshes.clone(), weight
         layer(torch.randn(7, 3)).sum().backward()
-        if factor.running_count != before[0]:
-            observed.append(batch)
-        if factor.num_refreshes != before[1]:
+        if factor.num_refreshes != before[0]:
             refreshed.append(batch)
+        weight = factor.running_count.item() + (0 if factor.window is None else factor.window.rows.item())
+        if weight != before[1] and (factor.window is not None or batch in (1, 2, 12, 24)):
+            observed.append(batch)
     assert refreshed == [1, 2, 4, 8, 12, 16, 20, 24]
-    assert observed == [1, 2, 3, 4, 5, 6, 9, 12, 15, 18, 21, 24]  # the window of 1 / (1 − 0.8) batches first
+    assert observed == [1, 2, 3, 6, 9, 12, 15, 18, 21, 24]
     assert layer.transform.num_batches_tracked == 24
 
 
-@pytest.mark.parametrize("decay, interval", [(0.95, 10), (0.8, 3), (0.0, 1), (0.0, 4), (0.9, 1), (0.5, 7)])
-def test_the_average_ages_by_batches_however_few_are_observed(decay, interval):
-    transform = FeatureWhitening(decay=decay, statistics_interval=interval)
-    observed = [batch for batch in range(1, 80) if transform._is_observed(batch)]
-    assert observed[0] == 1
-    assert [transform._elapsed(b) for b in observed[1:]] == [b - a for a, b in itertools.pairwise(observed)]
+def test_a_layer_that_the_due_batch_does_not_reach_observes_the_next_that_does():
+    model = whiten(nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 2)]))
+    first, second = (layer.transform.inputs for layer in model)
+    for batch in range(1, 32):
+        x = torch.randn(7, 3)
+        (model[0](x).sum() if batch in (10, 20) else (model[1](model[0](x)).sum())).backward()
+        assert first.window is None
+        assert (second.window is not None) == (10 < batch < 20 or 20 < batch < 30)
+    assert [layer.transform.num_batches_tracked for layer in model] == [31, 31]
+    assert (first.num_refreshes, second.num_refreshes) == (7, 6)
 
 
 def test_damping_is_relative_to_the_variance():

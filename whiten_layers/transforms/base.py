@@ -8,7 +8,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from .. import refresh
+from ..clock import Clock, current_pass, is_within_another, last_due
 from ..covariance import copied
+from ..factor import WhiteningFactor
 from ..patches import Geometry
 
 _transforms: "weakref.WeakValueDictionary[int, GradientTransform]" = weakref.WeakValueDictionary()
@@ -24,19 +27,28 @@ class GradientTransform(nn.Module, ABC):
     that a pass sees one linear map, whatever the number of layers that share a module.
 
     Subclasses implement `bind`, `transform`, `observe` and `reset_state`; one that also follows the gradient of
-    the layer's output sets `observes_output` and implements `observe_output`.
+    the layer's output sets `observes_output` and implements `observe_output`; one whose map follows from
+    whitening factors, which are refreshed together with those of other layers, returns them from `factors`.
 
-    Buffers: ``num_batches_tracked``, the batches seen, a scalar kept on the CPU, where reading it
-    waits for no device; ``num_batches_skipped``, those left out of the statistics because they
-    held a NaN or Inf.
+    Attributes:
+        clock: the number of the backward pass, which `whiten` lets the layers of a model share.
+        name: the layer's, in the model that was given to `whiten`; for messages.
+        update_interval, statistics_interval: batches between refreshes, and between statistics.
+
+    Buffer: ``num_batches_skipped``, the batches that were left out of the statistics because they held a NaN or
+    Inf, in this process. The extra state of a checkpoint is the clock's batch, the last batch that
+    came to this layer, and the last of which it was to take statistics.
     """
 
-    num_batches_tracked: Tensor
+    update_interval: int
+    statistics_interval: int
     num_batches_skipped: Tensor
     handle: Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        self.clock, self.name = Clock(), ""
+        self._reset_counts()
         self._register()
 
     def _register(self) -> None:
@@ -46,12 +58,10 @@ class GradientTransform(nn.Module, ABC):
         number = next(_handles)
         self.handle = torch.tensor(number, device="cpu")
         _transforms[number] = self
+        self.clock.join([self])
 
     def __setstate__(self, state: dict) -> None:  # where deepcopy, copy and unpickling end
         super().__setstate__(state)
-        counter = self._buffers.get("num_batches_tracked")
-        if counter is not None and not counter.is_meta:
-            self._buffers["num_batches_tracked"] = counter.cpu()  # wherever `torch.load` has put it
         self._register()
 
     @staticmethod
@@ -81,17 +91,61 @@ class GradientTransform(nn.Module, ABC):
     def observe_output(self, grad_output: Tensor) -> None:
         """Take the gradient of the layer's output into the statistics. Called before `observe`."""
 
+    def factors(self) -> list[WhiteningFactor]:
+        """What is refreshed every `update_interval` batches."""
+        return []
+
     def _bind_counters(self, device: torch.device) -> None:
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device="cpu"))
         self.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device))
+        self._reset_counters()
 
     @abstractmethod
     def reset_state(self) -> None:
         """Forget what was observed: the state as `bind` made it. Implementations call `_reset_counters`."""
 
     def _reset_counters(self) -> None:
-        self.num_batches_tracked.zero_()
         self.num_batches_skipped.zero_()
+        self.clock.batch, self.clock.running = 0, None
+        self._reset_counts()
+
+    def _reset_counts(self) -> None:
+        self._last_batch = self._last_observed = 0
+        self._pass: int | None = None
+        self._is_announced = False
+
+    @property
+    def num_batches_tracked(self) -> int:
+        """The clock's number when a batch last came to this layer; 0 if none has come."""
+        return self._last_batch
+
+    def _arrive(self, announced: bool = False) -> int:
+        """Note that a batch has come, and return its number. `announced` by the gradient of the layer's output."""
+        clock, number = self.clock, current_pass()
+        if self._is_announced or (number is not None and number in (self._pass, clock.running)):
+            is_new = False
+        elif number is not None and not is_within_another():
+            is_new, clock.running = True, number
+            refresh.at_end(number, clock)
+        else:  # the pass around this one may be unknown to all of the clock's layers, or there is none
+            is_new = clock.running is None and self._last_batch == clock.batch
+        clock.batch += is_new
+        self._last_batch, self._pass = clock.batch, number
+        self._is_announced = announced and number is None
+        return clock.batch
+
+    def _observes(self, batch: int) -> bool:
+        """Whether statistics are due at a batch, or have been since this layer last came to observe."""
+        if self._last_observed < last_due(batch, self.statistics_interval):
+            self._last_observed = batch
+        return self._last_observed == batch  # also at every further call in the same pass
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.clock.batch, self._last_batch, self._last_observed], device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.clock.batch, self._last_batch, self._last_observed = state.tolist()
+        self.clock.running = None
+        self._pass, self._is_announced = None, False
 
     def follow(self, weight: Tensor) -> None:
         """Be where a weight is, as wide as it is: what a layer asks when a checkpoint has been assigned to it."""
@@ -105,10 +159,8 @@ class GradientTransform(nn.Module, ABC):
         return any(buffer.is_meta for buffer in self.buffers())
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        counter, was_meta = self._buffers.get("num_batches_tracked"), self.is_meta
+        was_meta = self.is_meta
         super()._apply(fn, recurse)
-        if counter is not None:
-            self._buffers["num_batches_tracked"] = counter
         if was_meta and not self.is_meta:  # `to_empty`: what it has made is not initialised
             self.reset_state()
         return self

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from .. import refresh
-from ..covariance import moments
+from ..covariance import Moments, moments
 from ..factor import WhiteningFactor
 from ..inverse import METHODS, resolve, supports
-from ..patches import Geometry, channel_rows, linear_rows, patch_rows, tap_correlation
+from ..patches import Geometry, channel_rows, linear_rows, patch_rows, tap_autocovariance
 from .base import GradientTransform
 
 FEATURES = ("kronecker", "patch")
@@ -40,21 +40,23 @@ class FeatureWhitening(GradientTransform):
         features: what is whitened together in a convolution. "patch": all ``M = C·taps`` entries
             of a patch, the paper's form. "kronecker": ``C ≈ A ⊗ B`` with the channels' covariance
             A and the taps' correlation B (unit diagonal), each damped and inverted for itself;
-            no patch is unfolded, and C² + taps² numbers are kept. The same for a linear layer
+            no patch is unfolded, and C² + taps² numbers are kept. B is about the mean in the statistics before
+            a batch, and so starts with the second window (below). The same for a linear layer
             and for a kernel of one tap. Groups are whitened each for itself.
         power: p in ``P = k (C + λI)^(-p)``, in [0, 1]: 1 whitens (the paper), ½ half way.
         output_power: q in ``Q = k' (D + λI)^(-q)``, in [0, 1]: D is the second moment of the
-            output's gradient, its trace normalised at each batch so that loss scaling cancels.
+            output's gradient, its trace normalised at each refresh so that loss scaling cancels.
         damping: λ as a multiple of the mean variance of the features, at least 0. Each factor of a
             Kronecker product is damped by the root of it, so that the product's floor is λ.
-        decay: weight of the past at each batch, taken into the statistics or not, in [0, 1).
+        decay: weight of the past at each batch, taken into the statistics or not, in [0, 1). What is observed
+            between two refreshes is one window, in which all rows count alike.
         center: whiten about the mean (covariance) or about zero (second moment).
         rescale: choose k such that the expected norm of the gradient stays that of the plain one,
             so that a learning rate tuned for the plain network still fits; otherwise k = 1 (of the
             recursive method, power 1: such that the whitened features have variance 1 on the mean).
         update_interval: batches between two refreshes of P, after 1, 2, 4, 8, … at first.
-        statistics_interval: batches between two statistics updates, once the running average has
-            filled its window of ``1 / (1 − decay)`` batches; before that every batch is taken.
+        statistics_interval: batches between two that are observed, after 1, 2, 4, 8, … at first. A layer that
+            such a batch does not reach observes the next one that does.
         max_rows: rows (positions, for a convolution) sampled for an update; None for all.
         block_size: how many channels (of a linear layer: features) are whitened together at most, in
             order, as equal parts: the covariance is then block-diagonal. With "patch" features a
@@ -111,7 +113,7 @@ class FeatureWhitening(GradientTransform):
         self.damping, self.decay, self.center, self.rescale = damping, decay, center, rescale
         self.update_interval, self.statistics_interval, self.max_rows = update_interval, statistics_interval, max_rows
         self.block_size, self.rank = block_size, rank
-        self._output_moment: tuple[Tensor, int] | None = None
+        self._output_moments: Moments | None = None
 
     @classmethod
     def exact(cls, method: str = "auto", **options: Any) -> Self:
@@ -129,7 +131,9 @@ class FeatureWhitening(GradientTransform):
         self._modules.clear()  # a transform taken from another layer brings that layer's factors
         self._bind_counters(device)
 
-        def factor(channels: int, taps: int, power: float, damping: float = self.damping) -> WhiteningFactor:
+        def factor(
+            channels: int, taps: int, power: float, damping: float = self.damping, trace: float | None = None
+        ) -> WhiteningFactor:
             return WhiteningFactor(
                 geometry.groups,
                 channels,
@@ -141,6 +145,7 @@ class FeatureWhitening(GradientTransform):
                 rescale=self.rescale,
                 block_size=self.block_size,
                 rank=self.rank,
+                trace=trace,
                 device=device,
                 dtype=torch.promote_types(dtype, torch.float32),
             )
@@ -148,16 +153,18 @@ class FeatureWhitening(GradientTransform):
         self.separable = self.features == "kronecker" and geometry.taps > 1
         if self.power > 0 and self.separable:
             self.channels = factor(geometry.in_channels, 1, self.power, math.sqrt(self.damping))
-            self.taps = factor(1, geometry.taps, self.power, math.sqrt(self.damping))
+            self.taps = factor(
+                1, geometry.taps, self.power, math.sqrt(self.damping), trace=geometry.taps / geometry.spread
+            )
         elif self.power > 0:
             self.inputs = factor(geometry.in_channels, geometry.taps, self.power)
         if self.output_power > 0:
-            self.outputs = factor(geometry.out_channels, 1, self.output_power)
+            self.outputs = factor(geometry.out_channels, 1, self.output_power, trace=1.0)
         return self
 
     def reset_state(self) -> None:
         self._reset_counters()
-        self._output_moment = None
+        self._output_moments = None
         for factor in self.factors():
             factor.reset_state()
 
@@ -193,43 +200,25 @@ class FeatureWhitening(GradientTransform):
         return weight, None if bias is None else bias.flatten().to(grad_weight.dtype)
 
     def observe_output(self, grad_output: Tensor) -> None:
-        batch = int(self.num_batches_tracked) + 1
-        if grad_output.numel() == 0 or not self._is_observed(batch):
-            return
-        rows = self._rows(grad_output, batch)
-        _, moment = moments(self.outputs.split(rows), center=False)
-        trace = self.outputs.group_sum(moment.diagonal(dim1=-2, dim2=-1).sum(-1))
-        # Kept until `observe` knows whether the batch is a good one.
-        self._output_moment = moment / trace[:, None, None], rows.shape[1]
+        batch = self._arrive(announced=True)
+        if grad_output.numel() > 0 and self._observes(batch):
+            # Kept until `observe` knows whether the batch is a good one.
+            self._output_moments = moments(self.outputs.split(self._rows(grad_output, batch)), center=False)
 
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:
-        if input.numel() == 0:
-            return
-        batch = int(self.num_batches_tracked.add_(1))
-        # A NaN or Inf anywhere in the input or in the output's gradient reaches the weight's gradient.
-        total = grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32))
-        # Reading a number from the CPU waits for nothing, and spares every step three small operations.
-        valid = math.isfinite(total) if total.is_cpu else torch.isfinite(total)
-        if self._is_observed(batch):
-            valid = self._update_factors(input, batch, valid)
-        if valid is not True:
-            self.num_batches_skipped.add_(torch.as_tensor(valid).logical_not())
-        if refresh.is_due(batch, self.update_interval):
-            refresh.request(self.factors())
-
-    def _is_observed(self, batch: int) -> bool:
-        return batch <= self._window or batch % self.statistics_interval == 0
-
-    @property
-    def _window(self) -> int:
-        """Batches that the running average reaches back, each of which is observed at first."""
-        return round(1 / (1 - self.decay))
-
-    def _elapsed(self, batch: int) -> int:
-        """Batches from the last one observed to this one."""
-        if batch - 1 <= self._window:
-            return 1
-        return batch - max(self._window, (batch - 1) // self.statistics_interval * self.statistics_interval)
+        batch = self._arrive()
+        is_observed = self._observes(batch)
+        if input.numel() > 0:
+            # A NaN or Inf anywhere in the input or in the output's gradient reaches the weight's gradient.
+            total = grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32))
+            # Reading a number from the CPU waits for nothing, and spares every step three small operations.
+            valid = math.isfinite(total) if total.is_cpu else torch.isfinite(total)
+            if is_observed:
+                valid = self._observe_factors(input, batch, valid)
+            if valid is not True:
+                self.num_batches_skipped.add_(torch.as_tensor(valid).logical_not())
+        self._output_moments = None
+        refresh.request(self)
 
     def _rows(self, tensor: Tensor, batch: int) -> Tensor:
         """Sampled rows of an input's or output's channels, group by group."""
@@ -238,32 +227,27 @@ class FeatureWhitening(GradientTransform):
             return linear_rows(tensor, self.max_rows, phase)
         return channel_rows(tensor, self.geometry.groups, self.geometry.spatial_dims, self.max_rows, phase)
 
-    def _update_factors(self, input: Tensor, batch: int, valid: Tensor | bool) -> Tensor | bool:
+    def _observe_factors(self, input: Tensor, batch: int, valid: Tensor | bool) -> Tensor | bool:
         """Take a batch into the statistics unless it is not valid; return whether it is."""
-        phase, elapsed = batch // self.statistics_interval, self._elapsed(batch)
+        phase = batch // self.statistics_interval
         if self.power > 0 and self.separable:
-            rows = self._rows(input, batch)
-            moment = moments(self.channels.split(rows), self.center)
-            valid = self.channels.update(*moment, rows.shape[1], valid, elapsed=elapsed)
-            correlation = tap_correlation(input, self.geometry, self.max_rows, phase)
-            self._update_ratio(self.taps, correlation, rows.shape[1], valid, elapsed)
+            channels = self.channels
+            valid = channels.observe(moments(channels.split(self._rows(input, batch)), self.center), valid)
+            # About a mean that every process has, and has had since the window was opened.
+            mean = channels.join(channels.running_mean.unsqueeze(1)).squeeze(1)
+            positions, covariance = tap_autocovariance(input, self.geometry, mean, self.max_rows, phase)
+            count = covariance.new_full((len(covariance),), positions)
+            known = channels.running_count.view(self.geometry.groups, -1).amax(1) > 0
+            self.taps.observe(Moments(count, torch.zeros_like(self.taps.mean), covariance), known & valid)
         elif self.power > 0:
             if self.geometry.spatial_dims:
                 rows = patch_rows(input, self.geometry, self.max_rows, phase)
             else:
                 rows = self._rows(input, batch)
-            moment = moments(self.inputs.split(rows), self.center)
-            valid = self.inputs.update(*moment, rows.shape[1], valid, elapsed=elapsed)
-        if self._output_moment is not None:
-            self._update_ratio(self.outputs, *self._output_moment, valid, elapsed)
-            self._output_moment = None
+            valid = self.inputs.observe(moments(self.inputs.split(rows), self.center), valid)
+        if self._output_moments is not None:
+            self.outputs.observe(self._output_moments, valid)
         return valid
-
-    @staticmethod
-    def _update_ratio(factor: WhiteningFactor, ratio: Tensor, count: int, valid: Tensor | bool, elapsed: int) -> None:
-        """Update with a moment divided by its own size: a group in which nothing varies is 0/0, and tells nothing."""
-        known = torch.isfinite(ratio.diagonal(dim1=-2, dim2=-1).sum(-1))
-        factor.update(torch.zeros_like(factor.running_mean), ratio, count, known & valid, elapsed=elapsed)
 
     def extra_repr(self) -> str:
         options = {"power": self.power, "output_power": self.output_power, "features": self.features}

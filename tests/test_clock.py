@@ -1,0 +1,94 @@
+"""Which backward pass it is: what counts as one, who counts together, what is due."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from whiten_layers import FeatureWhitening, WhitenedLinear, whiten
+from whiten_layers.clock import is_due, last_due
+
+
+def test_what_is_due_comes_early_and_then_at_the_interval():
+    assert [batch for batch in range(1, 60) if is_due(batch, 10)] == [1, 2, 4, 8, 10, 20, 30, 40, 50]
+    assert [batch for batch in range(1, 8) if is_due(batch, 1)] == [1, 2, 3, 4, 5, 6, 7]
+    assert [batch for batch in range(1, 40) if is_due(batch, 8)] == [1, 2, 4, 8, 16, 24, 32]
+    for interval in (1, 3, 10, 64, 1000):
+        due = [batch for batch in range(1, 5000) if is_due(batch, interval)]
+        assert due[0] == 1 and max(b - a for a, b in itertools.pairwise(due)) == interval
+        assert [last_due(batch, interval) for batch in range(5000)] == [
+            max([d for d in due if d <= batch], default=0) for batch in range(5000)
+        ]
+
+
+def test_every_call_in_a_pass_counts_once():
+    layer = WhitenedLinear(3, 3)
+    for batch in range(1, 4):
+        layer(layer(torch.randn(5, 3))).sum().backward()
+        assert layer.transform.num_batches_tracked == batch
+    # Batch 1, both calls; batches 1 and 2; and 4 is still to come.
+    assert layer.transform.inputs.num_refreshes == 2
+    assert layer.transform.inputs.running_count == 10 * 0.95 + 10
+
+
+def test_layers_of_one_model_share_a_clock_and_others_do_not():
+    model = whiten(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)))
+    alone = WhitenedLinear(2, 2)
+    for _ in range(3):
+        alone(model(torch.randn(5, 3))).sum().backward()
+    model[0](torch.randn(5, 3)).sum().backward()
+    assert model[0].transform.clock is model[1].transform.clock is not alone.transform.clock
+    assert (model[0].transform.clock.batch, alone.transform.clock.batch) == (4, 3)
+    assert [transform.name for transform in model[0].transform.clock.transforms()] == ["0", "1"]
+    whiten(nn.Sequential(model, alone))
+    assert alone.transform.clock is model[0].transform.clock and alone.transform.clock.batch == 4
+
+
+def test_a_copy_keeps_step_with_its_own():
+    model = whiten(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)))
+    model(torch.randn(5, 3)).sum().backward()
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        clock = clone[0].transform.clock
+        assert clock is clone[1].transform.clock is not model[0].transform.clock
+        assert clock.transforms() == [clone[0].transform, clone[1].transform]
+        clone(torch.randn(5, 3)).sum().backward()
+        assert clock.batch == 2
+    assert model[0].transform.clock.batch == 1
+
+
+def test_passes_within_a_pass_count_as_one_and_refresh_at_its_end():
+    layers = [WhitenedLinear(4, 4) for _ in range(4)]
+    model = whiten(nn.Sequential(*layers))
+    for batch in range(1, 5):
+        x = torch.randn(6, 4, requires_grad=True)
+        for layer in layers[:3]:
+            x = checkpoint(layer, x, use_reentrant=True)
+        model[3](x).sum().backward()
+        assert model[0].transform.clock.batch == batch
+    assert {layer.transform.num_batches_tracked for layer in layers} == {4}
+    assert {layer.transform.inputs.num_refreshes.item() for layer in layers} == {3}
+
+
+def test_a_pass_that_ends_in_an_error_does_not_stop_the_refreshes():
+    layer = WhitenedLinear(3, 2, transform=FeatureWhitening(update_interval=1, statistics_interval=1))
+
+    def fail():
+        x = torch.randn(5, 3, requires_grad=True) * 1
+        x.register_hook(lambda grad: 1 / 0)  # comes after the layer's own gradients
+        with pytest.raises(ZeroDivisionError):
+            layer(x).sum().backward()
+
+    fail()
+    assert layer.transform.inputs.num_refreshes == 0
+    layer(torch.randn(5, 3)).sum().backward()
+    assert layer.transform.inputs.num_refreshes == 1 and layer.transform.inputs.running_count == 10
+    # Not even where a checkpoint has set the batch back to the one that failed.
+    saved = copy.deepcopy(layer.state_dict())
+    fail()
+    layer.load_state_dict(saved)
+    layer(torch.randn(5, 3)).sum().backward()
+    assert layer.transform.inputs.num_refreshes == 2
