@@ -14,7 +14,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whiten_layers import GradientTransform, WhitenedConv2d, WhitenedLinear
+from whiten_layers import GradientTransform, whiten
 
 Layer = Callable[..., nn.Module]
 
@@ -191,11 +191,7 @@ def resnet50(num_classes: int = 10, *, conv_layer: Layer = nn.Conv2d, linear_lay
 def _whitened(
     builder: Callable[..., CifarResNet], num_classes: int, transform: GradientTransform | str | None
 ) -> CifarResNet:
-    return builder(
-        num_classes,
-        conv_layer=partial(WhitenedConv2d, transform=transform),
-        linear_layer=partial(WhitenedLinear, transform=transform),
-    )
+    return whiten(builder(num_classes), transform)
 
 
 def whitened_resnet20(num_classes: int = 10, *, transform: GradientTransform | str | None = None) -> CifarResNet:

@@ -11,8 +11,8 @@ from . import reference
 DAMPING = 0.1
 
 NETWORKS = {
-    "linear": (lambda: [nn.Linear(6, 8), nn.Linear(8, 3)], (15, 6)),
-    "linear without bias": (lambda: [nn.Linear(6, 8, bias=False), nn.Linear(8, 3)], (15, 6)),
+    "linear": (lambda: [nn.Linear(6, 8), nn.Linear(8, 3)], (15, 6), 20),
+    "linear without bias": (lambda: [nn.Linear(6, 8, bias=False), nn.Linear(8, 3)], (15, 6), 20),
     "conv": (
         lambda: [
             nn.Conv2d(4, 6, 3, stride=2, padding=1),
@@ -20,8 +20,9 @@ NETWORKS = {
             nn.Conv2d(4, 3, 2, bias=False),
         ],
         (3, 4, 7, 8),
+        20,
     ),
-    "conv1d": (lambda: [nn.Conv1d(3, 4, 3, padding=1), nn.ConvTranspose1d(4, 2, 3, stride=2, padding=1)], (4, 3, 9)),
+    "conv1d": (lambda: [nn.Conv1d(3, 4, 3, padding=1), nn.ConvTranspose1d(4, 2, 3, stride=2, padding=1)], (4, 3, 9), 8),
     "transposed": (
         lambda: [
             nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
@@ -29,10 +30,12 @@ NETWORKS = {
             nn.ConvTranspose2d(3, 2, (2, 1), dilation=2),
         ],
         (3, 4, 3, 4),
+        8,
     ),
     "conv3d": (
         lambda: [nn.Conv3d(2, 4, 2, padding=1), nn.ConvTranspose3d(4, 2, (1, 2, 1), stride=2, bias=False)],
         (2, 2, 3, 3, 2),
+        8,
     ),
 }
 
@@ -59,7 +62,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("options", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS.keys())
 def test_training_follows_the_network_that_whitens_its_samples(network, options):
-    make, shape = network
+    make, shape, steps = network
     torch.manual_seed(0)
     layers = [layer.double() for layer in make()]
     truth = [reference.SampleWhitening(layer) for layer in layers]
@@ -70,7 +73,7 @@ def test_training_follows_the_network_that_whitens_its_samples(network, options)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     started = [parameter.detach().clone() for parameter in model.parameters()]
 
-    for step in range(20):
+    for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         x = x + 0.5 * x.cumsum(-1) + 0.2

@@ -1,22 +1,50 @@
 """The README's Python runs as it stands, and the tests that it names are there."""
 
 import ast
+import os
 import re
+import socket
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from whiten_layers.factor import WhiteningFactor
+
+from .distributed.world import run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PARALLEL = [block for block in BLOCKS if "torch.distributed" in block]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block not in PARALLEL])
 def test_a_block_of_the_readme_runs(block, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(block, {})
     if "report(" in block:
         assert "MiB in all" in capsys.readouterr().out
+
+
+def in_two_processes(rank, block, port):
+    dist.destroy_process_group()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    names = {}
+    exec(block, names)
+    torch.manual_seed(rank)
+    names["model"](torch.randn(2, 3, 32, 32)).sum().backward()
+    counts = [int(child.num_refreshes) for child in names["model"].modules() if isinstance(child, WhiteningFactor)]
+    assert sum(counts) == 21, counts  # a layer's channels; its taps, about the channels' mean, come with the second
+
+
+@pytest.mark.parametrize("block", PARALLEL)
+def test_a_block_of_the_readme_runs_in_several_processes(block):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    run(in_two_processes, 2, block, port)
 
 
 def test_every_line_of_what_it_works_with_names_a_test_that_there_is():

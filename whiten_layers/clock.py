@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch.distributed import ProcessGroup
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from .transforms.base import GradientTransform
 
 
@@ -24,16 +25,20 @@ class Clock:
     `process_group` is None for all processes, where there are several.
     """
 
-    def __init__(self, process_group: ProcessGroup | None = None) -> None:
+    def __init__(self, process_group: "ProcessGroup | None" = None) -> None:
         self.batch = 0
         self.process_group = process_group
         self.running: int | None = None  # the pass that has not ended yet
         self._transforms: weakref.WeakSet[GradientTransform] = weakref.WeakSet()
 
     def join(self, transforms: "Iterable[GradientTransform]") -> None:
-        """Let transforms keep step from now on, at the greatest number that any of them has reached."""
+        """Let transforms keep step from now on, at the greatest number that any of them has reached.
+
+        Without a group of processes of its own the clock takes theirs.
+        """
         for transform in transforms:
             self.batch = max(self.batch, transform.clock.batch)
+            self.process_group = self.process_group or transform.clock.process_group
             transform.clock._transforms.discard(transform)
             transform.clock = self
             self._transforms.add(transform)

@@ -3,7 +3,7 @@
 import fnmatch
 import logging
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -21,6 +21,9 @@ from .layers import (
     attach,
 )
 from .transforms import GradientTransform
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("whiten_layers")
 
@@ -44,6 +47,7 @@ def whiten(
     *,
     include: str | Iterable[str] | None = None,
     skip: str | Iterable[str] | None = None,
+    process_group: "ProcessGroup | None" = None,
 ) -> M:
     """Turn every linear and (transposed) convolutional layer of a model into its whitened twin, in place.
 
@@ -57,6 +61,9 @@ def whiten(
         transform: what each layer gets a copy of, as for `WhitenedLinear`.
         include: names to convert, as glob patterns of `model.named_modules()` ("layer1.*"); None for all.
         skip: names to leave as they are.
+        process_group: the processes that have statistics in common and share the work of a refresh, where
+            `torch.distributed` runs. None for those of the
+            `DistributedDataParallel` that takes the model, and else all.
 
     Returns:
         `model`. What was left alone that looks like a layer, and why, goes to the logger
@@ -87,7 +94,7 @@ def whiten(
     twins: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}
     for name, layer in twins.items():
         layer.transform.name = name
-    Clock().join(layer.transform for layer in twins.values())
+    Clock(process_group).join(layer.transform for layer in twins.values())
     for name, reason in reasons_left(model).items():
         logger.info("left %s: %s", name, reason)
     return model

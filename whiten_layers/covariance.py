@@ -19,6 +19,12 @@ class Moments(NamedTuple):
     covariance: Tensor
 
 
+def zero_moments(mean: Tensor) -> Moments:
+    """Those of no rows, of the groups and features of a mean ``(groups, M)``."""
+    groups, features = mean.shape
+    return Moments(mean.new_zeros(groups), mean.new_zeros(groups, features), mean.new_zeros(groups, features, features))
+
+
 def moments(rows: Tensor, center: bool = True) -> Moments:
     """Moments of rows ``(groups, n, M)``, n of which are to be at least 1.
 

@@ -2,17 +2,19 @@
 
 Nothing may change in the middle of a pass: a layer that is due only asks for a refresh here. The autograd
 engine calls back when the pass is over, and then the windows are closed, matrices of one size are
-inverted in one batched call and written in place, in force from the next pass on.
+inverted in one batched call and written in place, in force from the next pass on. Processes that train
+one model do it together, each its share.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from . import distributed
 from .beneath import beneath
 from .clock import Clock, current_pass, is_due, last_due
 from .factor import Outcome, WhiteningFactor
@@ -20,6 +22,8 @@ from .inverse import METHODS, Inverse
 from .numerics import full_precision, without_autocast
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from .transforms.base import GradientTransform
 
 # The clocks of the passes that are running. A pass that ends in an error never calls back; weak
@@ -31,8 +35,18 @@ def at_end(number: int, clock: Clock) -> None:
     """When the pass of this number has ended, update what is due at the clock's batch."""
     if number not in _running:
         _running[number] = WeakSet()
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: beneath(lambda: _end(number)))
+        _call_last(lambda: beneath(lambda: _end(number)), others=2)
     _running[number].add(clock)
+
+
+def _call_last(function: Callable[[], None], others: int) -> None:
+    """Call at the end of the pass, after other callbacks, even if so many of them are each queued by the one before.
+
+    DDP's own send and await the gradients: with a static graph two, the second queued by the first. On every process
+    what is sent here comes after them.
+    """
+    callback = function if others == 0 else lambda: _call_last(function, others - 1)
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def _end(number: int) -> None:
@@ -40,7 +54,7 @@ def _end(number: int) -> None:
     for clock in clocks:
         clock.running = None
     together = [transform for clock in clocks for transform in clock.transforms()]
-    update(transform for transform in together if is_due(transform.clock.batch, transform.update_interval))
+    update([transform for transform in together if is_due(transform.clock.batch, transform.update_interval)])
 
 
 def request(transform: "GradientTransform") -> None:
@@ -55,25 +69,51 @@ def request(transform: "GradientTransform") -> None:
 
 @torch.no_grad()
 def update(transforms: "Iterable[GradientTransform]") -> None:
-    """Close the windows of the transforms' factors, and refresh them.
+    """Close the windows of the transforms' factors, and refresh them, together with the processes that share them.
 
-    A factor of which nothing is new stays as it is, unless its method comes nearer at every refresh.
+    A factor of which nothing is new anywhere stays as it is, unless its method comes nearer at every refresh.
     """
-    factors = []
-    for transform in transforms:
-        elapsed = transform.clock.batch - last_due(transform.clock.batch - 1, transform.update_interval)
-        for factor in transform.factors():
-            if factor.window is not None or factor.is_approximate:
-                factor.close_window(elapsed)
-                factors.append(factor)
-    refresh(factors)
+    together: dict[ProcessGroup | None, list[tuple[GradientTransform, WhiteningFactor]]] = defaultdict(list)
+    for transform in sorted(transforms, key=lambda transform: int(transform.handle)):
+        together[distributed.group_of(transform.clock)] += [(transform, factor) for factor in transform.factors()]
+    for group, due in together.items():
+        is_wanted = [factor.window is not None or factor.is_approximate for _, factor in due]
+        if group is not None:
+            is_wanted = distributed.agree([_label(*pair) for pair in due], is_wanted, group)
+        wanted = [pair for pair, flag in zip(due, is_wanted, strict=True) if flag]
+        if group is not None:
+            distributed.merge_windows([factor for _, factor in wanted], group)
+        for transform, factor in wanted:
+            batch = transform.clock.batch
+            factor.close_window(batch - last_due(batch - 1, transform.update_interval))
+        refresh([factor for _, factor in wanted], group)
+
+
+def _label(transform: "GradientTransform", factor: WhiteningFactor) -> str:
+    """What a message calls a factor, and what has to be the same on all processes."""
+    name = transform.name or f"a {type(transform).__name__} without a name"
+    groups = f"{len(factor.scale)} × " if len(factor.scale) > 1 else ""
+    return f"{name} ({groups}{factor.features} features, {factor.method}) at batch {transform.clock.batch}"
 
 
 @torch.no_grad()
-def refresh(factors: Iterable[WhiteningFactor]) -> None:
-    """Bring what is in force up to the running covariance of every factor."""
-    for factor, outcome in inverted(factors):
+def refresh(factors: Iterable[WhiteningFactor], group: "ProcessGroup | None" = None) -> None:
+    """Bring what is in force up to the running covariance of every factor, in a group each process its share."""
+    factors = list(factors)
+    if group is None:
+        for factor, outcome in inverted(factors):
+            factor.install(outcome)
+        return
+    owners = dict(zip(factors, distributed.share([cost(factor) for factor in factors], group.size()), strict=True))
+    own = dict(inverted(factor for factor in factors if owners[factor] == group.rank()))
+    for factor, outcome in distributed.exchange(own, owners, group):
         factor.install(outcome)
+
+
+def cost(factor: WhiteningFactor) -> int:
+    """Multiplications of an inverse, up to a number that depends on the method alone."""
+    matrices, size = factor.mean.shape
+    return matrices * size**2 * (factor.rank if factor.is_approximate else size)
 
 
 def inverted(factors: Iterable[WhiteningFactor]) -> Iterator[tuple[WhiteningFactor, Outcome]]:

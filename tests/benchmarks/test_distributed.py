@@ -1,0 +1,32 @@
+"""The distributed benchmark on a small network: what is put on paper is what was counted."""
+
+import json
+
+import pytest
+
+from benchmarks import distributed
+
+
+def test_a_run_leaves_a_table_and_a_file(tmp_path, capsys):
+    arguments = ["--model", "cifar-resnet20", "--ranks", "1", "2", "--image-size", "16", "--out", str(tmp_path)]
+    assert distributed.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "7B decoder" in output and "bytes a step = " in output
+    result = json.loads((tmp_path / "results.json").read_text())
+    alone, two = result["table"]
+    assert alone["statistics_bytes"] == alone["outcome_bytes"] == alone["messages_in_a_refresh"] == 0
+    assert two["messages_in_other_steps"] == 0 and two["messages_in_a_refresh"] == 6
+    assert two["multiplications"] == alone["multiplications"] and two["busiest"] < 0.6
+    (paper, _) = result["paper"].values()
+    # Beside the sums on paper there are who is there (16 bytes) and what is wanted (a byte a factor: 20 pairs but one).
+    assert two["statistics_bytes"] == paper[0]["statistics_bytes"] + 16 + 39
+    assert two["outcome_bytes"] == paper[0]["outcome_bytes"]
+    assert two["gradient_bytes_a_step"] * 2 * 7 / 8 == pytest.approx(paper[0]["gradient_bytes_a_step"])
+    assert two["extra"] < 0.5
+
+
+def test_a_wrong_option_is_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as exit:
+        distributed.main(["--ranks", "0"])
+    assert exit.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
