@@ -1,7 +1,7 @@
 """What whitening sends and computes where several processes train one model, counted; and from that, on paper, on many.
 
 Trains a network under DistributedDataParallel, plain and whitened with the defaults, in 1, 2 and 4 processes on this
-machine. Counted are the bytes and messages of every step (by wrapping what sends), the multiplications of
+machine. Counted are the bytes and messages of every step (by wrapping what sends), the operations of
 every process's inverses, and the seconds of a refresh.
 """
 
@@ -82,7 +82,7 @@ def steps(options: argparse.Namespace, ranks: int, is_whitened: bool) -> list[di
 
     def inverted(factors: Any) -> Any:
         factors = list(factors)
-        count["multiplications"] += sum(refresh.cost(factor) for factor in factors)
+        count["operations"] += sum(refresh.cost(factor) for factor in factors)
         begun = time.perf_counter()
         outcomes = list(kept[2](factors))
         count["inverse_seconds"] += time.perf_counter() - begun  # type: ignore[assignment]
@@ -125,7 +125,7 @@ def table(results: dict[int, list[dict[str, list[dict[str, float]]]]]) -> list[d
         due, rest = first[-1], first[10:-1]
         sent = due.get("all_reduce_bytes", 0) + due.get("broadcast_bytes", 0)
         gradients = statistics.mean(line.get("gradient_bytes", 0) for line in plain[10:])
-        loads = [lines["whitened"][-1].get("multiplications", 0) for lines in everyone]
+        loads = [lines["whitened"][-1].get("operations", 0) for lines in everyone]
         rows.append(
             {
                 "ranks": ranks,
@@ -137,13 +137,9 @@ def table(results: dict[int, list[dict[str, list[dict[str, float]]]]]) -> list[d
                 "extra": sent / 10 / gradients,
                 "busiest": max(loads) / sum(loads),
                 "idlest": min(loads) / sum(loads),
-                "multiplications": sum(loads),
-                "refresh_seconds": statistics.median(
-                    line["refresh_seconds"] for line in first if "multiplications" in line
-                ),
-                "inverse_seconds": statistics.median(
-                    line["inverse_seconds"] for line in first if "multiplications" in line
-                ),
+                "operations": sum(loads),
+                "refresh_seconds": statistics.median(line["refresh_seconds"] for line in first if "operations" in line),
+                "inverse_seconds": statistics.median(line["inverse_seconds"] for line in first if "operations" in line),
             }
         )
     return rows
@@ -188,7 +184,7 @@ def on_paper(model: nn.Module, options: argparse.Namespace, interval: int = 10) 
                 "extra": sent / interval / (2 * ring * gradients),
                 "messages_in_a_refresh": messages,
                 "milliseconds_a_step": 1e3 * (sent / options.bandwidth + messages * options.latency) / interval,
-                "multiplications_of_the_busiest_a_step": max(loads) / interval,
+                "operations_of_the_busiest_a_step": max(loads) / interval,
                 "busiest": max(loads) / sum(costs),
                 "statistics_bytes": means + triangles,
                 "outcome_bytes": outcomes,
@@ -251,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, model in paper_models(options).items():
         paper[name] = on_paper(model, options)
         heads = "processes,gradients MB a step,extra MB a step,extra,messages in a refresh,ms a step,busiest,its 10⁹"
-        lines = [f"{heads} multiplications a step".split(",")]
+        lines = [f"{heads} operations a step".split(",")]
         for row in paper[name]:
             lines.append(
                 [
@@ -262,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
                     str(row["messages_in_a_refresh"]),
                     f"{row['milliseconds_a_step']:.2f}",
                     f"{row['busiest']:.2%}",
-                    f"{row['multiplications_of_the_busiest_a_step'] / 1e9:.2f}",
+                    f"{row['operations_of_the_busiest_a_step'] / 1e9:.2f}",
                 ]
             )
         print(

@@ -10,7 +10,8 @@ from torch import nn
 from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, unwhiten, whiten
 
 TRANSFORMS = {
-    "default": FeatureWhitening(statistics_interval=3, max_rows=50),
+    "default": FeatureWhitening(statistics_interval=3, update_interval=3, max_rows=50),
+    "rarer statistics": FeatureWhitening(statistics_interval=4, update_interval=2),
     "exact": FeatureWhitening.exact(),
     "both sides": FeatureWhitening(output_power=0.5, decay=0.8, max_rows=20),
     "recursive": FeatureWhitening("recursive", features="patch", power=1.0, rank=3, update_interval=3),

@@ -92,3 +92,32 @@ def test_a_pass_that_ends_in_an_error_does_not_stop_the_refreshes():
     layer.load_state_dict(saved)
     layer(torch.randn(5, 3)).sum().backward()
     assert layer.transform.inputs.num_refreshes == 2
+
+
+@pytest.mark.parametrize("way", ["reset", "load"])
+def test_a_layer_that_sets_the_clock_back_does_not_stop_the_others(way):
+    model = whiten(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)))
+    saved = copy.deepcopy(model[1].state_dict())
+    for _ in range(60):
+        model(torch.randn(5, 3)).sum().backward()
+    before = model[0].transform.inputs.num_refreshes.item()
+    if way == "reset":
+        model[1].reset_parameters()
+    else:
+        model[1].load_state_dict(saved)
+    for _ in range(30):
+        model(torch.randn(5, 3)).sum().backward()
+    assert model[0].transform.clock.batch == 30
+    assert model[0].transform.inputs.num_refreshes == before + 7  # 1, 2, 4, 8, 10, 20, 30
+
+
+def test_passes_within_a_pass_that_is_not_known_refresh_only_what_they_reach():
+    options = {"method": "recursive", "power": 1.0, "rank": 2, "update_interval": 1, "statistics_interval": 1}
+    model = whiten(nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]), FeatureWhitening(**options))
+    for _ in range(4):
+        x = torch.randn(6, 4, requires_grad=True)
+        for layer in model:
+            x = checkpoint(layer, x, use_reentrant=True)
+        x.sum().backward()
+    assert model[0].transform.clock.batch == 4
+    assert {layer.transform.inputs.num_refreshes.item() for layer in model} == {4}

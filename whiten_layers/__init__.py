@@ -1,6 +1,5 @@
 """Drop-in whitening layers for PyTorch: swap them in, change nothing else, converge in fewer steps."""
 
-from . import data_parallel  # noqa: F401 (it waits for a model to be taken)
 from .convert import unwhiten, whiten
 from .layers import (
     WhitenedConv1d,

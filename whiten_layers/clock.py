@@ -22,12 +22,14 @@ class Clock:
     """The number of the pass for the transforms that joined, and the processes that they are trained in.
 
     `batch` counts backward passes from 1, however many of the transforms a pass reaches, and however often.
-    `process_group` is None for all processes, where there are several.
+    `process_group` is the one that was asked for, `wrapper_group` that of the wrapper that took the model; without
+    either it is all processes, where there are several. Pickling forgets both.
     """
 
     def __init__(self, process_group: "ProcessGroup | None" = None) -> None:
         self.batch = 0
         self.process_group = process_group
+        self.wrapper_group: ProcessGroup | None = None
         self.running: int | None = None  # the pass that has not ended yet
         self._transforms: weakref.WeakSet[GradientTransform] = weakref.WeakSet()
 
@@ -39,6 +41,7 @@ class Clock:
         for transform in transforms:
             self.batch = max(self.batch, transform.clock.batch)
             self.process_group = self.process_group or transform.clock.process_group
+            self.wrapper_group = self.wrapper_group or transform.clock.wrapper_group
             transform.clock._transforms.discard(transform)
             transform.clock = self
             self._transforms.add(transform)
@@ -50,7 +53,7 @@ class Clock:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A clock of its own at the same number; the copied transforms join it themselves."""
         copied = type(self)(self.process_group)
-        copied.batch = self.batch
+        copied.batch, copied.wrapper_group = self.batch, self.wrapper_group
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from .clock import Clock
+from .data_parallel import take_again
 from .layers import (
     WhitenedConv1d,
     WhitenedConv2d,
@@ -95,6 +96,7 @@ def whiten(
     for name, layer in twins.items():
         layer.transform.name = name
     Clock(process_group).join(layer.transform for layer in twins.values())
+    take_again(layer.transform for layer in twins.values())
     for name, reason in reasons_left(model).items():
         logger.info("left %s: %s", name, reason)
     return model

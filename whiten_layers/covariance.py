@@ -67,7 +67,8 @@ class FeatureCovariance(nn.Module):
         dtype: float32 or float64. Casting the module to a narrower type leaves its buffers in float32.
 
     Buffers: ``running_count`` (groups,), ``running_mean`` (groups, M), ``running_covariance`` (groups, M, M); and, of
-    the same shapes, ``window_count``, ``window_mean`` and ``window_covariance`` while a window is open.
+    the same shapes, ``window_count``, ``window_mean`` and ``window_covariance`` while a window is open. A checkpoint
+    has no window, which is one process's: loading one forgets what was observed since the last was closed.
     """
 
     running_count: Tensor
@@ -91,8 +92,8 @@ class FeatureCovariance(nn.Module):
         self.register_buffer("running_count", torch.zeros(groups, device=device, dtype=dtype))
         self.register_buffer("running_mean", torch.zeros(groups, features, device=device, dtype=dtype))
         self.register_buffer("running_covariance", torch.zeros(groups, features, features, device=device, dtype=dtype))
-        for name in WINDOW:
-            self.register_buffer(name, None)
+        for name in ("window_count", "window_mean", "window_covariance"):
+            self.register_buffer(name, None, persistent=False)
 
     @property
     def window(self) -> Moments | None:
@@ -152,13 +153,8 @@ class FeatureCovariance(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
-        is_open = prefix + WINDOW[0] in state_dict
-        running = self.running_count, self.running_mean, self.running_covariance
-        self.window = Moments(*map(torch.empty_like, running)) if is_open else None
+        self.window = None
         super()._load_from_state_dict(state_dict, prefix, copied(local_metadata), *args)
-
-
-WINDOW = ("window_count", "window_mean", "window_covariance")
 
 
 def copied(local_metadata: dict) -> dict:

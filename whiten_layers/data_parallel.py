@@ -6,47 +6,61 @@ model is taken, rank 0's state goes to all, as its parameters do. Statistics are
 the wrapper's group of processes, unless `whiten` was given another.
 """
 
-from collections import defaultdict
+from collections.abc import Iterable
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from . import distributed
 from .transforms.base import GradientTransform
+
+_wrappers: WeakSet[DistributedDataParallel] = WeakSet()
 
 
 def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     if isinstance(parent, DistributedDataParallel) and name == "module" and module is not None:
-        transforms = {key: child for key, child in module.named_modules() if isinstance(child, GradientTransform)}
-        for prefix, transform in transforms.items():
-            for key, child in transform.named_modules(prefix=prefix):  # windows are None now, not always
-                parent.parameters_to_ignore |= {f"{key}.{buffer}" for buffer in child._buffers}
-            transform.clock.process_group = transform.clock.process_group or parent.process_group
-        if transforms and dist.get_world_size(parent.process_group) > 1:
-            _broadcast(list(transforms.values()), parent.process_group)
+        _wrappers.add(parent)
+        _take(parent, module)
+
+
+def take_again(transforms: Iterable[GradientTransform]) -> None:
+    """Tell the wrappers that took a model before its layers were whitened."""
+    whitened = set(transforms)
+    for wrapper in list(_wrappers):
+        if not whitened.isdisjoint(wrapper.module.modules()):
+            _take(wrapper, wrapper.module)
+
+
+def _take(wrapper: DistributedDataParallel, module: nn.Module) -> None:
+    transforms = {name: child for name, child in module.named_modules() if isinstance(child, GradientTransform)}
+    for prefix, transform in transforms.items():
+        transform.clock.wrapper_group = wrapper.process_group
+        for name, child in transform.named_modules(prefix=prefix):  # a window is None now, and will not always be
+            wrapper.parameters_to_ignore |= {f"{name}.{buffer}" for buffer in child._buffers}
+        for buffer in transform.buffers():
+            buffer._ddp_ignored = True  # type: ignore[attr-defined]  # nor is it cast by DDP's mixed precision
+    if transforms and dist.get_world_size(wrapper.process_group) > 1:
+        _broadcast(transforms, wrapper.process_group)
 
 
 @torch.no_grad()
-def _broadcast(transforms: list[GradientTransform], group: "dist.ProcessGroup") -> None:
+def _broadcast(transforms: dict[str, GradientTransform], group: "dist.ProcessGroup") -> None:
     """Give every process the state that the first has."""
-    device = transforms[0].num_batches_skipped.device
-    counts = torch.stack([transform.get_extra_state() for transform in transforms]).to(device)
-    buckets: dict[tuple, list[Tensor]] = defaultdict(list)
-    for transform in transforms:
+    described = [f"{name} ({', '.join(map(str, one.factors()))})" for name, one in transforms.items()]
+    distributed.agree("take on", described, [], group)
+    device = next(iter(transforms.values())).num_batches_skipped.device
+    counts = torch.stack([transform.get_extra_state() for transform in transforms.values()]).to(device)
+    for transform in transforms.values():
         for factor in transform.factors():
             factor.window = None  # what one process alone has observed
-        for buffer in transform.buffers():
-            buckets[buffer.dtype, buffer.device].append(buffer)
-    buckets[counts.dtype, counts.device].append(counts)
-    for bucket in buckets.values():
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
-        dist.broadcast(flat, dist.get_global_rank(group, 0), group=group)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-    for transform, state in zip(transforms, counts.cpu(), strict=True):
-        transform.set_extra_state(state)
+    state = [buffer for transform in transforms.values() for buffer in transform.buffers()]
+    dist._broadcast_coalesced(group, [*state, counts], 250 * 2**20, 0)  # in buckets, as DDP does it
+    for transform, count in zip(transforms.values(), counts.cpu(), strict=True):
+        transform.set_extra_state(count)
 
 
 if dist.is_available():

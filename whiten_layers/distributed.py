@@ -21,9 +21,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .clock import Clock
@@ -33,50 +35,52 @@ from .factor import Outcome, WhiteningFactor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_control_groups: dict[ProcessGroup, ProcessGroup] = {}
+_control_groups: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
 
 
 def group_of(clock: Clock) -> ProcessGroup | None:
     """The processes that share a clock's statistics; None where this one is alone."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    group = clock.process_group or dist.group.WORLD
+    group = clock.process_group or clock.wrapper_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
 
 
-def agree(labels: Sequence[str], wanted: Sequence[bool], group: ProcessGroup) -> list[bool]:
-    """What any process wants of the things that are due, after making sure that all mean the same things.
+def agree(doing: str, labels: Sequence[str], wanted: Sequence[bool], group: ProcessGroup) -> list[bool]:
+    """What any process wants of the things that all are about to do something with, if they are the same everywhere.
 
     Raises:
         RuntimeError: on every process, if they are not the same; on the others, if a process does not
             come within the group's timeout. The message names the things.
     """
-    control = _control_group(group)
     digest = int.from_bytes(hashlib.sha256("\n".join(labels).encode()).digest()[:7])
     digests = torch.tensor([digest, -digest])
     try:
+        control = _control_group(group)
         dist.all_reduce(digests, dist.ReduceOp.MAX, control)
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank {dist.get_rank(group)} is to refresh {_listed(labels)}, and another rank has not come: "
-            f"it has run fewer or more backward passes, or has ended ({error})"
+            f"rank {dist.get_rank(group)} is to {doing} {_listed(labels)}, and another rank has not come: it has run "
+            f"fewer or more backward passes that reach a whitened layer, or has ended ({error})"
         ) from error
     if digests[0] != -digests[1]:
-        raise RuntimeError(_disagreement(labels, control))
+        raise RuntimeError(_disagreement(doing, labels, control))
     flags = torch.tensor(wanted, dtype=torch.uint8)
-    dist.all_reduce(flags, dist.ReduceOp.MAX, control)
+    if wanted:
+        dist.all_reduce(flags, dist.ReduceOp.MAX, control)
     return flags.bool().tolist()
 
 
-def _disagreement(labels: Sequence[str], group: ProcessGroup) -> str:
+def _disagreement(doing: str, labels: Sequence[str], group: ProcessGroup) -> str:
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(everyone, list(labels), group)
     common = functools.reduce(operator.and_, map(Counter, everyone))
     others = [list((Counter(labels) - common).elements()) for labels in everyone]
     listed = "; ".join(f"rank {rank}: {_listed(own)}" for rank, own in enumerate(others))
     return (
-        f"the ranks are to refresh different things, beside {common.total()} that all have in common: {listed}. Every "
-        "rank runs as many backward passes; layers that some passes leave out keep step after whiten(model)"
+        f"the ranks are to {doing} different things, beside {common.total()} that all have in common: {listed}. "
+        "In every backward pass each rank is to reach a whitened layer of the model; the others keep step after "
+        "whiten(model). Ranks that train models of their own need a process_group each"
     )
 
 
@@ -86,19 +90,17 @@ def _listed(labels: Sequence[str]) -> str:
 
 
 def _control_group(group: ProcessGroup) -> ProcessGroup:
-    """A group for numbers on the CPU, to be read at once: the group itself, or one beside it if it knows only GPUs."""
-    if _serves_cpu(group):
-        return group
+    """A group beside a group, for what is agreed upon: numbers on the CPU, to be read at once.
+
+    A process that has gone on to send something else, gradients for instance, must not be taken for one that agrees.
+    """
     if group not in _control_groups:
         timeout = group._get_backend(group._device_types[0]).options._timeout
-        ranks = dist.get_process_group_ranks(group)
-        beside: Any = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
+        is_whole = group == dist.group.WORLD
+        ranks = None if is_whole else dist.get_process_group_ranks(group)
+        beside: Any = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=not is_whole)
         _control_groups[group] = beside
     return _control_groups[group]
-
-
-def _serves_cpu(group: ProcessGroup) -> bool:
-    return torch.device("cpu") in group._device_types
 
 
 def merge_windows(factors: Iterable[WhiteningFactor], group: ProcessGroup) -> None:
@@ -110,11 +112,11 @@ def merge_windows(factors: Iterable[WhiteningFactor], group: ProcessGroup) -> No
         totals = _cut(sums, [part for window in windows for part in (window.rows, window.mean)])
         triangles = []
         for window, rows, total in zip(windows, totals[::2], totals[1::2], strict=True):
-            share = torch.where(rows > 0, window.rows / rows, 0)
+            part = torch.where(rows > 0, window.rows / rows, 0)
             total /= torch.where(rows > 0, rows, 1)[:, None]  # now the mean of all
             shift = window.mean - total
-            between = share[:, None, None] * shift[:, :, None] * shift[:, None, :]
-            triangles.append(triangle(torch.addcmul(between, share[:, None, None], window.covariance)))
+            between = part[:, None, None] * shift[:, :, None] * shift[:, None, :]
+            triangles.append(triangle(torch.addcmul(between, part[:, None, None], window.covariance)))
         flat = _flat(triangles)
         dist.all_reduce(flat, group=group)
         covariances = _cut(flat, triangles)
@@ -177,19 +179,33 @@ def _unpacked(parts: list[Tensor]) -> Outcome:
     return Outcome(valid.bool(), restarted.bool(), scale, symmetric(precision), *directions)
 
 
+# A symmetric matrix of M = m + n features, n = m or m + 1, falls into A (m, m), B (m, n), D (n, n). The upper triangle
+# of A and the lower one of D, each with its diagonal, fit together into (n, m + 1): with B, M (M + 1) / 2 numbers, all
+# moved in blocks. To pick them one by one, by their indices, is slower by a multiple.
+
+
 def triangle(matrices: Tensor) -> Tensor:
-    """The upper triangles of symmetric matrices: ``(n, M, M) -> (n, M (M + 1) / 2)``."""
-    rows, columns = torch.triu_indices(*matrices.shape[1:], device=matrices.device)
-    return matrices[:, rows, columns]
+    """The triangles of symmetric matrices: ``(n, M, M) -> (n, M (M + 1) / 2)``."""
+    half, number = matrices.shape[-1] // 2, len(matrices)
+    rest = matrices.shape[-1] - half
+    both = F.pad(matrices[:, half:, half:].tril(), (0, half + 1 - rest))
+    both[:, :half, 1:] += matrices[:, :half, :half].triu()
+    return torch.cat([matrices[:, :half, half:].reshape(number, -1), both.view(number, -1)], 1)
 
 
 def symmetric(triangle: Tensor) -> Tensor:
     """The inverse of `triangle`, symmetric to the last bit."""
     size = int((2 * triangle.shape[1]) ** 0.5)  # M² < M (M + 1) < (M + 1)²
-    rows, columns = torch.triu_indices(size, size, device=triangle.device)
-    matrices = triangle.new_empty(len(triangle), size, size)
-    matrices[:, rows, columns] = triangle
-    matrices[:, columns, rows] = triangle
+    half, number = size // 2, len(triangle)
+    rest = size - half
+    across, both = triangle.split([half * rest, rest * (half + 1)], 1)
+    both = both.view(number, rest, half + 1)
+    upper, lower = both[:, :half, 1:].triu(), both[:, :, :rest].tril()
+    matrices = triangle.new_empty(number, size, size)
+    matrices[:, :half, :half] = upper + upper.triu(1).mT
+    matrices[:, half:, half:] = lower + lower.tril(-1).mT
+    matrices[:, :half, half:] = across.view(number, half, rest)
+    matrices[:, half:, :half] = across.view(number, half, rest).mT
     return matrices
 
 

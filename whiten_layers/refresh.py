@@ -50,10 +50,11 @@ def _call_last(function: Callable[[], None], others: int) -> None:
 
 
 def _end(number: int) -> None:
-    clocks = _running.pop(number)
-    for clock in clocks:
+    together = []
+    for clock in _running.pop(number):
+        # Of a pass within one that is not known only what it has reached: others may still come.
+        together += [one for one in clock.transforms() if clock.running is not None or one.is_in(number)]
         clock.running = None
-    together = [transform for clock in clocks for transform in clock.transforms()]
     update([transform for transform in together if is_due(transform.clock.batch, transform.update_interval)])
 
 
@@ -79,7 +80,7 @@ def update(transforms: "Iterable[GradientTransform]") -> None:
     for group, due in together.items():
         is_wanted = [factor.window is not None or factor.is_approximate for _, factor in due]
         if group is not None:
-            is_wanted = distributed.agree([_label(*pair) for pair in due], is_wanted, group)
+            is_wanted = distributed.agree("refresh", [_label(*pair) for pair in due], is_wanted, group)
         wanted = [pair for pair, flag in zip(due, is_wanted, strict=True) if flag]
         if group is not None:
             distributed.merge_windows([factor for _, factor in wanted], group)
@@ -111,9 +112,9 @@ def refresh(factors: Iterable[WhiteningFactor], group: "ProcessGroup | None" = N
 
 
 def cost(factor: WhiteningFactor) -> int:
-    """Multiplications of an inverse, up to a number that depends on the method alone."""
+    """Operations of a factor's inverses, roughly."""
     matrices, size = factor.mean.shape
-    return matrices * size**2 * (factor.rank if factor.is_approximate else size)
+    return METHODS[factor.method].operations * matrices * size**2 * (factor.rank if factor.is_approximate else size)
 
 
 def inverted(factors: Iterable[WhiteningFactor]) -> Iterator[tuple[WhiteningFactor, Outcome]]:

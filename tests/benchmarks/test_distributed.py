@@ -16,7 +16,7 @@ def test_a_run_leaves_a_table_and_a_file(tmp_path, capsys):
     alone, two = result["table"]
     assert alone["statistics_bytes"] == alone["outcome_bytes"] == alone["messages_in_a_refresh"] == 0
     assert two["messages_in_other_steps"] == 0 and two["messages_in_a_refresh"] == 6
-    assert two["multiplications"] == alone["multiplications"] and two["busiest"] < 0.6
+    assert two["operations"] == alone["operations"] and two["busiest"] < 0.6
     (paper, _) = result["paper"].values()
     # Beside the sums on paper there are who is there (16 bytes) and what is wanted (a byte a factor: 20 pairs but one).
     assert two["statistics_bytes"] == paper[0]["statistics_bytes"] + 16 + 39

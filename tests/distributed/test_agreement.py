@@ -12,7 +12,7 @@ from whiten_layers import WhitenedLinear, distributed, refresh, whiten
 from whiten_layers.factor import WhiteningFactor
 from whiten_layers.inverse import METHODS
 
-from .runs import digest, network, train
+from .runs import digest, network, parallel, train
 from .world import outcomes, run
 
 
@@ -64,42 +64,67 @@ def test_ranks_that_disagree_get_an_error_that_names_the_layers():
 
 
 def absent(rank, way):
-    model = whiten(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)))
-    for _ in range(10 if rank == 0 else 9):
-        model(torch.randn(5, 4)).sum().backward()
+    model = whiten(Branches(), include="left")
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if way == "goes on" else model
+    for step in range(10 if rank == 0 or way == "goes on" else 9):
+        wrapped(torch.randn(5, 4), rank == 0 or step != 9).sum().backward()
+    if rank == 1 and way == "goes on":
+        wrapped(torch.randn(5, 4), True).sum().backward()
     if rank == 1 and way == "waits":
         dist.distributed_c10d._get_default_store().wait(["never"], timedelta(seconds=5))
 
 
-@pytest.mark.parametrize("way", ["ends", "waits"])
+@pytest.mark.parametrize("way", ["ends", "waits", "goes on"])
 def test_a_rank_that_does_not_come_is_an_error_within_the_groups_timeout(way):
+    """In the tenth batch, when a refresh is due, the second rank reaches no whitened layer, or has stopped."""
     first, _ = outcomes(absent, 2, way, patience=1, timeout=25)
     assert first.status == 1
-    named = "rank 0 is to refresh 0 (4 features, eigh) at batch 10, 1 (4 features, eigh) at batch 10, and another"
-    assert named in first.error
+    assert "rank 0 is to refresh left (4 features, eigh) at batch 10, and another rank has not come" in first.error
 
 
-def counting(rank):
-    """How many messages a group that has nothing else to do has seen, after each step."""
-    group = dist.new_group([0, 1])
-    model = network(process_group=group)
-    wrapped = DistributedDataParallel(model)
-    seen = []
+def differently_whitened(rank):
+    DistributedDataParallel(whiten(Branches(), skip="left" if rank else None))
+
+
+def test_ranks_that_whiten_different_layers_are_told_when_ddp_takes_the_model():
+    for end in outcomes(differently_whitened, 2):
+        assert end.status == 1
+        assert "the ranks are to take on different things, beside 2 that all have in common: rank 0: left." in end.error
+
+
+def counting(rank, kind):
+    """What is sent in each step beside DDP's gradients and FSDP2's parameters and gradients."""
+    sent = []
+
+    def counted(name):
+        call = getattr(dist, name)
+
+        def wrapped(*arguments, **options):
+            sent.append(name)
+            return call(*arguments, **options)
+
+        return wrapped
+
+    for name in ("all_reduce", "broadcast", "all_gather_object", "all_gather", "new_group"):
+        setattr(dist, name, counted(name))
+    model = parallel(network(), kind)
+    steps = []
     for step in range(25):
-        train(wrapped, range(step, step + 1))
-        seen.append(group._get_sequence_number_for_group())
-    return seen
+        sent.clear()
+        train(model, range(step, step + 1))
+        steps.append(list(sent))
+    return steps
 
 
-def test_nothing_is_sent_but_when_a_refresh_is_due():
-    for seen in run(counting, 2):
-        steps = [step + 1 for step in range(25) if seen[step] != (seen[step - 1] if step else 0)]
-        assert steps == [1, 2, 4, 8, 10, 20]
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_nothing_is_sent_but_when_a_refresh_is_due(kind):
+    for steps in run(counting, 2, kind):
+        assert [number for number, sent in enumerate(steps, 1) if sent] == [1, 2, 4, 8, 10, 20]
         # Who is there and what is wanted; means and triangles; an outcome from each.
-        assert seen[0] == 2 + 2 + 2
+        assert steps[19] == ["all_reduce"] * 4 + ["broadcast"] * 2
 
 
-def sharing(rank, world):
+def sharing(rank):
     """Multiplications of this rank's inverses, and of all that were due."""
     done = 0
     for name, method in METHODS.items():
@@ -118,7 +143,7 @@ def sharing(rank, world):
 
 
 def test_each_of_four_ranks_does_a_quarter_of_the_work():
-    results = run(sharing, 4, 4)
+    results = run(sharing, 4)
     total = results[0][1]
     assert sum(done for done, _, _ in results) == total
     assert all(0.8 <= done / (total / 4) <= 1.2 for done, _, _ in results)
@@ -137,21 +162,36 @@ def test_a_quarter_of_the_work_of_a_resnet(name):
     assert max(loads) <= 1.2 * sum(costs) / 4 and min(loads) >= 0.8 * sum(costs) / 4
 
 
-def beside(rank):
-    distributed._serves_cpu = lambda group: False  # as of a group that knows GPUs only
+def groups_beside(rank):
+    timeouts = []
+    for group in (dist.group.WORLD, dist.new_group([0, 1], timedelta(seconds=7))):
+        distributed.agree("see", ["one"], [rank == 1], group)
+        control = distributed._control_groups[group]
+        assert control is not group and distributed._control_group(group) is control
+        timeouts.append(control._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+    return timeouts
+
+
+def test_what_is_agreed_upon_never_meets_another_message():
+    """In a group of its own, on the CPU also where the other knows only GPUs, with the other's timeout."""
+    assert run(groups_beside, 2) == [[30, 7]] * 2
+
+
+def wrapped_again(rank, folder):
     model = network()
-    train(DistributedDataParallel(model), range(5))
-    (control,) = distributed._control_groups.values()
-    assert control is not dist.group.WORLD
-    return digest(model), control._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    train(DistributedDataParallel(model), range(3))
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    train(DistributedDataParallel(model), range(3, 25))
+    return digest(model)
 
 
-def test_a_group_that_knows_only_gpus_agrees_through_one_beside_it():
-    results = run(beside, 2)
-    assert results[0] == results[1] and results[0][1] == 30
+def test_the_last_wrapper_decides_about_the_group(tmp_path):
+    first, second = run(wrapped_again, 2, str(tmp_path))
+    assert first == second
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8])
 def test_a_triangle_is_a_symmetric_matrix(size):
     matrices = torch.randn(3, size, size, dtype=torch.float64)
     matrices = matrices + matrices.mT

@@ -11,28 +11,37 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from whiten_layers import WhitenedLinear
+from whiten_layers import FeatureWhitening, WhitenedLinear, distributed, whiten
 
-from .runs import batch, digest, distance, network, optimizer, parallel, train, weights
+from .runs import batch, digest, distance, network, optimizer, parallel, plain, train, weights
 from .world import outcomes, run
 
 
 def buffers_that_ddp_sends(rank, way):
-    inner = network("windows of several batches") if way != "by hand" else WhitenedLinear(4, 3)
-    model = nn.Sequential(inner, nn.BatchNorm1d(5).double()) if way == "within a model" else nn.ModuleList([inner])
-    wrapped = DistributedDataParallel(model)
+    windows = FeatureWhitening(statistics_interval=2, update_interval=6)
+    if way == "by hand":
+        model = nn.ModuleList([WhitenedLinear(4, 3)])
+    else:
+        model = nn.Sequential(plain(), nn.BatchNorm1d(5).double())
     if way == "within a model":
+        whiten(model[0], windows)
+    wrapped = DistributedDataParallel(model)
+    if way == "whitened afterwards":
+        whiten(model, windows)
+    if way != "by hand":
         for step in range(8):  # a window is open after the last
-            wrapped(batch(step)[0]).sum().backward()
-        assert inner[0].transform.channels.window is not None
+            wrapped(batch(step + 100 * rank)[0]).sum().backward()
+        window = model[0][0].transform.channels.window_mean.clone()
+        wrapped(batch(0)[0])
+        assert torch.equal(model[0][0].transform.channels.window_mean, window)
     wrapped._assign_modules_buffers()
     return len(wrapped.modules_buffers), len(list(model.buffers()))
 
 
-@pytest.mark.parametrize("way", ["within a model", "as a model", "by hand"])
+@pytest.mark.parametrize("way", ["within a model", "whitened afterwards", "by hand"])
 def test_ddp_sends_no_buffer_of_a_transform(way):
     for sent, held in run(buffers_that_ddp_sends, 2, way):
-        assert sent == (3 if way == "within a model" else 0) and held > 8
+        assert sent == (0 if way == "by hand" else 3) and held > 8
 
 
 def first_ranks_state(rank, folder):
@@ -82,7 +91,7 @@ def test_a_distributed_checkpoint_goes_on_with_as_many_ranks_bit_for_bit_and_wit
         assert distance(result, whole[0][1]) < 1e-9
 
 
-def killed(rank, folder):
+def killed(rank, folder, during):
     model = network()
     wrapped = DistributedDataParallel(model)
     optimiser = optimizer(model)
@@ -94,8 +103,11 @@ def killed(rank, folder):
         optimiser.load_state_dict(state["optimizer"])
         begun = state["step"]
     for step in range(begun, 40):
-        if step == 23 and rank == 1 and not file.with_name("whole").exists() and not begun:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1 and not begun and not file.with_name("whole").exists() and step == (19 if during else 23):
+            if during:  # the refresh of the twentieth batch, when the others wait for what comes of a share
+                distributed.exchange = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
         train(wrapped, range(step, step + 1), optimiser)
         if step % 7 == 6 and rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimiser.state_dict(), "step": step + 1}
@@ -104,11 +116,12 @@ def killed(rank, folder):
     return weights(model), digest(model)
 
 
-def test_when_a_rank_is_killed_the_others_end_and_the_run_goes_on_bit_for_bit(tmp_path):
-    first, second = outcomes(killed, 2, str(tmp_path), timeout=40, patience=20)
+@pytest.mark.parametrize("during", [False, True], ids=["between refreshes", "during one"])
+def test_when_a_rank_is_killed_the_others_end_and_the_run_goes_on_bit_for_bit(tmp_path, during):
+    first, second = outcomes(killed, 2, str(tmp_path), during, timeout=40, patience=20)
     assert second.status == -signal.SIGKILL and first.status == 1  # and neither was left hanging
-    continued = run(killed, 2, str(tmp_path))
+    continued = run(killed, 2, str(tmp_path), during)
     for file in tmp_path.iterdir():
         file.unlink()
     (tmp_path / "whole").touch()
-    assert continued == run(killed, 2, str(tmp_path))
+    assert continued == run(killed, 2, str(tmp_path), during)

@@ -23,15 +23,16 @@ class Method(NamedTuple):
 
     inverse: Callable[[Tensor, float, Inverse | None, int], Inverse]
     powers: tuple[float, ...] | None  # the powers it gives; None for any
+    operations: int  # of an inverse, roughly, over M³ (of an approximate one, over M² · rank)
     warm_powers: tuple[float, ...] | None = ()  # those for which it starts from its last result; None for all
     is_approximate: bool = False  # and keeps directions from call to call
 
 
 METHODS = {
-    "cholesky": Method(cholesky, powers=(1.0,)),
-    "eigh": Method(eigh, powers=None),
-    "newton_schulz": Method(newton_schulz, powers=(0.5, 1.0), warm_powers=(1.0,)),
-    "recursive": Method(recursive, powers=None, warm_powers=None, is_approximate=True),
+    "cholesky": Method(cholesky, powers=(1.0,), operations=1),
+    "eigh": Method(eigh, powers=None, operations=11),
+    "newton_schulz": Method(newton_schulz, powers=(0.5, 1.0), operations=60, warm_powers=(1.0,)),
+    "recursive": Method(recursive, powers=None, operations=12, warm_powers=None, is_approximate=True),
 }
 
 

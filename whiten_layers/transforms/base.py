@@ -1,6 +1,7 @@
 """What may happen to a layer's gradient in backward: the one extension point."""
 
 import itertools
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from typing import Self
@@ -16,6 +17,7 @@ from ..patches import Geometry
 
 _transforms: "weakref.WeakValueDictionary[int, GradientTransform]" = weakref.WeakValueDictionary()
 _handles = itertools.count(1)
+_arrival = threading.Lock()  # the layers of a model on several devices come in several threads
 
 
 class GradientTransform(nn.Module, ABC):
@@ -113,6 +115,10 @@ class GradientTransform(nn.Module, ABC):
         self._pass: int | None = None
         self._is_announced = False
 
+    def is_in(self, number: int) -> bool:
+        """Whether the last batch that came to this layer came in the pass of this number."""
+        return self._pass == number
+
     @property
     def num_batches_tracked(self) -> int:
         """The clock's number when a batch last came to this layer; 0 if none has come."""
@@ -121,21 +127,23 @@ class GradientTransform(nn.Module, ABC):
     def _arrive(self, announced: bool = False) -> int:
         """Note that a batch has come, and return its number. `announced` by the gradient of the layer's output."""
         clock, number = self.clock, current_pass()
-        if self._is_announced or (number is not None and number in (self._pass, clock.running)):
-            is_new = False
-        elif number is not None and not is_within_another():
-            is_new, clock.running = True, number
-            refresh.at_end(number, clock)
-        else:  # the pass around this one may be unknown to all of the clock's layers, or there is none
-            is_new = clock.running is None and self._last_batch == clock.batch
-        clock.batch += is_new
-        self._last_batch, self._pass = clock.batch, number
-        self._is_announced = announced and number is None
-        return clock.batch
+        with _arrival:
+            if self._is_announced or (number is not None and number in (self._pass, clock.running)):
+                is_new = False
+            elif number is not None and not is_within_another():
+                is_new, clock.running = True, number
+                refresh.at_end(number, clock)
+            else:  # the pass around this one may be unknown to all of the clock's layers, or there is none
+                is_new = clock.running is None and self._last_batch == clock.batch
+            clock.batch += is_new
+            self._last_batch, self._pass = clock.batch, number
+            self._is_announced = announced and number is None
+            return clock.batch
 
     def _observes(self, batch: int) -> bool:
         """Whether statistics are due at a batch, or have been since this layer last came to observe."""
-        if self._last_observed < last_due(batch, self.statistics_interval):
+        # Later than now: the clock was set back, by the reset or the checkpoint of a layer that shares it.
+        if not last_due(batch, self.statistics_interval) <= self._last_observed <= batch:
             self._last_observed = batch
         return self._last_observed == batch  # also at every further call in the same pass
 
