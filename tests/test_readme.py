@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from whiten_layers.factor import WhiteningFactor
 
-from .distributed.world import run
+from .distributed.world import needs_fsdp2, run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,7 +39,7 @@ def in_two_processes(rank, block, port):
     assert sum(counts) == 21, counts  # a layer's channels; its taps, about the channels' mean, come with the second
 
 
-@pytest.mark.parametrize("block", PARALLEL)
+@pytest.mark.parametrize("block", [pytest.param(b, marks=needs_fsdp2 if "fsdp" in b else ()) for b in PARALLEL])
 def test_a_block_of_the_readme_runs_in_several_processes(block):
     with socket.socket() as free:
         free.bind(("localhost", 0))

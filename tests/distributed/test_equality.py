@@ -23,7 +23,7 @@ from .runs import (
     train,
     weights,
 )
-from .world import run
+from .world import needs_fsdp2, run
 
 STEPS = 50
 
@@ -44,8 +44,8 @@ def follow(rank, kind, transform, options):
     [
         *[("DDP", 2, transform) for transform in TRANSFORMS],
         ("DDP", 4, "both sides"),
-        ("FSDP2", 2, "both sides"),
-        ("FSDP2", 4, "default"),
+        pytest.param("FSDP2", 2, "both sides", marks=needs_fsdp2),
+        pytest.param("FSDP2", 4, "default", marks=needs_fsdp2),
     ],
 )
 def test_ranks_follow_one_process(kind, ranks, transform):
@@ -103,6 +103,7 @@ def hybrid(rank, shared_by):
     return weights(trained), digest(model)
 
 
+@needs_fsdp2
 @pytest.mark.parametrize("shared_by", ["all", "half"])
 def test_hybrid_sharding(shared_by):
     results = run(hybrid, 4, shared_by)

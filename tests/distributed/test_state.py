@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from whiten_layers import FeatureWhitening, WhitenedLinear, distributed, whiten
 
 from .runs import batch, digest, distance, network, optimizer, parallel, plain, train, weights
-from .world import outcomes, run
+from .world import needs_fsdp2, outcomes, run
 
 
 def buffers_that_ddp_sends(rank, way):
@@ -82,7 +82,7 @@ def resumed(rank, folder, kind):
     return digest(model), weights(train(wrapped, range(21, 30), optimiser)), digest(model)
 
 
-@pytest.mark.parametrize("kind, others", [("DDP", 1), ("FSDP2", 4)])
+@pytest.mark.parametrize("kind, others", [("DDP", 1), pytest.param("FSDP2", 4, marks=needs_fsdp2)])
 def test_a_distributed_checkpoint_goes_on_with_as_many_ranks_bit_for_bit_and_with_others(tmp_path, kind, others):
     whole = run(saved, 2, str(tmp_path), kind)
     assert run(resumed, 2, str(tmp_path), kind) == whole

@@ -13,6 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+needs_fsdp2 = pytest.mark.skipif(
+    not hasattr(torch.cpu.current_stream(), "record_event"), reason="the FSDP2 of this torch needs a GPU"
+)
+
 # A process that has imported everything and has run nothing forks the others: a fraction of a second, not many.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", __name__])
@@ -76,7 +80,9 @@ def _main(
     timeout = timedelta(seconds=patience)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
     try:
-        end.send((function(rank, *arguments), ""))
+        result = function(rank, *arguments)
+        dist.barrier()  # what the others still have under way may need this one
+        end.send((result, ""))
         dist.destroy_process_group()
     except Exception:
         end.send((None, traceback.format_exc()))
