@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from whiten_layers import FeatureWhitening, WhitenedLinear, whiten
+from whiten_layers import FeatureWhitening, GradientTransform, WhitenedLinear, whiten
 from whiten_layers.clock import is_due, last_due
 
 
@@ -43,7 +43,7 @@ def test_layers_of_one_model_share_a_clock_and_others_do_not():
     model[0](torch.randn(5, 3)).sum().backward()
     assert model[0].transform.clock is model[1].transform.clock is not alone.transform.clock
     assert (model[0].transform.clock.batch, alone.transform.clock.batch) == (4, 3)
-    assert [transform.name for transform in model[0].transform.clock.transforms()] == ["0", "1"]
+    assert {transform.name for transform in model[0].transform.clock.transforms()} == {"0", "1"}
     whiten(nn.Sequential(model, alone))
     assert alone.transform.clock is model[0].transform.clock and alone.transform.clock.batch == 4
 
@@ -53,8 +53,9 @@ def test_a_copy_keeps_step_with_its_own():
     model(torch.randn(5, 3)).sum().backward()
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         clock = clone[0].transform.clock
+        assert clone[0].transform._pass is None  # a number of this process
         assert clock is clone[1].transform.clock is not model[0].transform.clock
-        assert clock.transforms() == [clone[0].transform, clone[1].transform]
+        assert set(clock.transforms()) == {clone[0].transform, clone[1].transform}
         clone(torch.randn(5, 3)).sum().backward()
         assert clock.batch == 2
     assert model[0].transform.clock.batch == 1
@@ -121,3 +122,33 @@ def test_passes_within_a_pass_that_is_not_known_refresh_only_what_they_reach():
         x.sum().backward()
     assert model[0].transform.clock.batch == 4
     assert {layer.transform.inputs.num_refreshes.item() for layer in model} == {4}
+
+
+class Doubled(GradientTransform):
+    """The least that a transform of one's own is."""
+
+    def bind(self, geometry, *, device, dtype):
+        self._bind_counters(device)
+        return self
+
+    def transform(self, grad_weight, grad_bias):
+        return 2 * grad_weight, grad_bias
+
+    def observe(self, input, grad_weight):
+        self._arrive()
+
+    def reset_state(self):
+        self._reset_counters()
+
+
+def test_a_transform_of_ones_own_keeps_step_with_the_others():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    plain = copy.deepcopy(model)
+    whiten(whiten(model, Doubled(), include="0"), FeatureWhitening(power=0.0))
+    for batch in range(1, 13):
+        x = torch.randn(5, 3)
+        for network in (model, plain):
+            network.zero_grad()
+            network(x).sum().backward()
+        torch.testing.assert_close(model[0].weight.grad, 2 * plain[0].weight.grad)
+        assert {layer.transform.num_batches_tracked for layer in model} == {batch}

@@ -47,8 +47,8 @@ class Clock:
             self._transforms.add(transform)
 
     def transforms(self) -> "list[GradientTransform]":
-        """Those that joined, in the order in which they were made."""
-        return sorted(self._transforms, key=lambda transform: int(transform.handle))
+        """Those that joined, in no order."""
+        return list(self._transforms)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A clock of its own at the same number; the copied transforms join it themselves."""

@@ -42,8 +42,8 @@ class GradientTransform(nn.Module, ABC):
     came to this layer, and the last of which it was to take statistics.
     """
 
-    update_interval: int
-    statistics_interval: int
+    update_interval: int = 10
+    statistics_interval: int = 10
     num_batches_skipped: Tensor
     handle: Tensor
 
@@ -64,6 +64,7 @@ class GradientTransform(nn.Module, ABC):
 
     def __setstate__(self, state: dict) -> None:  # where deepcopy, copy and unpickling end
         super().__setstate__(state)
+        self._pass, self._is_announced = None, False  # another process numbers its passes anew
         self._register()
 
     @staticmethod
