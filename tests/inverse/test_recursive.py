@@ -91,6 +91,7 @@ def test_a_p_that_has_lost_its_definiteness_starts_afresh_and_is_counted():
         recursive(covariance, 1.0, last._replace(directions=None))
 
 
+@pytest.mark.slow
 def test_p_stays_positive_definite_over_ten_thousand_refreshes_in_float32():
     torch.manual_seed(0)
     options = {"method": "recursive", "power": 1.0, "damping": 0.03, "decay": 0.95, "rescale": True, "rank": 4}
