@@ -46,6 +46,7 @@ class GradientTransform(nn.Module, ABC):
     statistics_interval: int = 10
     num_batches_skipped: Tensor
     handle: Tensor
+    _pass: int | None  # in which the last batch came
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class GradientTransform(nn.Module, ABC):
 
     def _reset_counts(self) -> None:
         self._last_batch = self._last_observed = 0
-        self._pass: int | None = None
+        self._pass = None
         self._is_announced = False
 
     def is_in(self, number: int) -> bool:
