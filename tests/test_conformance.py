@@ -68,7 +68,9 @@ def conforms(plain: nn.Module, inputs: list[torch.Tensor], options: dict, method
         if number > 0 and truth.is_clear():
             expected = truth.transformed(*gradients)
             size = max(gradient.abs().max().item() for gradient in expected)
-            tolerance = 1e-9 * size if precision.bits == 64 else 30 * precision.eps * truth.condition * size
+            # A sum over n rows, of the covariance or of the output's moment, rounds by up to n ε.
+            roundings = 30 + max(truth.inputs[0].shape[1], truth.counts[0])
+            tolerance = 1e-9 * size if precision.bits == 64 else roundings * precision.eps * truth.condition * size
             torch.testing.assert_close(transformed, expected, rtol=rounding.eps, atol=tolerance)
         truth.observe(x, upstream)
 
