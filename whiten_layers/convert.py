@@ -63,8 +63,8 @@ def whiten(
         include: names to convert, as glob patterns of `model.named_modules()` ("layer1.*"); None for all.
         skip: names to leave as they are.
         process_group: the processes that have statistics in common and share the work of a refresh, where
-            `torch.distributed` runs. None for those of the
-            `DistributedDataParallel` that takes the model, and else all.
+            `torch.distributed` runs. None for those of the `DistributedDataParallel` that takes the
+            model, and else all.
 
     Returns:
         `model`. What was left alone that looks like a layer, and why, goes to the logger

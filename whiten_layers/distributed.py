@@ -4,7 +4,7 @@ Process r has a window of nᵣ rows with mean mᵣ and covariance Cᵣ. With N =
 
     m = Σ nᵣ mᵣ / N        C = Σ nᵣ/N (Cᵣ + (mᵣ − m)(mᵣ − m)ᵀ)
 
-which takes one sum of ``nᵣ`` and ``nᵣ mᵣ``, and, once m is known, one of upper triangles: rounding is that of a
+which takes one sum of ``nᵣ`` and ``nᵣ mᵣ``, and, once m is known, one of triangles: rounding is that of a
 mean, never of a square about zero. Every process closes the same window, so all have the same
 statistics, in the same bits. Then each inverts its share of the matrices and sends what came of it to the others.
 

@@ -129,6 +129,10 @@ class WhiteningFactor(FeatureCovariance):
             return rows
         return rearrange(rows, "(g b) n m -> g n (b m)", b=self.blocks)[..., : self.features]
 
+    def join_mean(self, mean: Tensor) -> Tensor:
+        """`join` for one row: ``(groups·blocks, M) -> (groups, features)``."""
+        return self.join(mean.unsqueeze(1)).squeeze(1)
+
     def group_sum(self, values: Tensor) -> Tensor:
         """Sum over the blocks of a group, at each of them: ``(groups·blocks,) -> (groups·blocks,)``."""
         if self.blocks == 1:
@@ -211,7 +215,7 @@ class WhiteningFactor(FeatureCovariance):
 
     def feature_mean(self) -> Tensor:
         """The mean in force, ``(groups, features)``."""
-        return self.join(constant(self.mean).unsqueeze(1)).squeeze(1)
+        return self.join_mean(constant(self.mean))
 
 
 def constant(state: Tensor) -> Tensor:

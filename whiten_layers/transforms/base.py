@@ -29,8 +29,8 @@ class GradientTransform(nn.Module, ABC):
     that a pass sees one linear map, whatever the number of layers that share a module.
 
     Subclasses implement `bind`, `transform`, `observe` and `reset_state`; one that also follows the gradient of
-    the layer's output sets `observes_output` and implements `observe_output`; one whose map follows from
-    whitening factors, which are refreshed together with those of other layers, returns them from `factors`.
+    the layer's output sets `observes_output` and implements `observe_output`. Whitening factors that are child
+    modules are refreshed together with those of other layers.
 
     Attributes:
         clock: the number of the backward pass, which `whiten` lets the layers of a model share.
@@ -65,7 +65,7 @@ class GradientTransform(nn.Module, ABC):
 
     def __setstate__(self, state: dict) -> None:  # where deepcopy, copy and unpickling end
         super().__setstate__(state)
-        self._pass, self._is_announced = None, False  # another process numbers its passes anew
+        self._forget_pass()  # another process numbers its passes anew
         self._register()
 
     @staticmethod
@@ -96,8 +96,8 @@ class GradientTransform(nn.Module, ABC):
         """Take the gradient of the layer's output into the statistics. Called before `observe`."""
 
     def factors(self) -> list[WhiteningFactor]:
-        """What is refreshed every `update_interval` batches."""
-        return []
+        """The children that are refreshed every `update_interval` batches."""
+        return [child for child in self.children() if isinstance(child, WhiteningFactor)]
 
     def _bind_counters(self, device: torch.device) -> None:
         self.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device))
@@ -114,8 +114,10 @@ class GradientTransform(nn.Module, ABC):
 
     def _reset_counts(self) -> None:
         self._last_batch = self._last_observed = 0
-        self._pass = None
-        self._is_announced = False
+        self._forget_pass()
+
+    def _forget_pass(self) -> None:
+        self._pass, self._is_announced = None, False
 
     def is_in(self, number: int) -> bool:
         """Whether the last batch that came to this layer came in the pass of this number."""
@@ -155,7 +157,7 @@ class GradientTransform(nn.Module, ABC):
     def set_extra_state(self, state: Tensor) -> None:
         self.clock.batch, self._last_batch, self._last_observed = state.tolist()
         self.clock.running = None
-        self._pass, self._is_announced = None, False
+        self._forget_pass()
 
     def follow(self, weight: Tensor) -> None:
         """Be where a weight is, as wide as it is: what a layer asks when a checkpoint has been assigned to it."""

@@ -168,9 +168,6 @@ class FeatureWhitening(GradientTransform):
         for factor in self.factors():
             factor.reset_state()
 
-    def factors(self) -> list[WhiteningFactor]:
-        return [child for child in self.children() if isinstance(child, WhiteningFactor)]
-
     def transform(self, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         geometry = self.geometry
         dtype = torch.promote_types(grad_weight.dtype, torch.float32)
@@ -234,7 +231,7 @@ class FeatureWhitening(GradientTransform):
             channels = self.channels
             valid = channels.observe(moments(channels.split(self._rows(input, batch)), self.center), valid)
             # About a mean that every process has, and has had since the window was opened.
-            mean = channels.join(channels.running_mean.unsqueeze(1)).squeeze(1)
+            mean = channels.join_mean(channels.running_mean)
             positions, covariance = tap_autocovariance(input, self.geometry, mean, self.max_rows, phase)
             count = covariance.new_full((len(covariance),), positions)
             known = channels.running_count.view(self.geometry.groups, -1).amax(1) > 0
