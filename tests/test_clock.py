@@ -131,7 +131,7 @@ class Doubled(GradientTransform):
         self._bind_counters(device)
         return self
 
-    def transform(self, grad_weight, grad_bias):
+    def transform(self, grad_weight, grad_bias, weight):
         return 2 * grad_weight, grad_bias
 
     def observe(self, input, grad_weight):

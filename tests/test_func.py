@@ -69,7 +69,8 @@ def test_gradients_of_single_samples(transform):
     expected = {}
     for i in (0, 2, 4):
         weight, bias = f"{i}.weight", f"{i}.bias"
-        pairs = [model[i].transform.transform(*pair) for pair in zip(plains[weight], plains[bias], strict=True)]
+        samples = zip(plains[weight], plains[bias], strict=True)
+        pairs = [model[i].transform.transform(*pair, detached(model)[weight]) for pair in samples]
         expected[weight], expected[bias] = map(torch.stack, zip(*pairs, strict=True))
     result = of_sample(model)(detached(model), x, y)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)

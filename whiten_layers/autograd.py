@@ -9,6 +9,9 @@ passes may precede a backward. A compiled graph, which can hold no Python object
 opaque operation that looks it up by its handle. The handle is a tensor, so that what is compiled for
 one layer serves its likes. Under `torch.func` the map is differentiated and batched as any function,
 but what is observed must be plain tensors: the batch is shown to it beneath all function transforms.
+
+The layer's weight is no such state. Where a map follows from it, and only there, autograd saves it: a graph
+that holds a weight cannot be run backward after that weight has been changed in place, by an optimizer for instance.
 """
 
 from collections.abc import Sequence
@@ -28,14 +31,17 @@ NO_VMAP_OVER_PARAMETERS = (
 )
 
 
-def _transform_gradient(gradients: list[Tensor], input: Tensor, transform: GradientTransform) -> list[Tensor]:
+def _transform_gradient(
+    gradients: list[Tensor], input: Tensor, weight: Tensor | None, transform: GradientTransform
+) -> list[Tensor]:
     """Map ``[weight gradient]`` or ``[weight gradient, bias gradient]``, then observe the batch."""
     if torch._C._functorch.is_legacy_batchedtensor(gradients[0]):
         raise RuntimeError(
             "is_grads_batched=True (or vectorize=True) is not possible through a whitened layer: use torch.func"
         )
     with without_autocast(input.device):
-        mapped = transform.transform(gradients[0], gradients[1] if len(gradients) > 1 else None)
+        constant = None if weight is None else weight.detach()
+        mapped = transform.transform(gradients[0], gradients[1] if len(gradients) > 1 else None, constant)
         _observe(transform, input, gradients[0])
     return [gradient for gradient in mapped if gradient is not None]
 
@@ -71,17 +77,20 @@ def _keep_order(operation: Any) -> None:
 @torch.library.custom_op(
     "whiten_layers::transform_gradient",
     mutates_args=(),
-    schema="(Tensor[] gradients, Tensor input, Tensor handle) -> Tensor[]",  # torch 2.6 cannot read list[Tensor]
+    # torch 2.6 cannot read list[Tensor]
+    schema="(Tensor[] gradients, Tensor input, Tensor? weight, Tensor handle) -> Tensor[]",
     **_TAGS,
 )
-def _transform_gradient_op(gradients: list[Tensor], input: Tensor, handle: Tensor) -> list[Tensor]:
-    transformed = _transform_gradient(gradients, input, GradientTransform.from_handle(handle))
+def _transform_gradient_op(
+    gradients: list[Tensor], input: Tensor, weight: Tensor | None, handle: Tensor
+) -> list[Tensor]:
+    transformed = _transform_gradient(gradients, input, weight, GradientTransform.from_handle(handle))
     # The graph counts on new tensors of the gradients' strides.
     return [torch.empty_like(old).copy_(new) for old, new in zip(gradients, transformed, strict=True)]
 
 
 @_transform_gradient_op.register_fake
-def _(gradients: list[Tensor], input: Tensor, handle: Tensor) -> list[Tensor]:
+def _(gradients: list[Tensor], input: Tensor, weight: Tensor | None, handle: Tensor) -> list[Tensor]:
     return [torch.empty_like(gradient) for gradient in gradients]
 
 
@@ -103,35 +112,41 @@ _keep_order(_observe_output_op)
 
 
 class TransformGradient(torch.autograd.Function):
-    """``(input, handle, weight) -> (weight,)`` or ``(input, handle, weight, bias) -> (weight, bias)``.
+    """``(input, handle, reads_weight, weight[, bias]) -> (weight[, bias])``.
 
-    Saves the input, as the operation does that follows, unless that one makes a copy for itself.
+    Saves the input, as the operation does that follows, unless that one makes a copy for itself; and the weight
+    where the transform reads it. The weight is a constant of the map: a second derivative is the mapped derivative
+    of the plain gradient, and the derivative of the map itself is not taken.
     """
 
     @staticmethod
-    def forward(input: Tensor, handle: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(input: Tensor, handle: Tensor, reads_weight: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
         return tuple(parameter.view_as(parameter) for parameter in parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _keep(ctx, inputs[1], inputs[0])
+        input, handle, ctx.reads_weight, weight = inputs[:4]
+        _keep(ctx, handle, input, *((weight,) if ctx.reads_weight else ()))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple:  # type: ignore[override]
-        input, *handle = ctx.saved_tensors
+        input, *saved = ctx.saved_tensors
+        weight = saved.pop(0) if ctx.reads_weight else None
         if torch.compiler.is_compiling():
-            transformed = _transform_gradient_op(list(gradients), input, _handle(ctx, handle))
+            transformed = _transform_gradient_op(list(gradients), input, weight, _handle(ctx, saved))
         else:
-            transformed = _transform_gradient(list(gradients), input, ctx.transform)
-        return None, None, *transformed
+            transformed = _transform_gradient(list(gradients), input, weight, ctx.transform)
+        return None, None, None, *transformed
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, input: Tensor, handle: Tensor, *parameters: Tensor) -> tuple:  # type: ignore[override]
-        if any(dim is not None for dim in in_dims[2:]):
+    def vmap(  # type: ignore[override]
+        info: Any, in_dims: tuple, input: Tensor, handle: Tensor, reads_weight: bool, *parameters: Tensor
+    ) -> tuple:
+        if any(dim is not None for dim in in_dims[3:]):
             raise RuntimeError(NO_VMAP_OVER_PARAMETERS)
         if in_dims[0] is not None:
             input = input.movedim(in_dims[0], 0)
-        return TransformGradient.apply(input, handle, *parameters), (None,) * len(parameters)
+        return TransformGradient.apply(input, handle, reads_weight, *parameters), (None,) * len(parameters)
 
 
 class ObserveOutput(torch.autograd.Function):

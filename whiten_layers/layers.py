@@ -69,8 +69,9 @@ class _Whitened(nn.Module):
         input, handle = _cast(input), self.transform.handle
         # Nothing absorbs a shift of the inputs where there is no bias, or a frozen one.
         shifted = bias is not None and bias.requires_grad
+        parameters = (weight, bias) if shifted else (weight,)
         # Detached, lest autograd take this for a way to the input's gradient and compute the weight's for it.
-        parameters = TransformGradient.apply(input.detach(), handle, *((weight, bias) if shifted else (weight,)))
+        parameters = TransformGradient.apply(input.detach(), handle, self.transform.reads_weight, *parameters)
         output = operation(input, *(parameters if shifted else (*parameters, bias)), *options)
         return observe_output(output, handle) if self.transform.observes_output else output
 

@@ -29,8 +29,9 @@ class GradientTransform(nn.Module, ABC):
     that a pass sees one linear map, whatever the number of layers that share a module.
 
     Subclasses implement `bind`, `transform`, `observe` and `reset_state`; one that also follows the gradient of
-    the layer's output sets `observes_output` and implements `observe_output`. Whitening factors that are child
-    modules are refreshed together with those of other layers.
+    the layer's output sets `observes_output` and implements `observe_output`, and one whose map follows from the
+    layer's weight sets `reads_weight`. Whitening factors that are child modules are refreshed together with those of
+    other layers.
 
     Attributes:
         clock: the number of the backward pass, which `whiten` lets the layers of a model share.
@@ -80,13 +81,25 @@ class GradientTransform(nn.Module, ABC):
         """Whether `observe_output` is to be called."""
         return False
 
+    @property
+    def reads_weight(self) -> bool:
+        """Whether `transform` is to be given the layer's weight."""
+        return False
+
     @abstractmethod
     def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
         """Make the state for a layer of this geometry, on its device. Called once, by the layer."""
 
     @abstractmethod
-    def transform(self, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Map the gradients of a weight ``(S, C, *kernel)`` and a bias ``(S,)``; shapes and dtypes stay."""
+    def transform(
+        self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map the gradients of a weight ``(S, C, *kernel)`` and a bias ``(S,)``; shapes and dtypes stay.
+
+        `weight` is what the forward pass computed with, a constant; None unless the transform `reads_weight`. The map
+        is linear in the gradients, not in the weight. Higher derivatives pass the map as it is: the
+        derivative of the map itself, with respect to the weight, is not taken.
+        """
 
     @abstractmethod
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:

@@ -168,11 +168,13 @@ class FeatureWhitening(GradientTransform):
         for factor in self.factors():
             factor.reset_state()
 
-    def transform(self, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def transform(
+        self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         geometry = self.geometry
         dtype = torch.promote_types(grad_weight.dtype, torch.float32)
-        weight = geometry.matrix(grad_weight).to(dtype)
-        shape = weight.shape
+        matrix = geometry.matrix(grad_weight).to(dtype)
+        shape = matrix.shape
         bias = None if grad_bias is None else grad_bias.reshape(shape[:2]).to(dtype)
 
         mean = None
@@ -180,21 +182,21 @@ class FeatureWhitening(GradientTransform):
             # The mean of a patch: over its taps the mean of a channel, where the two are separate.
             mean = (self.channels if self.separable else self.inputs).feature_mean()
             mean = mean.unsqueeze(-1) / geometry.spread if self.separable else mean.view(shape[0], *shape[2:])
-            weight = weight - bias[:, :, None, None] * mean.unsqueeze(1)
+            matrix = matrix - bias[:, :, None, None] * mean.unsqueeze(1)
         if self.power > 0 and self.separable:
             # Two plain products; a broadcast one would multiply row by row, at three times the time.
-            weight = self.taps.multiply(weight.flatten(1, 2)).view(shape)
-            weight = self.channels.multiply(weight.transpose(2, 3).flatten(1, 2))
-            weight = weight.view(shape[0], shape[1], shape[3], shape[2]).transpose(2, 3)
+            matrix = self.taps.multiply(matrix.flatten(1, 2)).view(shape)
+            matrix = self.channels.multiply(matrix.transpose(2, 3).flatten(1, 2))
+            matrix = matrix.view(shape[0], shape[1], shape[3], shape[2]).transpose(2, 3)
         elif self.power > 0:
-            weight = self.inputs.multiply(weight.flatten(2)).view(shape)
+            matrix = self.inputs.multiply(matrix.flatten(2)).view(shape)
         if self.output_power > 0:
-            weight = self.outputs.multiply(weight.flatten(2).mT).mT.reshape(shape)
+            matrix = self.outputs.multiply(matrix.flatten(2).mT).mT.reshape(shape)
             bias = None if bias is None else self.outputs.multiply(bias.unsqueeze(1)).squeeze(1)
         if bias is not None and mean is not None:
-            bias = bias - (weight * mean.unsqueeze(1)).sum((-2, -1))
-        weight = geometry.weight(weight, grad_weight).to(grad_weight.dtype)
-        return weight, None if bias is None else bias.flatten().to(grad_weight.dtype)
+            bias = bias - (matrix * mean.unsqueeze(1)).sum((-2, -1))
+        matrix = geometry.weight(matrix, grad_weight).to(grad_weight.dtype)
+        return matrix, None if bias is None else bias.flatten().to(grad_weight.dtype)
 
     def observe_output(self, grad_output: Tensor) -> None:
         batch = self._arrive(announced=True)
