@@ -11,11 +11,13 @@ from .layers import (
     WhitenedLinear,
 )
 from .report import Report, report
-from .transforms import FeatureWhitening, GradientTransform
+from .transforms import Chain, FeatureWhitening, GradientTransform, PSIScaling
 
 __all__ = [
+    "Chain",
     "FeatureWhitening",
     "GradientTransform",
+    "PSIScaling",
     "Report",
     "WhitenedConv1d",
     "WhitenedConv2d",

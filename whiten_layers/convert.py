@@ -93,10 +93,13 @@ def whiten(
         attach(module, twin.geometry(module), transform)
         module.__class__ = twin
     twins: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}
-    for name, layer in twins.items():
-        layer.transform.name = name
-    Clock(process_group).join(layer.transform for layer in twins.values())
-    take_again(layer.transform for layer in twins.values())
+    transforms: dict[GradientTransform, str] = {
+        part: name for name, layer in twins.items() for part in layer.transform.parts()
+    }
+    for part, name in transforms.items():
+        part.name = name
+    Clock(process_group).join(transforms)
+    take_again(transforms)
     for name, reason in reasons_left(model).items():
         logger.info("left %s: %s", name, reason)
     return model

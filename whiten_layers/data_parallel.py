@@ -57,7 +57,8 @@ def _broadcast(transforms: dict[str, GradientTransform], group: "dist.ProcessGro
     for transform in transforms.values():
         for factor in transform.factors():
             factor.window = None  # what one process alone has observed
-    state = [buffer for transform in transforms.values() for buffer in transform.buffers()]
+    # A transform that is part of another has its buffers in common with that one: they are sent once.
+    state = list(dict.fromkeys(buffer for transform in transforms.values() for buffer in transform.buffers()))
     dist._broadcast_coalesced(group, [*state, counts], 250 * 2**20, 0)  # in buckets, as DDP does it
     for transform, count in zip(transforms.values(), counts.cpu(), strict=True):
         transform.set_extra_state(count)

@@ -76,7 +76,8 @@ def update(transforms: "Iterable[GradientTransform]") -> None:
     """
     together: dict[ProcessGroup | None, list[tuple[GradientTransform, WhiteningFactor]]] = defaultdict(list)
     for transform in sorted(transforms, key=lambda transform: int(transform.handle)):
-        together[distributed.group_of(transform.clock)] += [(transform, factor) for factor in transform.factors()]
+        for factor in transform.factors():
+            together[distributed.group_of(transform.clock)].append((transform, factor))
     for group, due in together.items():
         is_wanted = [factor.window is not None or factor.is_approximate for _, factor in due]
         if group is not None:

@@ -1,5 +1,6 @@
 """What whitening does in a model: condition numbers before and after, refreshes, skipped batches, memory."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,14 @@ def _conditions(factor: WhiteningFactor) -> tuple[float, float]:
     return tuple((values.amax(1) / values.amin(1)).max().item() for values in groups)  # type: ignore[return-value]
 
 
+def _transforms(model: nn.Module) -> Iterator[tuple[str, GradientTransform]]:
+    """Every transform, and every part of one, with the name of the layer whose it is."""
+    for name, module in model.named_modules():
+        transform = module._modules.get("transform")
+        if isinstance(transform, GradientTransform):
+            yield from ((name or "the model", part) for part in transform.parts())
+
+
 @torch.no_grad()
 def report(model: nn.Module) -> Report:
     """Describe every whitened layer of a model.
@@ -104,22 +113,20 @@ def report(model: nn.Module) -> Report:
     decomposes every covariance, in float64 on the CPU: between epochs, not in every step.
     """
     rows = []
-    for name, module in model.named_modules():
-        if not isinstance(module, GradientTransform):
-            continue
-        for factor_name, factor in module.named_children():
+    for name, transform in _transforms(model):
+        for factor_name, factor in transform.named_children():
             if not isinstance(factor, WhiteningFactor):
                 continue
             condition, whitened = _conditions(factor)
             rows.append(
                 Row(
-                    layer=name.removesuffix("transform").removesuffix(".") or "the model",
+                    layer=name,
                     factor=factor_name,
                     groups=factor.groups,
                     blocks=factor.blocks,
                     size=factor.mean.shape[1],
-                    batches=int(module.num_batches_tracked),
-                    skipped=int(module.num_batches_skipped),
+                    batches=int(transform.num_batches_tracked),
+                    skipped=int(transform.num_batches_skipped),
                     refreshes=int(factor.num_refreshes),
                     failed=int(factor.num_refreshes_failed),
                     restarted=int(factor.num_refreshes_restarted),

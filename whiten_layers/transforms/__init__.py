@@ -1,6 +1,8 @@
 """Gradient transforms: what a layer may do to its weight's gradient in backward."""
 
 from .base import GradientTransform
+from .chain import Chain
+from .psi import PSIScaling
 from .whitening import FeatureWhitening
 
-__all__ = ["FeatureWhitening", "GradientTransform"]
+__all__ = ["Chain", "FeatureWhitening", "GradientTransform", "PSIScaling"]

@@ -108,6 +108,10 @@ class GradientTransform(nn.Module, ABC):
     def observe_output(self, grad_output: Tensor) -> None:
         """Take the gradient of the layer's output into the statistics. Called before `observe`."""
 
+    def parts(self) -> "list[GradientTransform]":
+        """The transform itself and those that it is made of."""
+        return [module for module in self.modules() if isinstance(module, GradientTransform)]
+
     def factors(self) -> list[WhiteningFactor]:
         """The children that are refreshed every `update_interval` batches."""
         return [child for child in self.children() if isinstance(child, WhiteningFactor)]

@@ -1,0 +1,80 @@
+"""Several transforms of one gradient, one after the other."""
+
+import copy
+from collections.abc import Iterator
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..patches import Geometry
+from .base import GradientTransform
+
+
+class Chain(GradientTransform):
+    """Apply transforms in order: ``Chain(FeatureWhitening(), PSIScaling())`` whitens, then scales.
+
+    Each maps what the one before has made of the gradient, and observes what it would alone: the layer's
+    input, the plain gradient, and the gradient of the layer's output. They count batches together.
+
+    Args:
+        transforms: at least one `GradientTransform`, of which the chain takes a copy.
+
+    Raises:
+        ValueError: no transform is given.
+        TypeError: something that is given is no `GradientTransform`; the message names it.
+
+    State: that of its members, by their place ("0.inputs.running_covariance"). The chain itself skips no batch.
+    """
+
+    def __init__(self, *transforms: GradientTransform) -> None:
+        super().__init__()
+        if not transforms:
+            raise ValueError("transforms=() is not possible: give at least one GradientTransform")
+        for place, transform in enumerate(transforms):
+            if not isinstance(transform, GradientTransform):
+                raise TypeError(f"transforms[{place}]={transform!r} is not possible: give a GradientTransform")
+            self.add_module(str(place), copy.deepcopy(transform))
+        self.clock.join(self.parts())
+
+    def members(self) -> Iterator[GradientTransform]:
+        """The transforms, in order."""
+        return (child for child in self.children() if isinstance(child, GradientTransform))
+
+    @property
+    def observes_output(self) -> bool:
+        return any(member.observes_output for member in self.members())
+
+    @property
+    def reads_weight(self) -> bool:
+        return any(member.reads_weight for member in self.members())
+
+    def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
+        self._bind_counters(device)
+        for member in self.members():
+            member.bind(geometry, device=device, dtype=dtype)
+        return self
+
+    def reset_state(self) -> None:
+        self._reset_counters()
+        for member in self.members():
+            member.reset_state()
+
+    def transform(
+        self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        for member in self.members():
+            read = weight if member.reads_weight else None
+            grad_weight, grad_bias = member.transform(grad_weight, grad_bias, read)
+        return grad_weight, grad_bias
+
+    def observe_output(self, grad_output: Tensor) -> None:
+        self._arrive(announced=True)
+        for member in self.members():
+            if member.observes_output:
+                member.observe_output(grad_output)
+
+    def observe(self, input: Tensor, grad_weight: Tensor) -> None:
+        self._arrive()
+        for member in self.members():
+            member.observe(input, grad_weight)
