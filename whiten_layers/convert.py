@@ -20,8 +20,10 @@ from .layers import (
     WhitenedConvTranspose3d,
     WhitenedLinear,
     attach,
+    make_transform,
 )
-from .transforms import GradientTransform
+from .scale_invariance import scale_invariant
+from .transforms import Chain, GradientTransform, PSIScaling
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,6 +50,7 @@ def whiten(
     *,
     include: str | Iterable[str] | None = None,
     skip: str | Iterable[str] | None = None,
+    psi: bool | str | Iterable[str] = False,
     process_group: "ProcessGroup | None" = None,
 ) -> M:
     """Turn every linear and (transposed) convolutional layer of a model into its whitened twin, in place.
@@ -62,6 +65,16 @@ def whiten(
         transform: what each layer gets a copy of, as for `WhitenedLinear`.
         include: names to convert, as glob patterns of `model.named_modules()` ("layer1.*"); None for all.
         skip: names to leave as they are.
+        psi: which of the layers that are converted get ``Chain(transform, PSIScaling())``, the others `transform`:
+            glob patterns as for `include`, or True for all whose rows' scale makes no difference. Those are the
+            layers that a forward pass calls once, with parameters that are used nowhere else, and whose output goes to
+            nothing but one norm, called once, that normalises each channel for itself (`nn.BatchNorm1d`, 2d, 3d,
+            `nn.SyncBatchNorm`, `nn.InstanceNorm1d`, 2d, 3d) and whose ``num_features`` are the layer's outputs. A
+            linear layer's norm is a `nn.BatchNorm1d` or `nn.SyncBatchNorm`, and its inputs are rows: given
+            sequences, these normalise along another dimension, and True is wrong where both are of one
+            size. Not if the norm is frozen: if it is in evaluation mode, with running statistics, and the layer in
+            training mode. The pass is traced by `torch.fx`, in the mode that the model is in, with optional
+            arguments at their defaults; hooks are not looked at.
         process_group: the processes that have statistics in common and share the work of a refresh, where
             `torch.distributed` runs. None for those of the `DistributedDataParallel` that takes the
             model, and else all.
@@ -71,17 +84,19 @@ def whiten(
         "whiten_layers" at level INFO.
 
     Raises:
-        ValueError: a pattern matches no layer that could be converted.
+        ValueError: a pattern matches no layer that could be converted; or, with ``psi=True``, the model cannot be
+            traced, or has no such layer. Nothing has been converted then.
     """
-    include, skip = _patterns(include), _patterns(skip)
+    include, skip, psi = _patterns(include), _patterns(skip), psi if isinstance(psi, bool) else _patterns(psi) or []
     modules = model.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in modules if type(module) in TWINS or type(module) in PLAIN}
-    for option, patterns in [("include", include), ("skip", skip)]:
+    for option, patterns in [("include", include), ("skip", skip), ("psi", [] if isinstance(psi, bool) else psi)]:
         for pattern in patterns or []:
             if not fnmatch.filter(layers, pattern):
                 names = ", ".join(layers) or "none"
                 raise ValueError(f"{option}={pattern!r} matches no layer that can be whitened: there are {names}")
     skipped = {id(module) for name, module in layers.items() if _matches(name, skip)}  # under any of its names
+    scaled = _scaled(model, layers, psi)
     for name, module in layers.items():
         if type(module) in PLAIN:  # whitened before, or shared and converted under another name
             continue
@@ -90,7 +105,8 @@ def whiten(
         if module.weight.numel() == 0:
             continue
         twin = TWINS[type(module)]
-        attach(module, twin.geometry(module), transform)
+        given = Chain(make_transform(transform), PSIScaling()) if id(module) in scaled else transform
+        attach(module, twin.geometry(module), given)
         module.__class__ = twin
     twins: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}
     transforms: dict[GradientTransform, str] = {
@@ -131,6 +147,22 @@ def _patterns(patterns: str | Iterable[str] | None) -> list[str] | None:
 
 def _matches(name: str, patterns: list[str] | None) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns or [])
+
+
+def _scaled(model: nn.Module, layers: dict[str, Any], psi: bool | list[str]) -> set[int]:
+    """The ids of the layers that are named, or of those in front of a normalization that forgets their scale."""
+    if not isinstance(psi, bool):
+        return {id(module) for name, module in layers.items() if _matches(name, psi)}
+    if not psi:
+        return set()
+    cure = "name the layers, as in psi=['layer1.*']"
+    try:
+        names = scale_invariant(model, (*TWINS, *PLAIN))
+    except ValueError as error:
+        raise ValueError(f"psi=True is not possible, since {error}: {cure}") from error
+    if not names:
+        raise ValueError(f"psi=True finds no layer whose output goes to a normalization per channel alone: {cure}")
+    return {id(layers[name]) for name in names}
 
 
 def reasons_left(model: nn.Module) -> dict[str, str]:

@@ -19,7 +19,12 @@ from .patches import Geometry
 from .transforms import FeatureWhitening, GradientTransform
 
 
-def _make_transform(transform: GradientTransform | str | None) -> GradientTransform:
+def make_transform(transform: GradientTransform | str | None) -> GradientTransform:
+    """A transform of one's own: a copy of the given one, that of a method's name, or the default.
+
+    Raises:
+        TypeError: it is none of these.
+    """
     if transform is None:
         return FeatureWhitening()
     if isinstance(transform, str):
@@ -35,7 +40,7 @@ def attach(layer: nn.Linear | _ConvNd, geometry: Geometry, transform: GradientTr
         raise ValueError(f"dtype={layer.weight.dtype} is not possible: give a real floating-point type")
     if layer.weight.numel() == 0:
         raise ValueError(f"a weight of shape {tuple(layer.weight.shape)} is not possible: give at least one feature")
-    bound = _make_transform(transform).bind(geometry, device=layer.weight.device, dtype=layer.weight.dtype)
+    bound = make_transform(transform).bind(geometry, device=layer.weight.device, dtype=layer.weight.dtype)
     layer.transform = bound.train(layer.training)
 
 

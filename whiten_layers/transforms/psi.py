@@ -29,7 +29,7 @@ class PSIScaling(GradientTransform):
     A row that is zero stays zero.
 
     The independence of the rows' scale is exact for SGD without momentum and weight decay, and for a
-    normalization with ``eps = 0``; with the usual eps it holds up to that. Momentum and weight decay are not the
+    normalization whose eps goes to 0; with the usual one it holds up to that. Momentum and weight decay are not the
     paper's: a momentum buffer holds scaled gradients, as they were at each step, and decay shrinks the rows
     but no longer makes the effective step grow with it. An optimizer that divides by the gradient's own size, as
     Adam does, undoes most of the scaling.

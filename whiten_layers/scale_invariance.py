@@ -1,0 +1,46 @@
+"""Which layers of a model stand where the scale of their rows makes no difference."""
+
+from typing import Any
+
+from torch import nn
+
+from .dataflow import followed_by
+
+# Normalise each channel for itself: not nn.LayerNorm and nn.GroupNorm, which take several together, nor what
+# decorrelates, since ZCA depends on the channels' scales.
+SCALE_INVARIANT: tuple[type[nn.Module], ...] = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+# Those of them whose channels are the features of a linear layer's rows ``(N, features)``.
+OF_ROWS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.SyncBatchNorm)
+
+
+def scale_invariant(model: nn.Module, layers: tuple[type[nn.Module], ...]) -> set[str]:
+    """The names of the layers of these types that a normalization per channel follows, and nothing else.
+
+    A norm in evaluation mode beside a layer in training mode is taken for a frozen one: it divides by its running
+    variance, whatever the batch's is, and so the row's scale matters. Where the layer is in evaluation mode too,
+    that is taken to be for the time being.
+
+    Raises:
+        ValueError: the model cannot be traced.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    pairs = followed_by(model, layers, SCALE_INVARIANT)
+    return {name for name, norm in pairs.items() if _forgets_scale(modules[norm], modules[name])}
+
+
+def _forgets_scale(norm: Any, layer: Any) -> bool:
+    is_linear = isinstance(layer, nn.Linear)
+    if norm.num_features != (layer.out_features if is_linear else layer.out_channels):
+        return False  # it normalises another dimension
+    if is_linear and type(norm) not in OF_ROWS:
+        return False
+    is_frozen = layer.training and not norm.training and norm.running_mean is not None
+    return not is_frozen
