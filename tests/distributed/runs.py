@@ -22,6 +22,7 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
     "both sides": {"output_power": 0.5},
     "paper": {"features": "patch", "power": 1.0, "rescale": False, "update_interval": 1, "statistics_interval": 1},
     "windows of several batches": {"statistics_interval": 2, "update_interval": 6, "center": False},
+    "whitened, then scaled": {"output_power": 0.5, "psi": ["0", "2"]},
     "recursive in blocks": {"method": "recursive", "power": 1.0, "rank": 2, "block_size": 3, "features": "patch"},
 }
 
@@ -33,7 +34,9 @@ def plain() -> nn.Sequential:
 
 
 def network(transform: str = "default", process_group: Any = None) -> nn.Sequential:
-    return whiten(plain(), FeatureWhitening(**TRANSFORMS[transform]), process_group=process_group)
+    options = {"psi": False, **TRANSFORMS[transform]}
+    psi = options.pop("psi")
+    return whiten(plain(), FeatureWhitening(**options), psi=psi, process_group=process_group)
 
 
 def batch(step: int, cuts: tuple[int, ...] = (0, SAMPLES), rank: int = 0) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,7 @@ def follow(rank, kind, transform, options):
         ("DDP", 4, "both sides"),
         pytest.param("FSDP2", 2, "both sides", marks=needs_fsdp2),
         pytest.param("FSDP2", 4, "default", marks=needs_fsdp2),
+        pytest.param("FSDP2", 2, "whitened, then scaled", marks=needs_fsdp2),
     ],
 )
 def test_ranks_follow_one_process(kind, ranks, transform):

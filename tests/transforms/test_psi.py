@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
 
 from whiten_layers import Chain, FeatureWhitening, PSIScaling, WhitenedLinear, unwhiten, whiten
 
@@ -123,6 +124,28 @@ def test_the_gradient_is_the_plain_one_times_the_rows_squared_norm(case, dtype):
     assert layer.weight.grad.dtype == dtype
     if plain.bias is not None:
         torch.testing.assert_close(layer.bias.grad, plain.bias.grad, rtol=0, atol=0)
+
+
+def test_gradients_of_single_samples_under_checkpoints_and_autocast():
+    layer = WhitenedLinear(4, 3, dtype=torch.float64, transform=PSIScaling())
+    plain, x = unwhiten(copy.deepcopy(layer)), torch.randn(9, 4, dtype=torch.float64)
+    squares = layer.weight.detach().square().sum(1, keepdim=True)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    results = []
+    for model in (layer, plain):
+        of_sample = grad(lambda p, x, model=model: functional_call(model, p, (x[None],)).sin().sum())
+        results.append(vmap(of_sample, in_dims=(None, 0))(parameters, x)["weight"])
+    torch.testing.assert_close(results[0], squares * results[1], rtol=1e-12, atol=1e-12)
+    for use_reentrant in (False, True):
+        layer.zero_grad()
+        checkpoint(layer, x.requires_grad_(), use_reentrant=use_reentrant).sin().sum().backward()
+        torch.testing.assert_close(layer.weight.grad, squares * results[1].sum(0), rtol=1e-12, atol=1e-12)
+    layer, plain, x = layer.float(), plain.float(), x.detach().float()
+    for model in (layer, plain):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).sin().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, squares.float() * plain.weight.grad)
 
 
 def test_second_derivatives_take_the_weight_in_the_map_for_a_constant():
