@@ -5,11 +5,13 @@ Two families share one class. ResNet-20 … 110 are the paper's own networks for
 ResNet-18, 34 and 50 are its ImageNet networks with a stem for small images: a 3×3 convolution of
 stride 1 and no pooling; their module names are torchvision's.
 
-The layers are arguments, so that any drop-in for `nn.Conv2d` and `nn.Linear` can stand in their place.
+The layers are arguments, so that any drop-in for `nn.Conv2d`, `nn.Linear` and `nn.BatchNorm2d` can stand in their
+place: ``norm_layer=IterNorm2d``, or ``functools.partial(IterNorm2d, group_size=32)``.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypedDict, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,15 @@ from torch import Tensor, nn
 from whiten_layers import GradientTransform, whiten
 
 Layer = Callable[..., nn.Module]
+Transform = GradientTransform | str | None
+
+
+class Layers(TypedDict, total=False):
+    """What takes the place of `nn.Conv2d`, `nn.Linear` and `nn.BatchNorm2d`."""
+
+    conv_layer: Layer
+    linear_layer: Layer
+    norm_layer: Layer
 
 
 class PadShortcut(nn.Module):
@@ -32,11 +43,11 @@ class PadShortcut(nn.Module):
         return F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
 
 
-def projection_shortcut(in_channels: int, out_channels: int, stride: int, conv_layer: Layer) -> nn.Module:
+def projection_shortcut(
+    in_channels: int, out_channels: int, stride: int, conv_layer: Layer, norm_layer: Layer
+) -> nn.Module:
     """Option B: a 1×1 convolution."""
-    return nn.Sequential(
-        conv_layer(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
-    )
+    return nn.Sequential(conv_layer(in_channels, out_channels, 1, stride=stride, bias=False), norm_layer(out_channels))
 
 
 class BasicBlock(nn.Module):
@@ -45,13 +56,19 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(
-        self, in_channels: int, width: int, stride: int, shortcut: nn.Module | None, conv_layer: Layer
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        shortcut: nn.Module | None,
+        conv_layer: Layer,
+        norm_layer: Layer,
     ) -> None:
         super().__init__()
         self.conv1 = conv_layer(in_channels, width, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = norm_layer(width)
         self.conv2 = conv_layer(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = norm_layer(width)
         self.downsample = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,15 +83,21 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self, in_channels: int, width: int, stride: int, shortcut: nn.Module | None, conv_layer: Layer
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        shortcut: nn.Module | None,
+        conv_layer: Layer,
+        norm_layer: Layer,
     ) -> None:
         super().__init__()
         self.conv1 = conv_layer(in_channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = norm_layer(width)
         self.conv2 = conv_layer(width, width, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = norm_layer(width)
         self.conv3 = conv_layer(width, width * self.expansion, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width * self.expansion)
+        self.bn3 = norm_layer(width * self.expansion)
         self.downsample = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +116,7 @@ class CifarResNet(nn.Module):
         width: channels of the first stage; each later stage has twice as many and half the resolution.
         num_classes: outputs.
         projection: shortcuts by a 1×1 convolution (option B) instead of by padding (option A).
-        conv_layer, linear_layer: what takes the place of `nn.Conv2d` and `nn.Linear`.
+        conv_layer, linear_layer, norm_layer: what takes the place of `nn.Conv2d`, `nn.Linear` and `nn.BatchNorm2d`.
 
     Shape: ``(N, 3, H, W) -> (N, num_classes)``.
     """
@@ -106,12 +129,14 @@ class CifarResNet(nn.Module):
         num_classes: int,
         *,
         projection: bool,
-        conv_layer: Layer,
-        linear_layer: Layer,
+        conv_layer: Layer = nn.Conv2d,
+        linear_layer: Layer = nn.Linear,
+        norm_layer: Layer = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
         self.conv1 = conv_layer(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = norm_layer(width)
+        projected = partial(projection_shortcut, conv_layer=conv_layer, norm_layer=norm_layer)
         channels = width
         self.num_stages = len(depths)
         for stage, depth in enumerate(depths):
@@ -121,9 +146,9 @@ class CifarResNet(nn.Module):
                 out_channels = width * block.expansion
                 shortcut = None
                 if stride != 1 or channels != out_channels:
-                    make = partial(projection_shortcut, conv_layer=conv_layer) if projection else PadShortcut
+                    make = projected if projection else PadShortcut
                     shortcut = make(channels, out_channels, stride)
-                blocks.append(block(channels, width, stride, shortcut, conv_layer))
+                blocks.append(block(channels, width, stride, shortcut, conv_layer, norm_layer))
                 channels = out_channels
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
             width *= 2
@@ -140,95 +165,85 @@ class CifarResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-def _cifar(blocks: int, num_classes: int, conv_layer: Layer, linear_layer: Layer) -> CifarResNet:
-    layers = {"conv_layer": conv_layer, "linear_layer": linear_layer}
+def _cifar(blocks: int, num_classes: int, layers: Layers) -> CifarResNet:
     return CifarResNet(BasicBlock, (blocks,) * 3, 16, num_classes, projection=False, **layers)
 
 
-def resnet20(num_classes: int = 10, *, conv_layer: Layer = nn.Conv2d, linear_layer: Layer = nn.Linear) -> CifarResNet:
+def resnet20(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
     """ResNet-20 for CIFAR, 0.27 M parameters."""
-    return _cifar(3, num_classes, conv_layer, linear_layer)
+    return _cifar(3, num_classes, layers)
 
 
-def resnet32(num_classes: int = 10, *, conv_layer: Layer = nn.Conv2d, linear_layer: Layer = nn.Linear) -> CifarResNet:
+def resnet32(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
     """ResNet-32 for CIFAR, 0.46 M parameters."""
-    return _cifar(5, num_classes, conv_layer, linear_layer)
+    return _cifar(5, num_classes, layers)
 
 
-def resnet44(num_classes: int = 10, *, conv_layer: Layer = nn.Conv2d, linear_layer: Layer = nn.Linear) -> CifarResNet:
+def resnet44(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
     """ResNet-44 for CIFAR, 0.66 M parameters."""
-    return _cifar(7, num_classes, conv_layer, linear_layer)
+    return _cifar(7, num_classes, layers)
 
 
-def resnet56(num_classes: int = 10, *, conv_layer: Layer = nn.Conv2d, linear_layer: Layer = nn.Linear) -> CifarResNet:
+def resnet56(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
     """ResNet-56 for CIFAR, 0.85 M parameters."""
-    return _cifar(9, num_classes, conv_layer, linear_layer)
+    return _cifar(9, num_classes, layers)
 
 
-def resnet110(num_classes: int = 10, *, conv_layer: Layer = nn.Conv2d, linear_layer: Layer = nn.Linear) -> CifarResNet:
+def resnet110(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
     """ResNet-110 for CIFAR, 1.7 M parameters."""
-    return _cifar(18, num_classes, conv_layer, linear_layer)
+    return _cifar(18, num_classes, layers)
 
 
-def resnet18(num_classes: int = 10, *, conv_layer: Layer = nn.Conv2d, linear_layer: Layer = nn.Linear) -> CifarResNet:
+def resnet18(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
     """ResNet-18 with a stem for small images, 11.2 M parameters."""
-    layers = {"conv_layer": conv_layer, "linear_layer": linear_layer}
     return CifarResNet(BasicBlock, (2, 2, 2, 2), 64, num_classes, projection=True, **layers)
 
 
-def resnet34(num_classes: int = 10, *, conv_layer: Layer = nn.Conv2d, linear_layer: Layer = nn.Linear) -> CifarResNet:
+def resnet34(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
     """ResNet-34 with a stem for small images, 21.3 M parameters."""
-    layers = {"conv_layer": conv_layer, "linear_layer": linear_layer}
     return CifarResNet(BasicBlock, (3, 4, 6, 3), 64, num_classes, projection=True, **layers)
 
 
-def resnet50(num_classes: int = 10, *, conv_layer: Layer = nn.Conv2d, linear_layer: Layer = nn.Linear) -> CifarResNet:
+def resnet50(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
     """ResNet-50 with a stem for small images, 23.5 M parameters."""
-    layers = {"conv_layer": conv_layer, "linear_layer": linear_layer}
     return CifarResNet(Bottleneck, (3, 4, 6, 3), 64, num_classes, projection=True, **layers)
 
 
-def _whitened(
-    builder: Callable[..., CifarResNet], num_classes: int, transform: GradientTransform | str | None
-) -> CifarResNet:
-    return whiten(builder(num_classes), transform)
-
-
-def whitened_resnet20(num_classes: int = 10, *, transform: GradientTransform | str | None = None) -> CifarResNet:
+def whitened_resnet20(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
     """`resnet20` of whitened layers."""
-    return _whitened(resnet20, num_classes, transform)
+    return whiten(resnet20(num_classes, **layers), transform)
 
 
-def whitened_resnet32(num_classes: int = 10, *, transform: GradientTransform | str | None = None) -> CifarResNet:
+def whitened_resnet32(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
     """`resnet32` of whitened layers."""
-    return _whitened(resnet32, num_classes, transform)
+    return whiten(resnet32(num_classes, **layers), transform)
 
 
-def whitened_resnet44(num_classes: int = 10, *, transform: GradientTransform | str | None = None) -> CifarResNet:
+def whitened_resnet44(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
     """`resnet44` of whitened layers."""
-    return _whitened(resnet44, num_classes, transform)
+    return whiten(resnet44(num_classes, **layers), transform)
 
 
-def whitened_resnet56(num_classes: int = 10, *, transform: GradientTransform | str | None = None) -> CifarResNet:
+def whitened_resnet56(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
     """`resnet56` of whitened layers."""
-    return _whitened(resnet56, num_classes, transform)
+    return whiten(resnet56(num_classes, **layers), transform)
 
 
-def whitened_resnet110(num_classes: int = 10, *, transform: GradientTransform | str | None = None) -> CifarResNet:
+def whitened_resnet110(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
     """`resnet110` of whitened layers."""
-    return _whitened(resnet110, num_classes, transform)
+    return whiten(resnet110(num_classes, **layers), transform)
 
 
-def whitened_resnet18(num_classes: int = 10, *, transform: GradientTransform | str | None = None) -> CifarResNet:
+def whitened_resnet18(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
     """`resnet18` of whitened layers."""
-    return _whitened(resnet18, num_classes, transform)
+    return whiten(resnet18(num_classes, **layers), transform)
 
 
-def whitened_resnet34(num_classes: int = 10, *, transform: GradientTransform | str | None = None) -> CifarResNet:
+def whitened_resnet34(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
     """`resnet34` of whitened layers."""
-    return _whitened(resnet34, num_classes, transform)
+    return whiten(resnet34(num_classes, **layers), transform)
 
 
-def whitened_resnet50(num_classes: int = 10, *, transform: GradientTransform | str | None = None) -> CifarResNet:
+def whitened_resnet50(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
     """`resnet50` of whitened layers."""
-    return _whitened(resnet50, num_classes, transform)
+    return whiten(resnet50(num_classes, **layers), transform)

@@ -380,3 +380,45 @@ class SampleWhitening:
         if bias is not None:
             bias = bias.view(self.bias.shape)[..., None] + product @ mean[..., None]
             self.bias = (torch.linalg.inv(output) @ bias).squeeze(-1).requires_grad_()
+
+
+def normalized(x: Tensor, weight: Tensor, bias: Tensor, group_size: int | None, matrix_of, moments=None) -> Tensor:
+    """Samples ``(N, C, …)`` whitened a group of channels at a time, by plain autograd.
+
+    `matrix_of` takes a covariance and a group's number; `moments`, if given, has a group's mean and covariance.
+    """
+    channels = x.transpose(0, 1).flatten(1)
+    outputs = []
+    for number, group in enumerate(channels.split(group_size or len(channels))):
+        mean, covariance = (group.mean(1), group.cov(correction=0).view(len(group), len(group)))
+        if moments is not None:
+            mean, covariance = moments(number)
+        outputs.append(matrix_of(covariance, number) @ (group - mean[:, None]))
+    result = weight[:, None] * torch.cat(outputs) + bias[:, None]
+    return result.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
+
+
+def inverse_root(covariance: Tensor, eps: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance + eps * torch.eye(len(covariance), dtype=covariance.dtype))
+    return vectors @ torch.diag(values**-0.5) @ vectors.T
+
+
+def iterated_root(covariance: Tensor, eps: float, iterations: int) -> Tensor:
+    covariance = covariance + eps * torch.eye(len(covariance), dtype=covariance.dtype)
+    trace = covariance.trace()
+    root = torch.eye(len(covariance), dtype=covariance.dtype)
+    for _ in range(iterations):
+        root = 1.5 * root - 0.5 * root @ root @ root @ (covariance / trace)
+    return root / trace.sqrt()
+
+
+def learning_whitening(whitening: Tensor, covariance: Tensor, step_size: float, criterion: str, eps: float) -> Tensor:
+    """The matrix of stochastic whitening batch normalization after one step on a batch's covariance."""
+    scale = torch.diag((covariance.diagonal() + eps) ** -0.5)
+    correlation = scale @ covariance @ scale
+    residual = whitening @ correlation @ whitening.T - torch.eye(len(covariance), dtype=covariance.dtype)
+    step = residual @ whitening
+    if criterion == "frobenius":
+        step = step @ correlation / residual.norm()
+    moved = whitening - step_size * step
+    return (moved + moved.T) / 2

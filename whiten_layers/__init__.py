@@ -10,15 +10,36 @@ from .layers import (
     WhitenedConvTranspose3d,
     WhitenedLinear,
 )
+from .norm import (
+    DecorrelatedBatchNorm1d,
+    DecorrelatedBatchNorm2d,
+    DecorrelatedBatchNorm3d,
+    IterNorm1d,
+    IterNorm2d,
+    IterNorm3d,
+    StochasticWhiteningBatchNorm1d,
+    StochasticWhiteningBatchNorm2d,
+    StochasticWhiteningBatchNorm3d,
+    follow_learning_rate,
+)
 from .report import Report, report
 from .transforms import Chain, FeatureWhitening, GradientTransform, PSIScaling
 
 __all__ = [
     "Chain",
+    "DecorrelatedBatchNorm1d",
+    "DecorrelatedBatchNorm2d",
+    "DecorrelatedBatchNorm3d",
     "FeatureWhitening",
     "GradientTransform",
+    "IterNorm1d",
+    "IterNorm2d",
+    "IterNorm3d",
     "PSIScaling",
     "Report",
+    "StochasticWhiteningBatchNorm1d",
+    "StochasticWhiteningBatchNorm2d",
+    "StochasticWhiteningBatchNorm3d",
     "WhitenedConv1d",
     "WhitenedConv2d",
     "WhitenedConv3d",
@@ -26,6 +47,7 @@ __all__ = [
     "WhitenedConvTranspose2d",
     "WhitenedConvTranspose3d",
     "WhitenedLinear",
+    "follow_learning_rate",
     "report",
     "unwhiten",
     "whiten",

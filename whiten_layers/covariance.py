@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .numerics import full_precision
+from .numerics import WideBuffers, full_precision
 
 
 class Moments(NamedTuple):
@@ -52,7 +52,7 @@ def merged(first: Moments, second: Moments) -> Moments:
     return Moments(total, first.mean + weight * shift, covariance)
 
 
-class FeatureCovariance(nn.Module):
+class FeatureCovariance(WideBuffers):
     """A count-weighted running mean and covariance, one for each group.
 
     What is observed is gathered in a window, in which every row counts alike, and comes into the average
@@ -142,15 +142,6 @@ class FeatureCovariance(nn.Module):
         self.running_count.copy_(count)
         self.running_mean.copy_(mean)
         self.running_covariance.copy_(covariance)
-
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.is_floating_point() and torch.finfo(new.dtype).bits < 32:
-                self._buffers[name] = old.to(new.device, torch.float32)
-        return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
         self.window = None

@@ -1,8 +1,8 @@
-"""What `DistributedDataParallel` does not know of whitened layers, told to it when it takes a model.
+"""What `DistributedDataParallel` does not know of whitened layers and normalizations, told to it when it takes a model.
 
-By default it sends every buffer from rank 0 to all at every forward pass. Covariances are the same
-everywhere already and larger than anything else that is sent, so they are kept out; once, when the
-model is taken, rank 0's state goes to all, as its parameters do. Statistics are then shared in
+By default it sends every buffer from rank 0 to all at every forward pass. Covariances and whitening matrices are the
+same everywhere already and larger than anything else that is sent, so they are kept out; once, when the
+model is taken, rank 0's state goes to all, as its parameters do. Statistics of whitened layers are then shared in
 the wrapper's group of processes, unless `whiten` was given another.
 """
 
@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from . import distributed
+from .norm.base import WhiteningNorm
 from .transforms.base import GradientTransform
 
 _wrappers: WeakSet[DistributedDataParallel] = WeakSet()
@@ -36,32 +37,42 @@ def take_again(transforms: Iterable[GradientTransform]) -> None:
 
 
 def _take(wrapper: DistributedDataParallel, module: nn.Module) -> None:
-    transforms = {name: child for name, child in module.named_modules() if isinstance(child, GradientTransform)}
-    for prefix, transform in transforms.items():
-        transform.clock.wrapper_group = wrapper.process_group
-        for name, child in transform.named_modules(prefix=prefix):  # a window is None now, and will not always be
+    kept = {name: child for name, child in module.named_modules() if _keeps_itself_equal(child)}
+    for prefix, one in kept.items():
+        if isinstance(one, GradientTransform):
+            one.clock.wrapper_group = wrapper.process_group
+        for name, child in one.named_modules(prefix=prefix):  # a window is None now, and will not always be
             wrapper.parameters_to_ignore |= {f"{name}.{buffer}" for buffer in child._buffers}
-        for buffer in transform.buffers():
+        for buffer in one.buffers():
             buffer._ddp_ignored = True  # type: ignore[attr-defined]  # nor is it cast by DDP's mixed precision
-    if transforms and dist.get_world_size(wrapper.process_group) > 1:
-        _broadcast(transforms, wrapper.process_group)
+    if kept and dist.get_world_size(wrapper.process_group) > 1:
+        _broadcast(kept, wrapper.process_group)
+
+
+def _keeps_itself_equal(module: nn.Module) -> bool:
+    """Whether a module's buffers are the same in every process by its own doing."""
+    return isinstance(module, GradientTransform) or (isinstance(module, WhiteningNorm) and module.synchronize)
 
 
 @torch.no_grad()
-def _broadcast(transforms: dict[str, GradientTransform], group: "dist.ProcessGroup") -> None:
+def _broadcast(kept: dict[str, nn.Module], group: "dist.ProcessGroup") -> None:
     """Give every process the state that the first has."""
-    described = [f"{name} ({', '.join(map(str, one.factors()))})" for name, one in transforms.items()]
-    distributed.agree("take on", described, [], group)
-    device = next(iter(transforms.values())).num_batches_skipped.device
-    counts = torch.stack([transform.get_extra_state() for transform in transforms.values()]).to(device)
-    for transform in transforms.values():
+    transforms = [one for one in kept.values() if isinstance(one, GradientTransform)]
+    for transform in transforms:
         for factor in transform.factors():
             factor.window = None  # what one process alone has observed
-    # A transform that is part of another has its buffers in common with that one: they are sent once.
-    state = list(dict.fromkeys(buffer for transform in transforms.values() for buffer in transform.buffers()))
-    dist._broadcast_coalesced(group, [*state, counts], 250 * 2**20, 0)  # in buckets, as DDP does it
-    for transform, count in zip(transforms.values(), counts.cpu(), strict=True):
-        transform.set_extra_state(count)
+    distributed.agree("take on", [f"{name} ({_described(one)})" for name, one in kept.items()], [], group)
+    state = list({id(buffer): buffer for one in kept.values() for buffer in one.buffers()}.values())
+    if transforms:
+        state.append(torch.stack([one.get_extra_state() for one in transforms]).to(state[0].device))
+    dist._broadcast_coalesced(group, state, 250 * 2**20, 0)  # in buckets, as DDP does it
+    if transforms:
+        for transform, count in zip(transforms, state[-1].cpu(), strict=True):
+            transform.set_extra_state(count)
+
+
+def _described(one: nn.Module) -> str:
+    return ", ".join(map(str, one.factors())) if isinstance(one, GradientTransform) else str(one)
 
 
 if dist.is_available():

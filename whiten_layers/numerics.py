@@ -1,4 +1,4 @@
-"""Full float32 products, whatever the user's global setting."""
+"""Float32 at least: full products, whatever the user's global setting, and buffers that no cast narrows."""
 
 import threading
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 _BACKENDS = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
 
@@ -75,3 +76,23 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast off for a device: a backward pass inside an autocast block would run our products in its type."""
     return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Full precision, and autocast off; in a compiled graph only the latter: its products are what the setting says."""
+    with without_autocast(device), nullcontext() if torch.compiler.is_compiling() else full_precision():
+        yield
+
+
+class WideBuffers(nn.Module):
+    """A module whose own floating-point buffers keep 32 bits or more when it is cast to a narrower type."""
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.is_floating_point() and torch.finfo(new.dtype).bits < 32:
+                self._buffers[name] = old.to(new.device, torch.float32)
+        return self

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from .dataflow import followed_by
+from .norm import StochasticWhiteningBatchNorm1d, StochasticWhiteningBatchNorm2d, StochasticWhiteningBatchNorm3d
 
 # Normalise each channel for itself: not nn.LayerNorm and nn.GroupNorm, which take several together, nor what
 # decorrelates, since ZCA depends on the channels' scales.
@@ -16,9 +17,12 @@ SCALE_INVARIANT: tuple[type[nn.Module], ...] = (
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
+    StochasticWhiteningBatchNorm1d,  # standardises each channel before it mixes them
+    StochasticWhiteningBatchNorm2d,
+    StochasticWhiteningBatchNorm3d,
 )
 # Those of them whose channels are the features of a linear layer's rows ``(N, features)``.
-OF_ROWS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.SyncBatchNorm)
+OF_ROWS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.SyncBatchNorm, StochasticWhiteningBatchNorm1d)
 
 
 def scale_invariant(model: nn.Module, layers: tuple[type[nn.Module], ...]) -> set[str]:

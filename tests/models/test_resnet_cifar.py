@@ -1,12 +1,14 @@
 """The CIFAR ResNets against the paper's table, plain and whitened."""
 
+from functools import partial
+
 import pytest
 import torch
 import torchvision
 import whiten_layers.models as models
 from torch import nn
 
-from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear
+from whiten_layers import FeatureWhitening, IterNorm2d, StochasticWhiteningBatchNorm2d, WhitenedConv2d, WhitenedLinear
 
 # He et al., arXiv 1512.03385, table 6: layers, and parameters in millions, of the CIFAR networks.
 PAPER = {20: 0.27, 32: 0.46, 44: 0.66, 56: 0.85, 110: 1.7}
@@ -83,3 +85,16 @@ def test_an_evaluating_network_exports_as_plain_operations():
     program = torch.export.export(models.whitened_resnet20().eval(), (torch.randn(2, 3, 32, 32),))
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert called and all(name.startswith("aten.") for name in called)
+
+
+@pytest.mark.parametrize("depth, whitened", [(20, False), (18, True)])
+@pytest.mark.parametrize("norm_layer", [IterNorm2d, partial(StochasticWhiteningBatchNorm2d, criterion="frobenius")])
+def test_any_normalization_beside_any_layers(depth, whitened, norm_layer):
+    network = getattr(models, f"whitened_resnet{depth}" if whitened else f"resnet{depth}")(norm_layer=norm_layer)
+    plain = getattr(models, f"resnet{depth}")()
+    kind = getattr(norm_layer, "func", norm_layer)
+    names = {name for name, module in network.named_modules() if isinstance(module, kind)}
+    assert names == {name for name, module in plain.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert any(isinstance(module, WhitenedConv2d) for module in network.modules()) == whitened
+    network(torch.randn(4, 3, 16, 16)).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())

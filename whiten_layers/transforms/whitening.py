@@ -24,6 +24,7 @@ from .. import refresh
 from ..covariance import Moments, moments
 from ..factor import WhiteningFactor
 from ..inverse import METHODS, resolve, supports
+from ..options import check, is_count, is_real
 from ..patches import Geometry, channel_rows, linear_rows, patch_rows, tap_autocovariance
 from .base import GradientTransform
 
@@ -93,21 +94,21 @@ class FeatureWhitening(GradientTransform):
         rank: int = 16,
     ) -> None:
         super().__init__()
-        _check("method", method, method == "auto" or method in METHODS, f"one of {', '.join(['auto', *METHODS])}")
-        _check("features", features, features in FEATURES, f"one of {', '.join(FEATURES)}")
-        _check("damping", damping, _is_real(damping) and 0 <= damping < math.inf, "a number of at least 0")
-        _check("decay", decay, _is_real(decay) and 0 <= decay < 1, "a number in [0, 1)")
+        check("method", method, method == "auto" or method in METHODS, f"one of {', '.join(['auto', *METHODS])}")
+        check("features", features, features in FEATURES, f"one of {', '.join(FEATURES)}")
+        check("damping", damping, is_real(damping) and 0 <= damping < math.inf, "a number of at least 0")
+        check("decay", decay, is_real(decay) and 0 <= decay < 1, "a number in [0, 1)")
         for name, value in [("power", power), ("output_power", output_power)]:
-            _check(name, value, _is_real(value) and 0 <= value <= 1, "a number in [0, 1]")
+            check(name, value, is_real(value) and 0 <= value <= 1, "a number in [0, 1]")
             choices = [key for key in ("auto", *METHODS) if supports(key, value)]
-            _check(name, value, value == 0 or method in choices, f"another power, or method {' or '.join(choices)}")
+            check(name, value, value == 0 or method in choices, f"another power, or method {' or '.join(choices)}")
         for name, value in [("center", center), ("rescale", rescale)]:
-            _check(name, value, isinstance(value, bool), "True or False")
+            check(name, value, isinstance(value, bool), "True or False")
         for name, value in [("update_interval", update_interval), ("statistics_interval", statistics_interval)]:
-            _check(name, value, _is_count(value), "an integer of at least 1")
+            check(name, value, is_count(value), "an integer of at least 1")
         for name, limit in [("max_rows", max_rows), ("block_size", block_size)]:
-            _check(name, limit, limit is None or _is_count(limit), "an integer of at least 1, or None")
-        _check("rank", rank, _is_count(rank), "an integer of at least 1")
+            check(name, limit, limit is None or is_count(limit), "an integer of at least 1, or None")
+        check("rank", rank, is_count(rank), "an integer of at least 1")
         self.method, self.features = method, features
         self.power, self.output_power = power, output_power
         self.damping, self.decay, self.center, self.rescale = damping, decay, center, rescale
@@ -255,16 +256,3 @@ class FeatureWhitening(GradientTransform):
         if self.block_size is not None:
             options["block_size"] = self.block_size
         return ", ".join([repr(self.method), *(f"{name}={value!r}" for name, value in options.items())])
-
-
-def _check(name: str, value: object, allowed: bool, choices: str) -> None:
-    if not allowed:
-        raise ValueError(f"{name}={value!r} is not possible: give {choices}")
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

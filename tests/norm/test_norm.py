@@ -1,0 +1,323 @@
+"""What holds for every whitening normalization: the formulas, their gradients, what a batch normalization promises."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import reference
+from .cases import CHANNELS, KINDS, PLAIN, any_kind, any_shape, draw, make, state
+
+EPS = 1e-5
+
+
+def truth(layer, x, kind, whitening=None):
+    """The layer's output by the formulas, with plain autograd."""
+
+    def matrix(covariance, number):
+        if kind == "decorrelated":
+            return reference.inverse_root(covariance, EPS)
+        if kind == "iter_norm":
+            return reference.iterated_root(covariance, EPS, layer.iterations)
+        size = len(covariance)
+        learned = whitening[number, :size, :size]
+        if layer.training:
+            step = float(layer.step_size)
+            learned = reference.learning_whitening(learned, covariance.detach(), step, layer.criterion, EPS)
+        return learned @ torch.diag((covariance.diagonal() + EPS) ** -0.5)
+
+    def running(number):
+        first = number * layer.width
+        mean = layer.running_mean[first : first + layer.width]
+        if kind == "decorrelated":
+            return mean, layer.running_covariance[number, : len(mean), : len(mean)]
+        return mean, torch.diag(layer.running_var[first : first + layer.width]) if kind == "swbn" else None
+
+    if kind == "iter_norm" and not layer.training:
+        groups = layer.running_whitening
+
+        def matrix(_, number):
+            size = len(running(number)[0])
+            return groups[number, :size, :size]
+
+    moments = None if layer.training else running
+    return reference.normalized(x, layer.weight, layer.bias, layer.group_size, matrix, moments)
+
+
+@pytest.mark.parametrize("kind, criterion", [*((kind, "kl") for kind in KINDS), ("swbn", "frobenius")])
+@any_shape
+@pytest.mark.parametrize("group_size", [None, 3], ids=["together", "ragged"])
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_and_gradients_are_those_of_the_formulas(kind, shape, group_size, criterion, training):
+    options = {"criterion": criterion, "step_size": 0.01} if kind == "swbn" else {}
+    x = draw(shape).requires_grad_()
+    layer = make(kind, x, group_size=group_size, **options)
+    if not training:
+        layer(draw((16, *shape[1:]), seed=2))
+    layer.train(training)
+    whitening = layer.whitening.clone() if kind == "swbn" else None
+    output = layer(x)
+    expected = truth(layer, x, kind, whitening)
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    direction = draw(shape, seed=3)
+    inputs = [x, layer.weight, layer.bias]
+    gradients = [torch.autograd.grad(result, inputs, direction) for result in (output, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        # Covariances of few samples are nearly singular: what is 1/√ε there magnifies rounding to its cube.
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
+
+
+@any_kind
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"group_size": 3}, {"affine": False}, {"bias": False}], ids=str)
+def test_gradcheck(kind, training, options):
+    x = draw((4, CHANNELS, 2)).requires_grad_()
+    layer = make(kind, x, eps=1e-2, **options, **({"step_size": 0.0} if kind == "swbn" else {}))
+    layer(draw((4, CHANNELS, 2), seed=2))
+    layer.train(training)
+    inputs = [x, *layer.parameters()]
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), inputs)
+
+
+def test_equal_eigenvalues_have_a_gradient():
+    x = torch.linalg.qr(draw((12, 4)) - draw((12, 4)).mean(0))[0] * 12**0.5  # of covariance I, all of it degenerate
+    layer = KINDS["decorrelated"][0](4, group_size=None, dtype=torch.float64)
+    assert torch.linalg.cond(x.T.cov(correction=0)) < 1 + 1e-9
+    assert torch.autograd.gradcheck(layer, [x.requires_grad_()])
+    constant = torch.full((6, 4), 2.0, dtype=torch.float64, requires_grad=True)  # of no variance at all
+    layer(constant).square().sum().backward()
+    assert constant.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("group_size", [None, 3])
+def test_outputs_are_white(group_size):
+    noise = torch.randn(64, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mild = noise + 0.4 * noise.roll(1, 1)  # condition number 5: the iteration comes to its end before rounding grows
+
+    def covariances(kind, x, **options):
+        layer = KINDS[kind][1](CHANNELS, affine=False, group_size=group_size, dtype=torch.float64, **options)
+        return [channels.cov(correction=0).view(len(channels), -1) for channels in groups(layer(x))]
+
+    def groups(samples):
+        return samples.transpose(0, 1).flatten(1).split(group_size or CHANNELS)
+
+    for covariance in covariances("decorrelated", draw(noise.shape), eps=1e-9):  # eigenvalues λ / (λ + ε)
+        torch.testing.assert_close(covariance, torch.eye(len(covariance), dtype=torch.float64), rtol=0, atol=1e-6)
+    for covariance in covariances("iter_norm", mild, eps=1e-9, iterations=9):
+        torch.testing.assert_close(covariance, torch.eye(len(covariance), dtype=torch.float64), rtol=0, atol=1e-6)
+    for covariance, group in zip(covariances("iter_norm", mild, eps=0.0), groups(mild), strict=True):
+        # After five steps an eigenvalue λ of Σ/tr Σ has come to λ p², the same iteration on a number.
+        values = torch.linalg.eigvalsh(group.cov(correction=0).view(len(group), -1))
+        values, p = values / values.sum(), torch.ones_like(values)
+        for _ in range(5):
+            p = 1.5 * p - 0.5 * p**3 * values
+        torch.testing.assert_close(torch.linalg.eigvalsh(covariance), (values * p**2).sort().values)
+
+
+@any_kind
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_running_statistics_are_averages_and_evaluation_leaves_them_alone(kind, momentum):
+    batches = [draw((6, CHANNELS, 3, 3), seed=seed) for seed in range(4)]
+    layer = make(kind, batches[0], momentum=momentum, group_size=3)
+    plain = nn.BatchNorm2d(CHANNELS, momentum=momentum, dtype=torch.float64)
+    for batch in batches:
+        layer(batch), plain(batch)
+    torch.testing.assert_close(layer.running_mean, plain.running_mean)
+    assert layer.num_batches_tracked == 4
+    if kind == "swbn":
+        torch.testing.assert_close(layer.running_var, plain.running_var)
+    if kind == "decorrelated":
+        diagonal = layer.running_covariance.diagonal(dim1=1, dim2=2).flatten()[:CHANNELS]
+        torch.testing.assert_close(diagonal, plain.running_var)
+    if kind == "iter_norm" and momentum is None:
+        groups = [batch.transpose(0, 1).flatten(1)[:3].cov(correction=0) for batch in batches]
+        mean = sum(reference.iterated_root(group, EPS, 5) for group in groups) / 4
+        torch.testing.assert_close(layer.running_whitening[0], mean)
+    before = state(layer.eval())
+    first, alone = layer(batches[0]), layer(batches[0][:1])
+    torch.testing.assert_close(first[:1], alone)  # by the running statistics: a sample's output is its own
+    assert all(torch.equal(before[name], value) for name, value in layer.named_buffers())
+
+
+@any_kind
+def test_without_running_statistics_evaluation_takes_the_batchs(kind):
+    x = draw((6, CHANNELS))
+    layer = make(kind, x, track_running_stats=False)
+    assert layer.running_mean is None and "num_batches_tracked" not in layer.state_dict()
+    if kind == "swbn":
+        layer.step_size.zero_()
+    trained = layer(x)
+    torch.testing.assert_close(layer.eval()(x), trained)
+
+
+@any_kind
+def test_errors_are_batch_normalizations(kind):
+    for dims, (ours, theirs) in enumerate(zip(KINDS[kind], PLAIN, strict=True), start=1):
+        ours, theirs = ours(4), theirs(4)
+        for shape in [(4,), (3, 4), (3, 4, 5), (3, 4, 5, 5), (3, 4, 5, 5, 5), (1, 4, *[1] * dims), (1, 4)]:
+            x = torch.randn(shape)
+            try:
+                theirs(x)
+            except ValueError as error:
+                with pytest.raises(ValueError, match=re.escape(str(error))):
+                    ours(x)
+            else:
+                assert ours(x).shape == x.shape
+        with pytest.raises(ValueError, match=r"expected 4 channels in dimension 1 \(got input size"):
+            ours(torch.randn(3, 5, *[2] * (dims if dims > 1 else 0)))
+        with pytest.raises(ValueError, match=r"floating-point type \(got torch.int64\)"):
+            ours(torch.ones(3, 4, *[2] * (dims if dims > 1 else 0), dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("iter_norm", {"iterations": 0}),
+        ("iter_norm", {"group_size": 0}),
+        ("decorrelated", {"num_features": 0}),
+        ("swbn", {"criterion": "mse"}),
+        ("swbn", {"step_size": -1.0}),
+    ],
+)
+def test_an_option_that_is_not_possible_is_named(kind, options):
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r} is not possible: give"):
+        KINDS[kind][0](**{"num_features": 4} | options)
+
+
+@any_kind
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_batch_leaves_no_mark_and_is_counted(kind, momentum, value):
+    x = draw((6, CHANNELS, 2, 2))
+    layer = make(kind, x, momentum=momentum)
+    layer(x)
+    before = state(layer)
+    x[3, 2, 1, 0] = value
+    output = layer(x.requires_grad_())
+    output.sum().backward()  # runs to its end
+    assert not output.isfinite().all()
+    assert before.pop("num_batches_skipped") == 0 and layer.num_batches_skipped == 1
+    assert all(torch.equal(value, layer.get_buffer(name)) for name, value in before.items())
+    assert layer(draw((6, CHANNELS, 2, 2), seed=5)).isfinite().all()
+
+
+@any_kind
+def test_fewer_samples_than_channels(kind):
+    x = draw((3, CHANNELS), dtype=torch.float32).requires_grad_()
+    output = make(kind, x, dtype=torch.float32)(x)
+    output.square().sum().backward()
+    assert output.isfinite().all() and x.grad.isfinite().all()
+
+
+@any_kind
+def test_one_tensor_of_the_inputs_size_is_kept_for_backward_the_input(kind):
+    x = torch.randn(32, 8, 16, 16).requires_grad_()
+    layer = KINDS[kind][1](8)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    large = [tensor for tensor in kept if tensor.numel() >= x.numel() // 8]
+    assert [tensor.data_ptr() for tensor in large] == [x.data_ptr()]
+
+
+@any_kind
+@pytest.mark.parametrize("training", [True, False])
+def test_under_autocast_nothing_is_narrower_than_float32(kind, training):
+    x = draw((6, CHANNELS, 3, 3), dtype=torch.bfloat16)
+    narrow, wide = (make(kind, x, dtype=torch.float32).train(training) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = narrow(x)
+        same = narrow.eval()(x.float())
+    assert output.dtype == torch.bfloat16 and same.dtype == torch.float32
+    torch.testing.assert_close(output, wide(x.float()).bfloat16(), rtol=0, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(narrow.buffers(), wide.buffers(), strict=True))
+
+
+@any_kind
+def test_a_layer_cast_to_bfloat16_keeps_its_statistics_in_float32(kind):
+    layer = KINDS[kind][0](CHANNELS).bfloat16()
+    layer(draw((6, CHANNELS), dtype=torch.bfloat16)).sum().backward()
+    assert layer.weight.dtype == layer.weight.grad.dtype == torch.bfloat16
+    assert {b.dtype for b in layer.buffers()} == {torch.float32, torch.long}
+    assert {b.dtype for b in layer.double().buffers()} == {torch.float64, torch.long}
+
+
+@any_kind
+@pytest.mark.parametrize("group_size", [None, 3])
+def test_memory_format_stays(kind, group_size):
+    x = draw((3, CHANNELS, 4, 5))
+    plain, strided = make(kind, x, group_size=group_size), make(kind, x, group_size=group_size)
+    inputs = x.clone().requires_grad_(), x.clone(memory_format=torch.channels_last).requires_grad_()
+    outputs = plain(inputs[0]), strided(inputs[1])
+    torch.testing.assert_close(*outputs)
+    assert outputs[1].is_contiguous(memory_format=torch.channels_last)
+    direction = draw(x.shape, seed=2)
+    for output in outputs:
+        output.backward(direction)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+
+
+@any_kind
+def test_compiled_is_eager_in_one_graph(kind):
+    x = draw((6, CHANNELS, 3, 3))
+    layer = make(kind, x, group_size=3)
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    for seed in range(3):
+        results = []
+        for one in (layer, compiled):
+            input = draw((6, CHANNELS, 3, 3), seed).requires_grad_()
+            one(input).backward(x)
+            results.append(input.grad)
+        torch.testing.assert_close(*results)
+    for name, buffer in compiled.named_buffers():
+        torch.testing.assert_close(buffer, layer.get_buffer(name.removeprefix("_orig_mod.")))
+
+
+@any_kind
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_counts_a_batch_once(kind, use_reentrant):
+    options = {"step_size": 0.1} if kind == "swbn" else {}
+    x = draw((6, CHANNELS))
+    plain, checkpointed = make(kind, x, **options), make(kind, x, **options)
+    gradients = []
+    for layer in (plain, checkpointed):
+        input = x.clone().requires_grad_()
+        run = (lambda x: checkpoint(checkpointed, x, use_reentrant=use_reentrant)) if layer is checkpointed else layer
+        (run(input) * draw((6, CHANNELS), 4)).sum().backward()
+        gradients.append(input.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), checkpointed.buffers(), strict=True))
+
+
+@any_kind
+def test_a_second_derivative_is_an_error_in_training(kind):
+    x = draw((6, CHANNELS)).requires_grad_()
+    (gradient,) = torch.autograd.grad(make(kind, x)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@any_kind
+def test_state_is_saved_copied_and_made_on_meta(kind):
+    x = draw((6, CHANNELS, 2, 2))
+    layer = make(kind, x, group_size=3)
+    layer(x)
+    layer.eval()
+    with torch.device("meta"):
+        other = KINDS[kind][1](CHANNELS, group_size=3, dtype=torch.float64)
+    other.to_empty(device="cpu").reset_parameters()
+    fresh = KINDS[kind][1](CHANNELS, group_size=3, dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), other.state_dict().values(), strict=True))
+    other.load_state_dict(layer.state_dict())
+    for one in (other.eval(), copy.deepcopy(layer)):
+        assert torch.equal(one(x), layer(x))
+
+
+@any_kind
+def test_torchs_converter_of_batch_normalizations_leaves_them_alone(kind):
+    model = nn.Sequential(KINDS[kind][0](4))
+    assert type(nn.SyncBatchNorm.convert_sync_batchnorm(model)[0]) is KINDS[kind][0]

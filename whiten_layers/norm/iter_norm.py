@@ -1,0 +1,154 @@
+"""Iterative normalization: the root of the covariance's inverse by a few Newton steps (arXiv 1904.03441).
+
+With ``Σ_N = Σ / tr Σ``, whose eigenvalues are at most 1, ``P ← (3P − P³ Σ_N) / 2`` from ``P = I`` tends to
+``Σ_N^(-½)``, and the whitening matrix is ``V = P / √tr Σ``. After few steps directions of small variance are whitened
+in part; after many, rounding grows where Σ is ill-conditioned (the steps keep to matrices that commute with Σ only as
+far as it lets them).
+
+The gradient of one step, G that of its result and A = G Σ_N, by the product rule:
+
+    ∂L/∂P = (3G − (A P² + P A P + P² A)) / 2        ∂L/∂Σ_N = −P³ G / 2, summed over the steps
+
+and of the normalization by the trace t, with U = ∂L/∂V:
+
+    G = U / √t at the last step      ∂L/∂Σ = ∂L/∂Σ_N / t − (⟨∂L/∂Σ_N, Σ_N⟩ + ⟨U, V⟩ / 2) I / t
+
+The steps are computed again in backward: nothing of them is kept.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..options import check, is_count
+from .base import Part, WhiteningNorm, identities, stacked
+from .samples import BatchMoments, Whitening
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def newton_root(covariance: Tensor, iterations: int) -> Tensor:
+    """Towards ``covariance^(-½)``, of n symmetric positive definite matrices ``(n, D, D)``."""
+    trace = _trace(covariance)
+    return _steps(covariance / trace, iterations)[-1] / trace.sqrt()
+
+
+def newton_root_adjoint(grad: Tensor, root: Tensor, covariance: Tensor, iterations: int) -> Tensor:
+    """The gradient of the covariance, from that of `newton_root`."""
+    trace = _trace(covariance)
+    normed = covariance / trace
+    steps = _steps(normed, iterations - 1)
+    grad_step, grad_normed = grad / trace.sqrt(), torch.zeros_like(grad)
+    for step in reversed(steps):
+        square, by_step = step @ step, step @ grad_step
+        grad_normed.baddbmm_(square, by_step, alpha=-0.5)
+        change = grad_step @ normed
+        inner = change @ step
+        inner.baddbmm_(step, change)
+        grad_step = (3 * grad_step).baddbmm_(inner, step, alpha=-1).baddbmm_(square, change, alpha=-1) / 2
+    of_trace = (grad_normed * normed).sum((-2, -1), True) + (grad * root).sum((-2, -1), True) / 2
+    grad_normed.diagonal(dim1=-2, dim2=-1).sub_(of_trace.squeeze(-1))
+    return grad_normed / trace
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+
+
+def _steps(normed: Tensor, iterations: int) -> list[Tensor]:
+    steps = [torch.eye(normed.shape[-1], dtype=normed.dtype, device=normed.device).expand_as(normed)]
+    for _ in range(iterations):
+        cube = torch.matrix_power(steps[-1], 3)
+        steps.append(torch.baddbmm(steps[-1], cube, normed, beta=1.5, alpha=-0.5))
+    return steps
+
+
+class _IterNorm(WhiteningNorm):
+    running_whitening: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        group_size: int | None = 64,
+        iterations: int = 5,
+        synchronize: bool = True,
+        process_group: "ProcessGroup | None" = None,
+    ) -> None:
+        check("iterations", iterations, is_count(iterations), "an integer of at least 1")
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            group_size=group_size,
+            synchronize=synchronize,
+            process_group=process_group,
+        )
+        self._register_running("running_whitening", (self.groups, self.width, self.width), device, dtype)
+        self.iterations = iterations
+        self.reset_parameters()
+
+    def _reset_buffers(self) -> None:
+        if self.running_whitening is not None:
+            identities(self.running_whitening)
+
+    def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
+        covariance.diagonal(dim1=-2, dim2=-1).add_(self.eps)
+        adjoint = partial(newton_root_adjoint, iterations=self.iterations)
+        return Whitening(newton_root(covariance, self.iterations), adjoint, (covariance,))
+
+    def _running(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> dict[str, Tensor]:
+        return {"running_whitening": stacked([whitening.matrix for whitening in whitenings])}
+
+    def _running_matrix(self, part: Part) -> Tensor:
+        assert self.running_whitening is not None
+        return part.of(self.running_whitening)
+
+
+class IterNorm1d(_IterNorm):
+    """`nn.BatchNorm1d` that also decorrelates the channels of a group, by a few Newton steps (arXiv 1904.03441).
+
+    Args:
+        num_features, …, dtype, bias: as for `nn.BatchNorm1d`; `eps` is added to the covariance's diagonal.
+        group_size: channels that are whitened together, the last group may have fewer; None for all.
+        iterations: Newton steps, at least 1; more than about ten are of use to no covariance but a mild one.
+        synchronize: take the statistics of all processes' batches together where `torch.distributed` runs.
+        process_group: the processes that are meant; None for all.
+
+    Shape: ``(N, C)`` or ``(N, C, L)``.
+    """
+
+    dims = (2, 3)
+
+
+class IterNorm2d(_IterNorm):
+    """`nn.BatchNorm2d` that also decorrelates the channels; arguments as for `IterNorm1d`.
+
+    Shape: ``(N, C, H, W)``.
+    """
+
+    dims = (4,)
+
+
+class IterNorm3d(_IterNorm):
+    """`nn.BatchNorm3d` that also decorrelates the channels; arguments as for `IterNorm1d`.
+
+    Shape: ``(N, C, D, H, W)``.
+    """
+
+    dims = (5,)

@@ -1,0 +1,167 @@
+"""Whitening a batch of samples by a matrix that follows from their covariance, and the gradient of that.
+
+A group of D channels has n samples, the columns of X. Its normalization is
+
+    m = X 1 / n      Σ = (X − m)(X − m)ᵀ / n      V = f(Σ)      Y = γ V (X − m) + β
+
+with f what the kinds of normalization differ in. With δ = ∂L/∂Y the chain rule gives
+
+    ∂L/∂β = δ 1      ∂L/∂γ = diag(δ (X − m)ᵀ Vᵀ)      ∂L/∂V = γ δ (X − m)ᵀ      S = f'(Σ)* [∂L/∂V]
+    ∂L/∂X = Vᵀ γ δ  −  Vᵀ γ δ 1 / n  +  (S + Sᵀ) (X − m) / n
+
+the second term from the mean; the third has none, since the columns of X − m sum to zero. Of X − m nothing
+is kept, nor of any step on the way: backward starts from the input, m and V, as batch normalization's does.
+
+In several processes m and Σ are those of all samples, and n, ``δ 1`` and ``δ (X − m)ᵀ`` sums over all; the gradients of
+γ and β stay each process's own, as they do of `nn.SyncBatchNorm`: what takes the model averages them.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..numerics import exact
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class BatchMoments(NamedTuple):
+    """Of G groups of D channels: the number of samples, their mean ``(G, D)`` and covariance ``(G, D, D)``."""
+
+    rows: Tensor
+    mean: Tensor
+    covariance: Tensor
+
+
+class Whitening(NamedTuple):
+    """The matrix ``(G, D, D)`` that a covariance comes to, and what the gradient needs of it.
+
+    ``adjoint(∂L/∂V, V, *kept)`` returns ∂L/∂Σ, ``(G, D, D)``, or ``(G, D)`` of one that is diagonal.
+    """
+
+    matrix: Tensor
+    adjoint: Callable[..., Tensor]
+    kept: tuple[Tensor, ...]
+
+
+def columns(input: Tensor, groups: int, mean: Tensor | None = None) -> Tensor:
+    """A copy of samples ``(N, G D, …)`` as ``(G, D, n)`` of float32 at least, less their mean ``(G, D)`` if given.
+
+    Differentiable in the samples.
+    """
+    channels_first = input.transpose(0, 1)
+    copy = channels_first.new_empty(channels_first.shape, dtype=torch.promote_types(input.dtype, torch.float32))
+    copy = copy.copy_(channels_first).flatten(1)
+    copy = copy.view(groups, len(copy) // groups, copy.shape[1])
+    return copy if mean is None else copy.sub_(mean.unsqueeze(-1))
+
+
+def samples(columns: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `columns`, differentiable: of the shape, the type and the memory format of `like`."""
+    channels_first = columns.view(like.shape[1], like.shape[0], *like.shape[2:])
+    return torch.empty_like(like).copy_(channels_first.transpose(0, 1))
+
+
+def batch_moments(input: Tensor, groups: int, process_group: "ProcessGroup | None" = None) -> BatchMoments:
+    """Moments of samples ``(N, G D, …)``, of all processes of the group together."""
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    by_sample = input.unsqueeze(-1).flatten(2)
+    mean = by_sample.mean(2, dtype=dtype).mean(0).view(groups, -1)
+    rows = mean.new_full((), by_sample.shape[0] * by_sample.shape[2])
+    if process_group is not None:
+        sums = torch.cat([rows.view(1), torch.where(rows > 0, rows * mean, 0).flatten()])
+        dist.all_reduce(sums, group=process_group)
+        rows, mean = sums[0], (sums[1:] / sums[0]).view_as(mean)
+    centred = columns(input, groups, mean)
+    covariance = centred @ centred.mT
+    if process_group is not None:
+        dist.all_reduce(covariance, group=process_group)
+    return BatchMoments(rows, mean, covariance / rows)
+
+
+def scaled(matrix: Tensor, weight: Tensor | None) -> Tensor:
+    """``γ V``, the rows of matrices ``(G, D, D)`` times a weight ``(G D,)``."""
+    return matrix if weight is None else matrix * weight.to(matrix.dtype).view(*matrix.shape[:2], 1)
+
+
+def shift(matrix: Tensor, mean: Tensor, bias: Tensor | None) -> Tensor:
+    """``β − γ V m``, (G, D, 1), of matrices ``γ V``."""
+    moved = matrix @ mean.unsqueeze(-1)
+    return -moved if bias is None else bias.to(moved.dtype).view_as(moved) - moved
+
+
+def normalized(input: Tensor, mean: Tensor, matrix: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``γ V (x − m) + β`` of samples ``(N, G D, …)``; differentiable in the samples, γ and β, with m and V constant."""
+    matrix = scaled(matrix, weight)
+    return samples(torch.baddbmm(shift(matrix, mean, bias), matrix, columns(input, len(matrix))), input)
+
+
+class NormalizeByBatch(torch.autograd.Function):
+    """`normalized`, for a mean and a matrix that follow from the samples themselves.
+
+    Of a second derivative nothing is known: double backward is an error.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rows: Tensor,
+        mean: Tensor,
+        matrix: Tensor,
+        adjoint: Callable[..., Tensor],
+        process_group: "ProcessGroup | None",
+        *kept: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(input, weight, rows, mean, matrix, *kept)
+        ctx.adjoint, ctx.process_group = adjoint, process_group
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return normalized(input, mean, matrix, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
+        input, weight, rows, mean, matrix, *kept = ctx.saved_tensors
+        with exact(input.device):
+            grads, centred = columns(grad_output, len(matrix)), columns(input, len(matrix), mean)
+            total, product = grads.sum(-1, keepdim=True), grads @ centred.mT
+            grad_weight = grad_bias = grad_input = None
+            if ctx.needs_input_grad[1]:
+                grad_weight = (product * matrix).sum(-1).flatten().to(weight.dtype)
+            if ctx.needs_input_grad[2]:
+                grad_bias = total.flatten().to(ctx.bias_dtype)
+            if ctx.needs_input_grad[0]:
+                if ctx.process_group is not None:
+                    sums = torch.cat([total, product], -1)
+                    dist.all_reduce(sums, group=ctx.process_group)
+                    total, product = sums[..., :1], sums[..., 1:]
+                back = scaled(matrix, weight).mT
+                of_covariance = ctx.adjoint(scaled(product, weight), matrix, *kept)
+                columns_grad = torch.baddbmm(back @ total / -rows, back, grads)
+                if of_covariance.dim() == 2:
+                    columns_grad.addcmul_(2 / rows * of_covariance.unsqueeze(-1), centred)
+                else:
+                    columns_grad.baddbmm_((of_covariance + of_covariance.mT) / rows, centred)
+                grad_input = samples(columns_grad, input)
+        return grad_input, grad_weight, grad_bias, *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+def normalize_by_batch(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: BatchMoments,
+    whitening: Whitening,
+    process_group: "ProcessGroup | None" = None,
+) -> Tensor:
+    """Normalize samples by their own moments, and the whitening that follows from them, as `normalized` does."""
+    rows, mean, _ = moments
+    matrix, adjoint, kept = whitening
+    return NormalizeByBatch.apply(input, weight, bias, rows, mean, matrix, adjoint, process_group, *kept)

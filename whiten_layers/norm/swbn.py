@@ -1,0 +1,182 @@
+"""Stochastic whitening batch normalization: a whitening matrix that learns, a step at each batch (arXiv 2106.04413).
+
+Channels are standardised, ``x_s = (x − m) / s`` with ``s² = diag Σ + ε``, and multiplied by a matrix W that follows
+their correlation R = s⁻¹ Σ s⁻¹ down the gradient of a criterion, before it is used:
+
+    "kl"         ½ (tr W R Wᵀ − ln det W R Wᵀ)        W ← W − α (W R Wᵀ − I) W
+    "frobenius"  ½ ‖I − W R Wᵀ‖                       W ← W − α (W R Wᵀ − I) W R / ‖I − W R Wᵀ‖
+
+and is made symmetric, W ← ½ (W + Wᵀ). To backpropagation W is constant. So the normalization is
+``V (x − m)`` with V = W s⁻¹, and of ∂L/∂Σ only the diagonal is not zero: ``∂L/∂Σ_jj = −½ s_j⁻² Σ_k V_kj ∂L/∂V_kj``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..options import check, is_real
+from .base import Part, WhiteningNorm, identities, unbiased
+from .samples import BatchMoments, Whitening
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+CRITERIA = ("kl", "frobenius")
+
+
+def whitening_step(matrix: Tensor, correlation: Tensor, step_size: Tensor, criterion: str) -> Tensor:
+    """One step of n whitening matrices ``(n, D, D)`` towards ``W R Wᵀ = I``."""
+    image = matrix @ correlation
+    residual = image @ matrix.mT
+    residual.diagonal(dim1=-2, dim2=-1).sub_(1)
+    if criterion == "kl":
+        direction = residual @ matrix
+    else:
+        norm = torch.linalg.matrix_norm(residual, keepdim=True)
+        direction = residual @ image / torch.where(norm > 0, norm, 1)  # white already: 0 / 0
+    moved = matrix - step_size * direction
+    return (moved + moved.mT) / 2
+
+
+def standardised_adjoint(grad: Tensor, matrix: Tensor, variance: Tensor) -> Tensor:
+    """The diagonal of the covariance's gradient, from that of V."""
+    return (grad * matrix).sum(-2) / variance / -2
+
+
+class _StochasticWhiteningBatchNorm(WhiteningNorm):
+    running_var: Tensor | None
+    whitening: Tensor
+    step_size: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        criterion: str = "kl",
+        step_size: float = 1e-5,
+        group_size: int | None = None,
+        synchronize: bool = True,
+        process_group: "ProcessGroup | None" = None,
+    ) -> None:
+        check("criterion", criterion, criterion in CRITERIA, f"one of {', '.join(CRITERIA)}")
+        check("step_size", step_size, is_real(step_size) and step_size >= 0, "a number of at least 0")
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            group_size=group_size,
+            synchronize=synchronize,
+            process_group=process_group,
+        )
+        self.criterion, self.initial_step_size = criterion, step_size
+        self._register_running("running_var", (num_features,), device, dtype)
+        dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        self.register_buffer("whitening", torch.empty(self.groups, self.width, self.width, device=device, dtype=dtype))
+        self.register_buffer("step_size", torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def _reset_buffers(self) -> None:
+        if self.running_var is not None:
+            self.running_var.fill_(1)
+        identities(self.whitening)
+        self.step_size.fill_(self.initial_step_size)
+
+    def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
+        matrix = part.of(self.whitening)
+        variance = covariance.diagonal(dim1=-2, dim2=-1) + self.eps
+        scale = variance.rsqrt()
+        if learns:
+            correlation = scale.unsqueeze(-1) * covariance * scale.unsqueeze(-2)
+            moved = whitening_step(matrix, correlation.to(matrix.dtype), self.step_size, self.criterion)
+            matrix.copy_(torch.where(moved.isfinite().all(), moved, matrix))
+        whole = matrix.to(scale.dtype) * scale.unsqueeze(-2)
+        return Whitening(whole, standardised_adjoint, (variance,))
+
+    def _running(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> dict[str, Tensor]:
+        diagonals = [unbiased(one).diagonal(dim1=-2, dim2=-1).flatten() for one in moments]
+        return {"running_var": torch.cat(diagonals)}
+
+    def _running_matrix(self, part: Part) -> Tensor:
+        assert self.running_var is not None
+        scale = (self.running_var[part.channels].view(part.groups, 1, part.width) + self.eps).rsqrt()
+        return part.of(self.whitening) * scale
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, criterion={self.criterion!r}, step_size={self.step_size.item():g}"
+
+
+class StochasticWhiteningBatchNorm1d(_StochasticWhiteningBatchNorm):
+    """`nn.BatchNorm1d` whose standardised channels a learning matrix decorrelates, step by step (arXiv 2106.04413).
+
+    The matrix takes one step of `step_size` at every training batch, and starts from the identity: at the default,
+    which is the paper's, whitening comes about over 10⁵ batches. It is a buffer, not a parameter: the optimizer knows
+    nothing of it, and `follow_learning_rate` lets the step size decay as a learning rate does.
+
+    Args:
+        num_features, …, dtype, bias: as for `nn.BatchNorm1d`. (The paper's momentum is 0.05.)
+        criterion: what the steps go down, "kl" or "frobenius".
+        step_size: α, at least 0. The buffer ``step_size`` holds it, and may be filled with another at any time.
+        group_size: channels that are whitened together, the last group may have fewer; None for all, as in the paper.
+        synchronize: take the statistics of all processes' batches together where `torch.distributed` runs.
+        process_group: the processes that are meant; None for all.
+
+    Shape: ``(N, C)`` or ``(N, C, L)``.
+    """
+
+    dims = (2, 3)
+
+
+class StochasticWhiteningBatchNorm2d(_StochasticWhiteningBatchNorm):
+    """`nn.BatchNorm2d` that also decorrelates the channels; arguments as for `StochasticWhiteningBatchNorm1d`.
+
+    Shape: ``(N, C, H, W)``.
+    """
+
+    dims = (4,)
+
+
+class StochasticWhiteningBatchNorm3d(_StochasticWhiteningBatchNorm):
+    """`nn.BatchNorm3d` that also decorrelates the channels; arguments as for `StochasticWhiteningBatchNorm1d`.
+
+    Shape: ``(N, C, D, H, W)``.
+    """
+
+    dims = (5,)
+
+
+def follow_learning_rate(model: nn.Module, optimizer: Optimizer) -> Any:
+    """Let the step sizes of a model's stochastic whitening layers decay with an optimizer's learning rate.
+
+    After every step of the optimizer each layer's step size is its initial one times the learning rate of that
+    step over the highest: the group's ``max_lr`` or ``initial_lr``, which schedulers leave there, or else the
+    present one. The group is the one that holds the layer's weight, or the first.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _StochasticWhiteningBatchNorm)]
+    places = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    groups = [places.get(id(layer.weight), 0) for layer in layers]
+    highest = [group.get("max_lr", group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+
+    def follow(*_: Any) -> None:
+        for layer, index in zip(layers, groups, strict=True):
+            share = optimizer.param_groups[index]["lr"] / highest[index]
+            layer.step_size.fill_(layer.initial_step_size * share)
+
+    follow()
+    return optimizer.register_step_post_hook(follow)
