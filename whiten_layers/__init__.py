@@ -1,6 +1,7 @@
 """Drop-in whitening layers for PyTorch: swap them in, change nothing else, converge in fewer steps."""
 
-from .convert import unwhiten, whiten
+from .convert import convert_batchnorm, unwhiten, whiten
+from .fold import fold
 from .layers import (
     WhitenedConv1d,
     WhitenedConv2d,
@@ -47,6 +48,8 @@ __all__ = [
     "WhitenedConvTranspose2d",
     "WhitenedConvTranspose3d",
     "WhitenedLinear",
+    "convert_batchnorm",
+    "fold",
     "follow_learning_rate",
     "report",
     "unwhiten",

@@ -1,4 +1,4 @@
-"""Turning a model's layers into their whitened twins, and back."""
+"""Turning a model's layers into their whitened twins, and back, and its normalizations into ones that whiten."""
 
 import fnmatch
 import logging
@@ -22,6 +22,18 @@ from .layers import (
     attach,
     make_transform,
 )
+from .norm import (
+    DecorrelatedBatchNorm1d,
+    DecorrelatedBatchNorm2d,
+    DecorrelatedBatchNorm3d,
+    IterNorm1d,
+    IterNorm2d,
+    IterNorm3d,
+    StochasticWhiteningBatchNorm1d,
+    StochasticWhiteningBatchNorm2d,
+    StochasticWhiteningBatchNorm3d,
+)
+from .options import check
 from .scale_invariance import scale_invariant
 from .transforms import Chain, GradientTransform, PSIScaling
 
@@ -31,6 +43,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger("whiten_layers")
 
 M = TypeVar("M", bound=nn.Module)
+
+NORMS: dict[str, dict[type[nn.Module], Any]] = {
+    "iter_norm": {nn.BatchNorm1d: IterNorm1d, nn.BatchNorm2d: IterNorm2d, nn.BatchNorm3d: IterNorm3d},
+    "decorrelated": {
+        nn.BatchNorm1d: DecorrelatedBatchNorm1d,
+        nn.BatchNorm2d: DecorrelatedBatchNorm2d,
+        nn.BatchNorm3d: DecorrelatedBatchNorm3d,
+    },
+    "swbn": {
+        nn.BatchNorm1d: StochasticWhiteningBatchNorm1d,
+        nn.BatchNorm2d: StochasticWhiteningBatchNorm2d,
+        nn.BatchNorm3d: StochasticWhiteningBatchNorm3d,
+    },
+}
 
 TWINS: dict[type[nn.Module], Any] = {
     nn.Linear: WhitenedLinear,
@@ -69,13 +95,13 @@ def whiten(
             glob patterns as for `include`, or True for all whose rows' scale makes no difference. Those are the
             layers that a forward pass calls once, with parameters that are used nowhere else, and whose output goes to
             nothing but one norm, called once, that normalises each channel for itself (`nn.BatchNorm1d`, 2d, 3d,
-            `nn.SyncBatchNorm`, `nn.InstanceNorm1d`, 2d, 3d, `StochasticWhiteningBatchNorm1d`, 2d, 3d) and whose
-            ``num_features`` are the layer's outputs. A linear layer's norm is a `nn.BatchNorm1d`, a `nn.SyncBatchNorm`
-            or a `StochasticWhiteningBatchNorm1d`, and its inputs are rows: given sequences, these normalise along
-            another dimension, and True is wrong where both are of one size. Other whitening norms are not among
-            them: their output changes with the channels' scales. Not if the norm is frozen: if it is in evaluation mode, with running statistics, and the layer in
-            training mode. The pass is traced by `torch.fx`, in the mode that the model is in, with optional
-            arguments at their defaults; hooks are not looked at.
+            `nn.SyncBatchNorm`, `nn.InstanceNorm1d`, 2d, 3d, `StochasticWhiteningBatchNorm1d`, 2d, 3d; the output of
+            other whitening norms changes with the channels' scales) and whose ``num_features`` are the layer's
+            outputs. A linear layer's norm is a `nn.BatchNorm1d`, `nn.SyncBatchNorm` or
+            `StochasticWhiteningBatchNorm1d`, and its inputs are rows: given sequences, these normalise along another
+            dimension, and True is wrong where both are of one size. Not if the norm is frozen: if it is in evaluation
+            mode, with running statistics, and the layer in training mode. The pass is traced by `torch.fx`, in
+            the mode that the model is in, with optional arguments at their defaults; hooks are not looked at.
         process_group: the processes that have statistics in common and share the work of a refresh, where
             `torch.distributed` runs. None for those of the `DistributedDataParallel` that takes the
             model, and else all.
@@ -88,22 +114,16 @@ def whiten(
         ValueError: a pattern matches no layer that could be converted; or, with ``psi=True``, the model cannot be
             traced, or has no such layer. Nothing has been converted then.
     """
-    include, skip, psi = _patterns(include), _patterns(skip), psi if isinstance(psi, bool) else _patterns(psi) or []
+    psi = psi if isinstance(psi, bool) else _patterns(psi) or []
     modules = model.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in modules if type(module) in TWINS or type(module) in PLAIN}
-    for option, patterns in [("include", include), ("skip", skip), ("psi", [] if isinstance(psi, bool) else psi)]:
-        for pattern in patterns or []:
-            if not fnmatch.filter(layers, pattern):
-                names = ", ".join(layers) or "none"
-                raise ValueError(f"{option}={pattern!r} matches no layer that can be whitened: there are {names}")
-    skipped = {id(module) for name, module in layers.items() if _matches(name, skip)}  # under any of its names
+    chosen = _chosen(layers, _patterns(include), _patterns(skip), "layer that can be whitened")
+    if not isinstance(psi, bool):
+        _check_patterns("psi", psi, layers, "layer that can be whitened")
     scaled = _scaled(model, layers, psi)
-    for name, module in layers.items():
-        if type(module) in PLAIN:  # whitened before, or shared and converted under another name
-            continue
-        if id(module) in skipped or (include is not None and not _matches(name, include)):
-            continue
-        if module.weight.numel() == 0:
+    for module in layers.values():
+        # Whitened before, or shared and converted under another name; not asked for; without any feature.
+        if type(module) in PLAIN or id(module) not in chosen or module.weight.numel() == 0:
             continue
         twin = TWINS[type(module)]
         given = Chain(make_transform(transform), PSIScaling()) if id(module) in scaled else transform
@@ -142,8 +162,59 @@ def unwhiten(model: M) -> M:
     return model
 
 
+def convert_batchnorm(
+    model: M,
+    kind: str,
+    *,
+    include: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+    **options: Any,
+) -> M:
+    """Turn every `nn.BatchNorm1d`, 2d and 3d of a model into a normalization that whitens, in place.
+
+    A layer stays the same object with the same parameters, and keeps its momentum, eps, mode, device and dtype. Its
+    running statistics are taken over, so that a trained model evaluates as before: its channels' covariance is
+    taken for diagonal until a batch tells.
+
+    Args:
+        model: any module; a single layer is one too.
+        kind: "iter_norm", "decorrelated" or "swbn".
+        include: names to convert, as glob patterns of `model.named_modules()`; None for all.
+        skip: names to leave as they are.
+        options: what is the class's own: ``group_size=32``, ``criterion="frobenius"``.
+
+    Returns:
+        `model`. Subclasses and `nn.SyncBatchNorm`, which does not know its dimensions, stay as they are.
+
+    Raises:
+        ValueError: there is no such kind, or a pattern matches no batch normalization.
+    """
+    check("kind", kind, kind in NORMS, f"one of {', '.join(NORMS)}")
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in modules if type(module) in NORMS[kind]}
+    chosen = _chosen(layers, _patterns(include), _patterns(skip), "batch normalization")
+    for layer in list(layers.values()):
+        if type(layer) in NORMS[kind] and id(layer) in chosen:  # a shared one is converted once
+            NORMS[kind][type(layer)].take_over(layer, **options)
+    return model
+
+
 def _patterns(patterns: str | Iterable[str] | None) -> list[str] | None:
     return [patterns] if isinstance(patterns, str) else None if patterns is None else list(patterns)
+
+
+def _check_patterns(option: str, patterns: list[str], layers: Iterable[str], what: str) -> None:
+    for pattern in patterns:
+        if not fnmatch.filter(layers, pattern):
+            raise ValueError(f"{option}={pattern!r} matches no {what}: there are {', '.join(layers) or 'none'}")
+
+
+def _chosen(layers: dict[str, Any], include: list[str] | None, skip: list[str] | None, what: str) -> set[int]:
+    """The ids of the layers that are to be converted. One that is shared is skipped if any of its names is."""
+    _check_patterns("include", include or [], layers, what)
+    _check_patterns("skip", skip or [], layers, what)
+    included = {id(module) for name, module in layers.items() if include is None or _matches(name, include)}
+    return included - {id(module) for name, module in layers.items() if _matches(name, skip)}
 
 
 def _matches(name: str, patterns: list[str] | None) -> bool:

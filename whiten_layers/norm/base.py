@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -100,6 +100,10 @@ class WhiteningNorm(WideBuffers, ABC):
         """Fill the subclass's buffers as a layer that has seen nothing has them."""
 
     @abstractmethod
+    def _take_variance(self, variance: Tensor) -> None:
+        """Fill the subclass's buffers for channels ``(C,)`` of this variance that are not correlated."""
+
+    @abstractmethod
     def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
         """What the covariance ``(G, D, D)`` of a batch comes to. `learns`: whether state of its own may follow it."""
 
@@ -110,6 +114,27 @@ class WhiteningNorm(WideBuffers, ABC):
     @abstractmethod
     def _running_matrix(self, part: Part) -> Tensor:
         """The whitening matrices ``(G, D, D)`` of the running statistics."""
+
+    @classmethod
+    @torch.no_grad()
+    def take_over(cls, layer: Any, **options: Any) -> None:
+        """Turn a batch normalization into a layer of this class, which evaluates as it does, in place.
+
+        Args:
+            layer: a `nn.BatchNorm1d`, 2d or 3d; it stays the same object with the same parameters.
+            options: of this class, beyond those of the batch normalization.
+        """
+        settings = (layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        tensors = [*layer.parameters(), *layer.buffers()]
+        device, dtype = (tensors[0].device, tensors[0].dtype) if tensors else (None, None)
+        ours: Any = cls(*settings, device, dtype, bias=layer.bias is not None, **options)
+        if layer.running_mean is not None:
+            ours.running_mean.copy_(layer.running_mean)
+            ours.num_batches_tracked.copy_(layer.num_batches_tracked)
+            ours._take_variance(layer.running_var)
+        own = {name: value for name, value in vars(ours).items() if name not in vars(layer)}
+        vars(layer).update(own, _buffers=ours._buffers)
+        layer.__class__ = cls
 
     def reset_running_stats(self) -> None:
         """Forget what was observed."""
@@ -144,6 +169,13 @@ class WhiteningNorm(WideBuffers, ABC):
         parts = [Part(slice(0, end), 0, whole, self.width)]
         return [*parts, Part(slice(end, None), whole, 1, rest)] if rest else parts
 
+    def _fill_diagonal(self, buffer: Tensor, values: Tensor | float) -> None:
+        """Make a buffer of all groups diagonal, with a value for each channel or one for all."""
+        buffer.zero_()
+        values = torch.as_tensor(values, device=buffer.device).expand(self.num_features)
+        for part in self.parts():
+            part.of(buffer).diagonal(dim1=-2, dim2=-1).copy_(values[part.channels].view(part.groups, part.width))
+
     def forward(self, input: Tensor) -> Tensor:
         self._check_input(input)
         parts = self.parts()
@@ -168,20 +200,21 @@ class WhiteningNorm(WideBuffers, ABC):
             if learns and self.track_running_stats:
                 self._track(moments, whitenings)
         return [
-            normalize_by_batch(input, *self._affine(part), one, whitening, group)
+            normalize_by_batch(input, *self.affine_of(part), one, whitening, group)
             for input, part, one, whitening in zip(inputs, parts, moments, whitenings, strict=True)
         ]
 
     def _by_running(self, inputs: list[Tensor], parts: list[Part]) -> list[Tensor]:
         pairs = zip(inputs, parts, strict=True)
-        return [normalized(input, *self.running_map(part), *self._affine(part)) for input, part in pairs]
+        return [normalized(input, *self.running_map(part), *self.affine_of(part)) for input, part in pairs]
 
     def running_map(self, part: Part) -> tuple[Tensor, Tensor]:
         """The mean ``(G, D)`` and the matrices ``(G, D, D)`` that evaluation normalizes by."""
         assert self.running_mean is not None
         return self.running_mean[part.channels].view(-1, part.width), self._running_matrix(part)
 
-    def _affine(self, part: Part) -> tuple[Tensor | None, Tensor | None]:
+    def affine_of(self, part: Part) -> tuple[Tensor | None, Tensor | None]:
+        """The weight and the bias of a part's channels."""
         weight, bias = self.weight, self.bias
         return None if weight is None else weight[part.channels], None if bias is None else bias[part.channels]
 
@@ -242,8 +275,3 @@ def stacked(parts: list[Tensor]) -> Tensor:
 def unbiased(moments: BatchMoments) -> Tensor:
     """The covariance divided by n − 1, which is what runs along, as in batch normalization."""
     return moments.covariance * (moments.rows / (moments.rows - 1).clamp(min=1))
-
-
-def identities(buffer: Tensor) -> None:
-    """Fill ``(groups, D, D)`` with identity matrices."""
-    buffer.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)

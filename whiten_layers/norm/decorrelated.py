@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..inverse.eigh import decompose
-from .base import Part, WhiteningNorm, identities, stacked, unbiased
+from .base import Part, WhiteningNorm, stacked, unbiased
 from .samples import BatchMoments, Whitening
 
 if TYPE_CHECKING:
@@ -73,7 +73,11 @@ class _DecorrelatedBatchNorm(WhiteningNorm):
 
     def _reset_buffers(self) -> None:
         if self.running_covariance is not None:
-            identities(self.running_covariance)
+            self._fill_diagonal(self.running_covariance, 1)
+
+    def _take_variance(self, variance: Tensor) -> None:
+        assert self.running_covariance is not None
+        self._fill_diagonal(self.running_covariance, variance)
 
     def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
         matrix, *kept = zca(covariance, self.eps)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..options import check, is_count
-from .base import Part, WhiteningNorm, identities, stacked
+from .base import Part, WhiteningNorm, stacked
 from .samples import BatchMoments, Whitening
 
 if TYPE_CHECKING:
@@ -105,7 +105,11 @@ class _IterNorm(WhiteningNorm):
 
     def _reset_buffers(self) -> None:
         if self.running_whitening is not None:
-            identities(self.running_whitening)
+            self._fill_diagonal(self.running_whitening, 1)
+
+    def _take_variance(self, variance: Tensor) -> None:
+        assert self.running_whitening is not None
+        self._fill_diagonal(self.running_whitening, (variance + self.eps).rsqrt())
 
     def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
         covariance.diagonal(dim1=-2, dim2=-1).add_(self.eps)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..options import check, is_real
-from .base import Part, WhiteningNorm, identities, unbiased
+from .base import Part, WhiteningNorm, unbiased
 from .samples import BatchMoments, Whitening
 
 if TYPE_CHECKING:
@@ -92,8 +92,12 @@ class _StochasticWhiteningBatchNorm(WhiteningNorm):
     def _reset_buffers(self) -> None:
         if self.running_var is not None:
             self.running_var.fill_(1)
-        identities(self.whitening)
+        self._fill_diagonal(self.whitening, 1)
         self.step_size.fill_(self.initial_step_size)
+
+    def _take_variance(self, variance: Tensor) -> None:
+        assert self.running_var is not None
+        self.running_var.copy_(variance)
 
     def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
         matrix = part.of(self.whitening)
