@@ -70,7 +70,7 @@ def test_sequences_are_looked_into_and_a_single_layer_is_followed_by_nothing():
 def test_shared_modules_and_parameters():
     layer, norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
     model = nn.Sequential(layer, norm)
-    model.again = layer  # called once all the same, in the end: `again` comes last
+    model.again = layer  # which the sequence calls too
     assert pairs(model) == {}
     block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     assert pairs(nn.Sequential(block, nn.ReLU(), block)) == {}

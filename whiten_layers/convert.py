@@ -95,13 +95,14 @@ def whiten(
             glob patterns as for `include`, or True for all whose rows' scale makes no difference. Those are the
             layers that a forward pass calls once, with parameters that are used nowhere else, and whose output goes to
             nothing but one norm, called once, that normalises each channel for itself (`nn.BatchNorm1d`, 2d, 3d,
-            `nn.SyncBatchNorm`, `nn.InstanceNorm1d`, 2d, 3d, `StochasticWhiteningBatchNorm1d`, 2d, 3d; the output of
-            other whitening norms changes with the channels' scales) and whose ``num_features`` are the layer's
-            outputs. A linear layer's norm is a `nn.BatchNorm1d`, `nn.SyncBatchNorm` or
-            `StochasticWhiteningBatchNorm1d`, and its inputs are rows: given sequences, these normalise along another
-            dimension, and True is wrong where both are of one size. Not if the norm is frozen: if it is in evaluation
-            mode, with running statistics, and the layer in training mode. The pass is traced by `torch.fx`, in
-            the mode that the model is in, with optional arguments at their defaults; hooks are not looked at.
+            `nn.SyncBatchNorm`, `nn.InstanceNorm1d`, 2d, 3d, `StochasticWhiteningBatchNorm1d`, 2d, 3d, and no subclass
+            of them) and whose ``num_features`` are the layer's outputs. A linear layer's norm is a `nn.BatchNorm1d`, a
+            `nn.SyncBatchNorm` or a `StochasticWhiteningBatchNorm1d`, and its inputs are rows: given sequences, these
+            normalise along another dimension, and True is wrong where both are of one size. Other whitening norms
+            are not among them: their output changes with the channels' scales. Not if the norm is frozen: if it
+            is in evaluation mode, with running statistics, and the layer in training mode. Where both are in evaluation
+            mode, that is taken to be for the time being. The pass is traced by `torch.fx`, in the mode that the
+            model is in, with optional arguments at their defaults; hooks are not looked at.
         process_group: the processes that have statistics in common and share the work of a refresh, where
             `torch.distributed` runs. None for those of the `DistributedDataParallel` that takes the
             model, and else all.

@@ -63,9 +63,9 @@ def scaled(model):
     return model
 
 
-def function_after(model, kind, steps):
+def function_after(model, kind, steps, **options):
     """Outputs on another batch, after so many steps of SGD."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, **options)
     for seed in range(steps):
         optimizer.zero_grad()
         model(batch(kind, seed)).sin().mean().backward()
@@ -83,6 +83,14 @@ def test_a_step_does_not_depend_on_the_rows_scale(kind, transform):
     after = [function_after(net, kind, 1) for net in (scaled(model), model)]
     torch.testing.assert_close(*after, rtol=1e-9, atol=1e-9)
     assert (after[1] - network(kind)(batch(kind, 99))).abs().max() > 0.01  # it was a step
+
+
+@each_network
+def test_nor_do_steps_with_momentum_and_weight_decay(kind):
+    model = whiten(network(kind), PSIScaling(), include=["0", "3"])
+    options = {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
+    after = [function_after(net, kind, 4, **options) for net in (scaled(model), model)]
+    torch.testing.assert_close(*after, rtol=1e-8, atol=1e-8)
 
 
 @each_network

@@ -9,7 +9,8 @@ network depends on the row's direction alone, yet plain SGD depends on its scale
 
 and a step from αw, ``αw − η ĝ(αw) = α (w − η ĝ(w))``, ends in the class in which the step from w does: the
 function learned does not depend on the rows' scale, nor does it if the gradient passes a linear map of the
-input side before, such as whitening: ``ĝ(w) = ‖w‖² ∇L(w) P``.
+input side before, such as whitening: ``ĝ(w) = ‖w‖² ∇L(w) P``. Of whitening the output's gradients that is not so:
+their statistics scale with ``1/α`` themselves.
 """
 
 from typing import Self
@@ -22,17 +23,17 @@ from .base import GradientTransform
 
 
 class PSIScaling(GradientTransform):
-    """Multiply each output row's weight gradient by that row's squared norm. It has no options and no state.
+    """Multiply each output row's weight gradient by that row's squared norm. There are no options, and no statistics.
 
     For layers whose output goes to nothing but a normalization per channel, such as `nn.BatchNorm2d`: elsewhere
     a row's scale is part of the function. There the bias has no effect, and its gradient is left alone.
     A row that is zero stays zero.
 
-    The independence of the rows' scale is exact for SGD without momentum and weight decay, and for a
-    normalization whose eps goes to 0; with the usual one it holds up to that. Momentum and weight decay are not the
-    paper's: a momentum buffer holds scaled gradients, as they were at each step, and decay shrinks the rows
-    but no longer makes the effective step grow with it. An optimizer that divides by the gradient's own size, as
-    Adam does, undoes most of the scaling.
+    The independence of the rows' scale is exact for plain SGD and a normalization whose eps goes to 0; with
+    the usual eps it holds up to that. Momentum and weight decay are not the paper's. They too are linear in a row and
+    its scaled gradients, so a row α times as long takes α times each step; but decay, which shrinks the rows, no
+    longer makes the effective step grow, and so does next to nothing to these layers. An optimizer that divides by the
+    gradient's own size, as Adam does, undoes the scaling.
 
     The norm is that of the weight in the forward pass. Autograd saves it for backward, so that running one graph
     backward again after an optimizer's step is an error.
