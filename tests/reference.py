@@ -415,7 +415,7 @@ def iterated_root(covariance: Tensor, eps: float, iterations: int) -> Tensor:
 def learning_whitening(whitening: Tensor, covariance: Tensor, step_size: float, criterion: str, eps: float) -> Tensor:
     """The matrix of stochastic whitening batch normalization after one step on a batch's covariance."""
     scale = torch.diag((covariance.diagonal() + eps) ** -0.5)
-    correlation = scale @ covariance @ scale
+    correlation = scale @ (covariance + eps * torch.eye(len(covariance), dtype=covariance.dtype)) @ scale
     residual = whitening @ correlation @ whitening.T - torch.eye(len(covariance), dtype=covariance.dtype)
     step = residual @ whitening
     if criterion == "frobenius":

@@ -5,6 +5,7 @@ import torch
 import torchvision
 import whiten_layers.models as models
 from torch import nn
+from torch.nn.utils import prune
 
 from whiten_layers import GradientTransform, WhitenedConv2d, convert_batchnorm, fold, whiten
 from whiten_layers.convert import NORMS
@@ -118,6 +119,61 @@ def test_a_single_normalization():
     torch.testing.assert_close(fold(norm)(x), norm(x), rtol=1e-5, atol=1e-5)
 
 
+class Named(nn.Module):
+    """A normalization under two names, and in a list that no module knows."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 6, 1), norm(6)
+        self.alias, self.steps = self.norm, [self.conv, self.norm]
+
+    def forward(self, x, by_name=True):
+        return self.alias(self.conv(x)) if by_name else self.steps[1](self.steps[0](x))
+
+
+def test_whatever_refers_to_a_normalization_sees_it_folded():
+    x = draw((6, 4, 3, 3), dtype=torch.float32)
+    model = trained(Named(KINDS["iter_norm"][1]), x, x)
+    expected = model(x)
+    fold(model)
+    for by_name in (True, False):
+        torch.testing.assert_close(model(x, by_name), expected, rtol=1e-4, atol=1e-4)
+
+
+def changes_output(conv):
+    conv.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return conv
+
+
+@pytest.mark.parametrize("change", [prune.identity, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, None])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_a_layer_with_hooks_or_a_computed_weight_takes_no_normalization(change):
+    conv = nn.Conv2d(4, 6, 1)
+    conv = changes_output(conv) if change is None else change(conv, "weight")
+    x = draw((6, 4, 3, 3), dtype=torch.float32)
+    model = trained(nn.Sequential(conv, KINDS["iter_norm"][1](6)), x, x)
+    assert_folds(model, x, ["1"])
+
+
+def test_hooks_of_a_normalization_stay():
+    x, seen = draw((6, 4, 3, 3), dtype=torch.float32), []
+    model = trained(nn.Sequential(nn.Conv2d(4, 6, 1), KINDS["iter_norm"][1](6)), x, x)
+    model[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0] is not output))
+    assert_folds(model, x, ["1"])
+    assert seen == [True, True]
+
+
+def test_types_stay_narrow():
+    model = trained(nn.Sequential(nn.ReLU(), KINDS["iter_norm"][1](4, affine=False), nn.Conv2d(4, 4, 1))).bfloat16()
+    assert {p.dtype for p in fold(model).parameters()} == {torch.bfloat16}
+    model(torch.randn(2, 4, 3, 3).bfloat16())
+
+
+class Rectified(KINDS["iter_norm"][1]):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()
@@ -134,6 +190,7 @@ class Branching(nn.Module):
         (KINDS["swbn"][1](4, track_running_stats=False).eval(), "the model cannot be folded: it has no running"),
         (nn.Sequential(nn.ReLU(), KINDS["swbn"][0](4)).eval(), "1 cannot be folded: .* rows or sequences"),
         (Branching().eval(), "torch.fx cannot trace Branching"),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), Rectified(4)).eval(), "1 cannot be folded: it is a Rectified, which may"),
     ],
 )
 def test_what_cannot_be_folded_is_an_error_and_stays(model, message):
@@ -173,6 +230,9 @@ def test_a_converted_network_evaluates_as_before(kind, affine, tracks):
     if tracks:
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
         assert len(batches) == 1 and model[1].num_batches_tracked == 1 and model[1].num_batches_skipped == 0
+    elif kind == "swbn":
+        # By the batch, with nothing learned: as batch normalization does it.
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     model.train()(x).sum().backward()
     assert "running_var" not in model.state_dict() or kind == "swbn"
 
@@ -188,6 +248,34 @@ def test_conversion_takes_names_and_names_what_is_wrong():
         convert_batchnorm(model, "swbn", include="layr*")
     left = nn.Sequential(nn.SyncBatchNorm(4), nn.LazyBatchNorm1d())
     assert [type(module) for module in convert_batchnorm(left, "swbn")] == [nn.SyncBatchNorm, nn.LazyBatchNorm1d]
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_batch_normalization_that_was_changed_by_hand(kind):
+    x = torch.randn(8, 4)
+    frozen, bare, pruned = (
+        nn.BatchNorm1d(4),
+        nn.BatchNorm1d(4),
+        prune.random_unstructured(nn.BatchNorm1d(4), "weight", 2),
+    )
+    frozen.track_running_stats = False
+    bare.running_mean = bare.running_var = None
+    model = convert_batchnorm(nn.ModuleList([frozen, bare, pruned]), kind)
+    frozen(x)
+    assert frozen.num_batches_tracked == 0 and not frozen.track_running_stats
+    assert torch.equal(frozen.eval()(x), frozen.eval()(x)) and frozen.running_mean.abs().max() == 0
+    assert bare.eval()(x).mean(0).abs().max() < 1e-6  # by the batch
+    assert (pruned(x)[:, pruned.weight_mask == 0] == 0).all() and int(pruned.weight_mask.sum()) == 2
+    whole = nn.ModuleList([nn.BatchNorm1d(4), nn.BatchNorm1d(4)])
+    with pytest.raises(ValueError, match="group_size=0"):
+        convert_batchnorm(whole, kind, group_size=0)
+    assert all(type(module) is nn.BatchNorm1d for module in whole) and len(model) == 3
+
+
+def test_what_is_left_is_logged(caplog):
+    caplog.set_level("INFO", "whiten_layers")
+    convert_batchnorm(nn.Sequential(nn.BatchNorm1d(4), nn.SyncBatchNorm(4), nn.BatchNorm2d(4)), "swbn", skip="2")
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["left 1", "left 2"]
 
 
 def test_a_shared_normalization_is_converted_once():

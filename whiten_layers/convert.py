@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
@@ -44,6 +45,7 @@ logger = logging.getLogger("whiten_layers")
 
 M = TypeVar("M", bound=nn.Module)
 
+BATCHNORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 NORMS: dict[str, dict[type[nn.Module], Any]] = {
     "iter_norm": {nn.BatchNorm1d: IterNorm1d, nn.BatchNorm2d: IterNorm2d, nn.BatchNorm3d: IterNorm3d},
     "decorrelated": {
@@ -185,7 +187,8 @@ def convert_batchnorm(
         options: what is the class's own: ``group_size=32``, ``criterion="frobenius"``.
 
     Returns:
-        `model`. Subclasses and `nn.SyncBatchNorm`, which does not know its dimensions, stay as they are.
+        `model`. Subclasses and `nn.SyncBatchNorm`, which does not know its dimensions, stay as they are: what was left
+        goes to the logger "whiten_layers" at level INFO. A plain network's checkpoint is to be loaded before.
 
     Raises:
         ValueError: there is no such kind, or a pattern matches no batch normalization.
@@ -194,9 +197,18 @@ def convert_batchnorm(
     modules = model.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in modules if type(module) in NORMS[kind]}
     chosen = _chosen(layers, _patterns(include), _patterns(skip), "batch normalization")
-    for layer in list(layers.values()):
-        if type(layer) in NORMS[kind] and id(layer) in chosen:  # a shared one is converted once
-            NORMS[kind][type(layer)].take_over(layer, **options)
+    shared = {id(layer): layer for layer in layers.values() if id(layer) in chosen}  # each once
+    made = [(layer, NORMS[kind][type(layer)].like(layer, **options)) for layer in shared.values()]
+    for layer, ours in made:
+        state = {name: value for name, value in vars(ours).items() if name not in vars(layer)}
+        foreign = {name: buffer for name, buffer in layer._buffers.items() if name not in BATCHNORM_BUFFERS}
+        vars(layer).update(state, _buffers={**ours._buffers, **foreign})
+        layer.__class__ = type(ours)
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            asked = type(module) in NORMS[kind]
+            reason = "not asked for" if asked else "a subclass, or one that does not know its number of dimensions"
+            logger.info("left %s: %s, %s", name or "the model", type(module).__name__, reason)
     return model
 
 

@@ -37,21 +37,26 @@ def take_again(transforms: Iterable[GradientTransform]) -> None:
 
 
 def _take(wrapper: DistributedDataParallel, module: nn.Module) -> None:
-    kept = {name: child for name, child in module.named_modules() if _keeps_itself_equal(child)}
+    group = wrapper.process_group
+    kept = {name: child for name, child in module.named_modules() if _keeps_itself_equal(child, group)}
     for prefix, one in kept.items():
         if isinstance(one, GradientTransform):
-            one.clock.wrapper_group = wrapper.process_group
+            one.clock.wrapper_group = group
+        elif isinstance(one, WhiteningNorm):
+            one.processes.wrapper = group
         for name, child in one.named_modules(prefix=prefix):  # a window is None now, and will not always be
             wrapper.parameters_to_ignore |= {f"{name}.{buffer}" for buffer in child._buffers}
         for buffer in one.buffers():
             buffer._ddp_ignored = True  # type: ignore[attr-defined]  # nor is it cast by DDP's mixed precision
-    if kept and dist.get_world_size(wrapper.process_group) > 1:
-        _broadcast(kept, wrapper.process_group)
+    if kept and dist.get_world_size(group) > 1:
+        _broadcast(kept, group)
 
 
-def _keeps_itself_equal(module: nn.Module) -> bool:
-    """Whether a module's buffers are the same in every process by its own doing."""
-    return isinstance(module, GradientTransform) or (isinstance(module, WhiteningNorm) and module.synchronize)
+def _keeps_itself_equal(module: nn.Module, group: "dist.ProcessGroup") -> bool:
+    """Whether a module's buffers are the same in every process of a group by its own doing."""
+    if isinstance(module, WhiteningNorm):
+        return module.synchronize and module.processes.are_all_of(group)
+    return isinstance(module, GradientTransform)
 
 
 @torch.no_grad()
@@ -72,7 +77,9 @@ def _broadcast(kept: dict[str, nn.Module], group: "dist.ProcessGroup") -> None:
 
 
 def _described(one: nn.Module) -> str:
-    return ", ".join(map(str, one.factors())) if isinstance(one, GradientTransform) else str(one)
+    if isinstance(one, GradientTransform):
+        return ", ".join(map(str, one.factors()))
+    return f"{type(one).__name__}, {', '.join(str(tuple(buffer.shape)) for buffer in one.buffers())}"
 
 
 if dist.is_available():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx, nn
 
 # Where the classes are made that are not looked into, nor are what is made from them; and the classes that are.
@@ -21,8 +22,9 @@ def followed_by(
 
     The forward pass is traced by `torch.fx`, in the mode that the model is in, with the optional arguments at their
     defaults; no tensor is computed, and the model is not changed. A shared module has the first of its names. Left
-    out are a layer and a follower that the pass calls several times, under whatever names; and a layer one of
-    whose parameters another module has too, or the model uses outside of the layer. Hooks are not looked at.
+    out are a layer and a follower that the pass calls several times, under whatever names; and a layer one of whose
+    parameters another module has too, or the model uses, as an attribute, outside of the layer. Hooks are not looked
+    at, nor is what goes through ``parameters()`` or ``state_dict()``.
 
     Args:
         model: any module. In a single layer nothing follows.
@@ -77,10 +79,11 @@ class _Tracer(fx.Tracer):
 
 def _copied(model: nn.Module) -> nn.Module:
     """A copy whose forward pass may set attributes. The tensors are the model's own."""
-    tensors = [*model.parameters(), *model.buffers()]
+    kept: list[Any] = [*model.parameters(), *model.buffers()]
+    uncopied = (torch.Tensor, dist.ProcessGroup) if dist.is_available() else (torch.Tensor,)
     for module in model.modules():
-        tensors += [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        kept += [value for value in vars(module).values() if isinstance(value, uncopied)]
+    return copy.deepcopy(model, {id(one): one for one in kept})
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

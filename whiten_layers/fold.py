@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from .convert import NORMS, PLAIN, TWINS, unwhiten
 from .dataflow import followed_by
 from .norm.base import WhiteningNorm
-from .norm.samples import scaled, shift
+from .norm.samples import scaled
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,27 +25,36 @@ CONVOLUTIONS = {4: nn.Conv2d, 5: nn.Conv3d}  # by the dimensions of the input
 def fold(model: M) -> M:
     """Fold the evaluating whitening normalizations of a model into its plain layers, in place.
 
-    What is left is a plain network with the same outputs, to rounding: whitened layers are turned back, a
-    normalization whose input is one layer's output, and nothing else's, is folded into that layer and
-    gives way to `nn.Identity`, and any other to a convolution with a 1×1 kernel (among them one that mixes channels
-    of several groups of the convolution in front). Of a linear layer in front of a 1-dimensional normalization the
-    inputs are taken to be rows ``(N, features)``. The forward pass is traced by `torch.fx`, as by ``whiten(psi=True)``;
-    hooks of what is replaced are gone.
+    What is left is a plain network with the same outputs, to rounding. Whitened layers are turned back. A
+    normalization whose input is one layer's output, and nothing else's, is folded into that layer and becomes a
+    `nn.Identity`. Any other becomes a convolution with a 1×1 kernel: also one that mixes channels of several groups of
+    the convolution in front, and one that has forward hooks, or whose layer in front has some or a weight that is
+    computed by one. All stay the same objects.
+
+    The forward pass is traced by `torch.fx`, in the mode that the model is in, with optional arguments at their
+    defaults: what another call would do with a layer in front is not seen. Of a linear layer in front of
+    a 1-dimensional normalization the inputs are taken to be rows ``(N, features)``.
 
     Returns:
-        `model`, or, of a single normalization, what takes its place.
+        `model`.
 
     Raises:
-        ValueError: the model cannot be traced; or a normalization is in training mode, or without running
-            statistics, or a 1-dimensional one that no layer can take, whose inputs may be rows or sequences; or
-            `unwhiten` raises one. Nothing is changed then.
+        ValueError: the model cannot be traced; or a normalization is in training mode, or without running statistics,
+            or of a subclass, which may compute otherwise, or a 1-dimensional one that no layer can take, whose
+            inputs may be rows or sequences; or `unwhiten` raises one. Nothing is changed then.
     """
     norms: dict[str, Any] = {name: one for name, one in model.named_modules() if isinstance(one, WhiteningNorm)}
-    for name, norm in norms.items():
-        if norm.training or norm.running_mean is None:
-            why = "is in training mode: call model.eval() first" if norm.training else "has no running statistics"
-            raise ValueError(f"{name or 'the model'} cannot be folded: it {why}")
     kinds = tuple(twin for twins in NORMS.values() for twin in twins.values())
+    for name, norm in norms.items():
+        why = None
+        if type(norm) not in kinds:
+            why = f"is a {type(norm).__name__}, which may compute otherwise"
+        elif norm.training:
+            why = "is in training mode: call model.eval() first"
+        elif norm.running_mean is None:
+            why = "has no running statistics"
+        if why:
+            raise ValueError(f"{name or 'the model'} cannot be folded: it {why}")
     layers = {norm: layer for layer, norm in followed_by(model, (*TWINS, *PLAIN), kinds).items()} if norms else {}
     modules: dict[str, Any] = dict(model.named_modules())
     fronts = {name: modules[layers[name]] for name in norms if name in layers}
@@ -57,13 +66,14 @@ def fold(model: M) -> M:
                 f"{type(norm).__name__} are rows or sequences is not known"
             )
     unwhiten(model)
+    dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.get_default_dtype())
     for name, norm in norms.items():
         matrix, moved = _map(norm)
         if name in takers:
             _fold_into(takers[name], matrix, moved)
-            model = _replaced(model, norm, nn.Identity())
+            _become(norm, nn.Identity().eval())
         else:
-            model = _replaced(model, norm, _convolution(norm, matrix, moved))
+            _become(norm, _convolution(norm, matrix, moved, dtype))
     return model
 
 
@@ -71,16 +81,20 @@ def _map(norm: WhiteningNorm) -> tuple[Tensor, Tensor]:
     """A ``(C, C)`` and s ``(C,)`` of ``y = A x + s``, in float64."""
     matrices, shifts = [], []
     for part in norm.parts():
-        mean, matrix = norm.running_map(part)
+        mean, matrix = (buffer.double() for buffer in norm.running_map(part))
         weight, bias = norm.affine_of(part)
-        matrix = scaled(matrix.double(), weight)
+        matrix = scaled(matrix, weight)
+        moved = (matrix @ mean.unsqueeze(-1)).flatten()
         matrices += [*matrix]
-        shifts.append(shift(matrix, mean.double(), bias).flatten())
+        shifts.append(-moved if bias is None else bias.double() - moved)
     return torch.block_diag(*matrices), torch.cat(shifts)
 
 
 def _takes(layer: Any, norm: WhiteningNorm) -> bool:
     """Whether the layer's outputs are the norm's channels, and no two that the norm mixes are of different groups."""
+    computed = [name for name in ("weight", "bias") if name not in layer._parameters]
+    if computed or any(one._forward_hooks or one._forward_pre_hooks for one in (layer, norm)):
+        return False
     if isinstance(layer, nn.Linear):
         return layer.out_features == norm.num_features and 2 in norm.dims
     size = layer.out_channels // layer.groups
@@ -111,22 +125,21 @@ def _blocks(matrix: Tensor, size: int) -> Tensor:
     return torch.stack([matrix[i : i + size, i : i + size] for i in range(0, len(matrix), size)])
 
 
-def _convolution(norm: WhiteningNorm, matrix: Tensor, moved: Tensor) -> nn.Module:
+def _convolution(norm: WhiteningNorm, matrix: Tensor, moved: Tensor, dtype: torch.dtype) -> nn.Module:
     size = norm.width if norm.num_features % norm.width == 0 else norm.num_features
-    like: Any = norm.running_mean if norm.weight is None else norm.weight
-    groups = norm.num_features // size
+    groups, device = norm.num_features // size, matrix.device
+    dtype = dtype if norm.weight is None else norm.weight.dtype
     make = CONVOLUTIONS[max(norm.dims)]
-    layer = make(norm.num_features, norm.num_features, 1, groups=groups, device=like.device, dtype=like.dtype)
+    layer = make(norm.num_features, norm.num_features, 1, groups=groups, device=device, dtype=dtype)
     layer.weight.copy_(_blocks(matrix, size).view_as(layer.weight))
     assert layer.bias is not None
     layer.bias.copy_(moved)
     return layer.eval()
 
 
-def _replaced(model: Any, old: nn.Module, new: nn.Module) -> Any:
-    """The model with another module in a module's place, under all its names; the new one if it is the model."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if child is old:
-                setattr(parent, name, new)
-    return new if model is old else model
+def _become(old: nn.Module, new: nn.Module) -> None:
+    """Turn a module into another, with its own hooks: whatever refers to it goes on doing so."""
+    hooks = {name: value for name, value in vars(old).items() if "hook" in name}
+    vars(old).clear()
+    vars(old).update({**vars(new), **hooks})
+    old.__class__ = type(new)

@@ -1,6 +1,7 @@
 """Checking what a layer or a transform is asked for."""
 
 import math
+import numbers
 
 
 def check(name: str, value: object, allowed: bool, choices: str) -> None:
@@ -16,4 +17,4 @@ def is_real(value: object) -> bool:
 
 def is_count(value: object) -> bool:
     """Whether a value is an integer of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1

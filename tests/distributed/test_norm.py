@@ -1,5 +1,7 @@
 """Whitening normalizations in several processes: each has a part of the batch, and the statistics are of the whole."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -68,12 +70,32 @@ def test_statistics_of_a_rank_or_a_group_alone():
 def under_ddp(rank):
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(CHANNELS, 6), *(kinds[0](6) for kinds in KINDS.values()), nn.BatchNorm1d(6))
-    for kinds in model[1:4]:
-        kinds.running_mean += rank  # what one rank alone has read from a checkpoint
+    for layer in model[1:4]:
+        layer.running_mean += rank  # what one rank alone has read from a checkpoint
+    model[3].step_size += rank
     wrapped = DistributedDataParallel(model)
     first = [float(layer.running_mean[0]) for layer in model[1:4]]
     wrapped(draw((8, CHANNELS), rank, torch.float32)).square().sum().backward()
     return first, len(wrapped.modules_buffers), [b.sum().item() for layer in model[1:4] for b in layer.buffers()]
+
+
+def in_groups_of_the_wrapper(rank):
+    own = [dist.new_group([other]) for other in range(2)][rank]
+    x = draw((8, CHANNELS), rank, torch.float32)
+    torch.manual_seed(0)
+    apart = DistributedDataParallel(nn.Sequential(nn.Linear(CHANNELS, 6), KINDS["swbn"][0](6)), process_group=own)
+    apart(x).sum().backward()
+    layer = KINDS["iter_norm"][0](CHANNELS, process_group=own, momentum=None)
+    copied = copy.deepcopy(DistributedDataParallel(layer).module)
+    copied(x)
+    return apart.module[1].running_mean.tolist(), copied.running_mean.tolist()
+
+
+def test_the_processes_are_the_wrappers_or_those_that_were_given():
+    results = run(in_groups_of_the_wrapper, 2)
+    for rank, (_, mean) in enumerate(results):
+        assert mean == pytest.approx(draw((8, CHANNELS), rank, torch.float32).mean(0).tolist(), rel=1e-5)
+    assert results[0][0] != results[1][0]
 
 
 def test_ddp_sends_their_state_once_and_keeps_their_buffers_to_themselves():

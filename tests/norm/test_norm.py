@@ -191,12 +191,13 @@ def test_an_option_that_is_not_possible_is_named(kind, options):
 @any_kind
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_bad_batch_leaves_no_mark_and_is_counted(kind, momentum, value):
+@pytest.mark.parametrize("group_size", [None, 3])
+def test_a_bad_batch_leaves_no_mark_and_is_counted(kind, momentum, value, group_size):
     x = draw((6, CHANNELS, 2, 2))
-    layer = make(kind, x, momentum=momentum)
+    layer = make(kind, x, momentum=momentum, group_size=group_size, **({"step_size": 0.1} if kind == "swbn" else {}))
     layer(x)
     before = state(layer)
-    x[3, 2, 1, 0] = value
+    x[3, 6, 1, 0] = value  # of the last group
     output = layer(x.requires_grad_())
     output.sum().backward()  # runs to its end
     assert not output.isfinite().all()
@@ -206,11 +207,18 @@ def test_a_bad_batch_leaves_no_mark_and_is_counted(kind, momentum, value):
 
 
 @any_kind
-def test_fewer_samples_than_channels(kind):
-    x = draw((3, CHANNELS), dtype=torch.float32).requires_grad_()
-    output = make(kind, x, dtype=torch.float32)(x)
-    output.square().sum().backward()
-    assert output.isfinite().all() and x.grad.isfinite().all()
+@pytest.mark.parametrize("rows, scale, mean", [(3, 1, 0), (5, 100, 0), (64, 1, 1000)])
+def test_float32_is_near_float64_where_it_is_hard(kind, rows, scale, mean):
+    """Fewer samples than channels, large ones, ones far from zero: errors that 1/√ε magnifies, not more."""
+    results = []
+    narrow = make(kind, draw((rows, CHANNELS)), dtype=torch.float32)
+    for layer, dtype in [(copy.deepcopy(narrow), torch.float32), (narrow.double(), torch.float64)]:
+        x = (scale * draw((rows, CHANNELS), dtype=torch.float32) + mean).to(dtype).requires_grad_()
+        output = layer(x)
+        output.backward(draw((rows, CHANNELS), 2, dtype))
+        results.append((output.detach().double(), x.grad.double()))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 0.03 * theirs.norm()
 
 
 @any_kind
@@ -294,6 +302,49 @@ def test_checkpointing_counts_a_batch_once(kind, use_reentrant):
 
 
 @any_kind
+def test_an_evaluating_pass_outlives_a_training_one(kind):
+    x = draw((6, CHANNELS)).requires_grad_()
+    layer = make(kind, x)
+    expected = torch.autograd.grad(layer.eval()(x).sin().sum(), x)[0]
+    output = layer(x)
+    layer.train()(x)
+    torch.testing.assert_close(torch.autograd.grad(output.sin().sum(), x)[0], expected)
+
+
+@any_kind
+def test_two_forward_passes_before_two_backward_passes_and_work_in_place(kind):
+    x = draw((6, CHANNELS)).requires_grad_()
+    layer, results = make(kind, x), []
+    first, second = (torch.relu_(layer(x)).sin().sum() for _ in range(2))
+    for loss in (second, first):
+        results.append(torch.autograd.grad(loss, x)[0])
+    if kind != "swbn":  # whose matrix has moved between
+        torch.testing.assert_close(*results)
+    assert all(result.isfinite().all() for result in results)
+
+
+@any_kind
+@pytest.mark.parametrize("training", [True, False])
+def test_input_and_layer_of_different_precision(kind, training):
+    x = draw((30, CHANNELS), dtype=torch.float32)
+    layer = make(kind, x).train(training)
+    torch.testing.assert_close(layer(x), layer(x.double()).float(), rtol=1e-4, atol=1e-4)
+
+
+@any_kind
+def test_torch_func_differentiates_what_keeps_no_running_statistics(kind):
+    x, layer = draw((6, CHANNELS)), make(kind, draw((6, CHANNELS)), track_running_stats=False).eval()
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,)).sin().sum()
+
+    gradients, of_input = torch.func.grad(loss, argnums=(0, 1))(parameters, x)
+    expected = torch.autograd.grad(loss(parameters, x.requires_grad_()), [*parameters.values(), x])
+    torch.testing.assert_close([*gradients.values(), of_input], list(expected))
+
+
+@any_kind
 def test_a_second_derivative_is_an_error_in_training(kind):
     x = draw((6, CHANNELS)).requires_grad_()
     (gradient,) = torch.autograd.grad(make(kind, x)(x).square().sum(), x, create_graph=True)
@@ -309,6 +360,7 @@ def test_state_is_saved_copied_and_made_on_meta(kind):
     layer.eval()
     with torch.device("meta"):
         other = KINDS[kind][1](CHANNELS, group_size=3, dtype=torch.float64)
+    assert str(other) == str(layer)
     other.to_empty(device="cpu").reset_parameters()
     fresh = KINDS[kind][1](CHANNELS, group_size=3, dtype=torch.float64)
     assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), other.state_dict().values(), strict=True))

@@ -75,6 +75,42 @@ def test_step_sizes_follow_the_learning_rate():
     torch.optim.lr_scheduler.OneCycleLR(one_cycle, 0.5, total_steps=10)
     follow_learning_rate(model, one_cycle)
     assert float(model[1].step_size) == pytest.approx(0.01 / 25)  # where the cycle begins
-    assert "step_size=0.0004" in str(model[1])
+    assert "criterion='kl', step_size=0.01" in str(model[1])
     model[1].reset_parameters()
     assert float(model[1].step_size) == pytest.approx(0.01)
+    still = torch.optim.SGD(model.parameters(), 0.0)
+    follow_learning_rate(model, still)
+    assert float(model[1].step_size) == 0
+
+
+def test_a_scheduler_made_later_is_seen():
+    model = nn.Sequential(StochasticWhiteningBatchNorm1d(6, step_size=0.01))
+    optimizer = torch.optim.SGD(model.parameters(), torch.tensor(0.1))
+    follow_learning_rate(model, optimizer)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=10)
+    sizes = []
+    for _ in range(9):
+        optimizer.step()
+        sizes.append(float(model[0].step_size))
+        schedule.step()
+    assert max(sizes) == pytest.approx(0.01, rel=0.1)
+
+
+@pytest.mark.parametrize("criterion", ["kl", "frobenius"])
+def test_a_dead_channel_does_not_grow(criterion):
+    layer = StochasticWhiteningBatchNorm1d(5, criterion=criterion, step_size=0.05)
+    for seed in range(200):
+        x = draw((20, 5), seed, torch.float32)
+        x[:, 2] = 3.0
+        layer(x)
+    assert layer.whitening[0, 2].tolist() == pytest.approx([0, 0, 1, 0, 0], abs=1e-3)
+
+
+def test_what_was_learned_outlives_the_running_statistics():
+    layer = StochasticWhiteningBatchNorm1d(5, step_size=0.05)
+    layer(draw((20, 5), dtype=torch.float32))
+    learned = layer.whitening.clone()
+    layer.reset_running_stats()
+    assert torch.equal(layer.whitening, learned) and layer.running_mean.abs().max() == layer.num_batches_tracked == 0
+    layer.reset_parameters()
+    assert torch.equal(layer.whitening[0], torch.eye(5))

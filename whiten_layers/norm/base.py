@@ -5,14 +5,14 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..clock import current_pass
+from ..distributed import Processes
 from ..numerics import WideBuffers, exact
-from ..options import check, is_count
-from .samples import BatchMoments, Whitening, batch_moments, normalize_by_batch, normalized
+from ..options import check, is_count, is_real
+from .samples import BatchMoments, Whitening, batch_moments, columns, normalize_by_batch, normalized
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,8 +39,10 @@ class WhiteningNorm(WideBuffers, ABC):
     say. Where `torch.distributed` runs, statistics in training are those of all processes' batches together, as
     they are of `nn.SyncBatchNorm`.
 
-    A forward pass inside a backward pass, which is what activation checkpointing repeats, changes no
-    buffer. Neither does a batch whose statistics hold a NaN or Inf: it is counted, and the output is what it is.
+    A forward pass inside a backward pass, which is what activation checkpointing repeats, changes no buffer (unless
+    what is checkpointed is a compiled graph). Neither does a batch whose statistics hold a NaN or Inf, or that is
+    empty: it is counted, and the output is what it is. In training there is no second derivative: double backward is
+    an error.
 
     Subclasses give the whitening that follows from a covariance, and what of it runs along; their ``__init__`` ends
     with `reset_parameters`.
@@ -75,10 +77,11 @@ class WhiteningNorm(WideBuffers, ABC):
     ) -> None:
         super().__init__()
         check("num_features", num_features, is_count(num_features), "an integer of at least 1")
+        check("eps", eps, is_real(eps) and eps >= 0, "a number of at least 0")
         check("group_size", group_size, group_size is None or is_count(group_size), "an integer of at least 1, or None")
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
-        self.group_size, self.synchronize, self.process_group = group_size, synchronize, process_group
+        self.group_size, self.synchronize, self.processes = group_size, synchronize, Processes(process_group)
         for name, has in [("weight", affine), ("bias", affine and bias)]:
             parameter = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if has else None
             self.register_parameter(name, parameter)
@@ -96,8 +99,12 @@ class WhiteningNorm(WideBuffers, ABC):
         self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype) if tracked else None)
 
     @abstractmethod
-    def _reset_buffers(self) -> None:
-        """Fill the subclass's buffers as a layer that has seen nothing has them."""
+    def _reset_running(self) -> None:
+        """Fill the subclass's running buffers, if there are any, as a layer that has seen nothing has them."""
+
+    @abstractmethod
+    def _reset_learned(self) -> None:
+        """Fill the subclass's other buffers, if there are any, as at the start."""
 
     @abstractmethod
     def _take_variance(self, variance: Tensor) -> None:
@@ -105,7 +112,7 @@ class WhiteningNorm(WideBuffers, ABC):
 
     @abstractmethod
     def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
-        """What the covariance ``(G, D, D)`` of a batch comes to. `learns`: whether state of its own may follow it."""
+        """What the covariance ``(G, D, D)`` of a batch comes to. `learns`: whether buffers may follow it."""
 
     @abstractmethod
     def _running(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> dict[str, Tensor]:
@@ -117,36 +124,35 @@ class WhiteningNorm(WideBuffers, ABC):
 
     @classmethod
     @torch.no_grad()
-    def take_over(cls, layer: Any, **options: Any) -> None:
-        """Turn a batch normalization into a layer of this class, which evaluates as it does, in place.
+    def like(cls, layer: Any, **options: Any) -> Any:
+        """A layer of this class that evaluates as a `nn.BatchNorm1d`, 2d or 3d does, with parameters of its own.
 
-        Args:
-            layer: a `nn.BatchNorm1d`, 2d or 3d; it stays the same object with the same parameters.
-            options: of this class, beyond those of the batch normalization.
+        `options` are those of this class, beyond the batch normalization's.
         """
-        settings = (layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        tracks = layer.running_mean is not None
+        settings = (layer.num_features, layer.eps, layer.momentum, layer.affine, tracks)
         tensors = [*layer.parameters(), *layer.buffers()]
         device, dtype = (tensors[0].device, tensors[0].dtype) if tensors else (None, None)
-        ours: Any = cls(*settings, device, dtype, bias=layer.bias is not None, **options)
-        if layer.running_mean is not None:
-            ours.running_mean.copy_(layer.running_mean)
-            ours.num_batches_tracked.copy_(layer.num_batches_tracked)
-            ours._take_variance(layer.running_var)
-        own = {name: value for name, value in vars(ours).items() if name not in vars(layer)}
-        vars(layer).update(own, _buffers=ours._buffers)
-        layer.__class__ = cls
+        made = cls(*settings, device, dtype, bias=layer.bias is not None, **options)
+        if tracks:
+            made.running_mean.copy_(layer.running_mean)  # type: ignore[union-attr]
+            if layer.num_batches_tracked is not None:
+                made.num_batches_tracked.copy_(layer.num_batches_tracked)
+            made._take_variance(layer.running_var)
+        return made
 
     def reset_running_stats(self) -> None:
-        """Forget what was observed."""
+        """Forget the running statistics, and nothing that was learned."""
         if self.running_mean is not None:
             self.running_mean.zero_()
             self.num_batches_tracked.zero_()
             self.num_batches_skipped.zero_()
-        self._reset_buffers()
+            self._reset_running()
 
     def reset_parameters(self) -> None:
-        """Weight 1, bias 0, nothing observed."""
+        """Weight 1, bias 0, nothing observed and nothing learned."""
         self.reset_running_stats()
+        self._reset_learned()
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:
@@ -186,27 +192,34 @@ class WhiteningNorm(WideBuffers, ABC):
         return outputs[0] if len(parts) == 1 else torch.cat(outputs, 1)
 
     def _by_batch(self, inputs: list[Tensor], parts: list[Part]) -> list[Tensor]:
-        group = self._group() if self.training else None
+        group = self.processes.group() if self.training and self.synchronize else None
         size = inputs[0].shape
         if group is None and size[0] * math.prod(size[2:]) == 1:
             size = torch.Size([size[0], self.num_features, *size[2:]])
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
         learns = self.training and not is_repeating()
-        with torch.no_grad():
-            moments = [batch_moments(input, part.groups, group) for input, part in zip(inputs, parts, strict=True)]
-            whitenings = [
-                self._whitening(one.covariance, part, learns) for one, part in zip(moments, parts, strict=True)
-            ]
-            if learns and self.track_running_stats:
-                self._track(moments, whitenings)
-        return [
-            normalize_by_batch(input, *self.affine_of(part), one, whitening, group)
-            for input, part, one, whitening in zip(inputs, parts, moments, whitenings, strict=True)
-        ]
+        outputs, moments, whitenings = [], [], []
+        for input, part in zip(inputs, parts, strict=True):
+            with torch.no_grad():
+                one, centred = batch_moments(input, part.groups, group)
+                whitening = self._whitening(one.covariance, part, learns)
+            outputs.append(normalize_by_batch(input, *self.affine_of(part), centred, one, whitening, group))
+            moments.append(one)
+            whitenings.append(whitening)
+        if learns:
+            with torch.no_grad():
+                self._follow(parts, moments, whitenings)
+        return outputs
 
     def _by_running(self, inputs: list[Tensor], parts: list[Part]) -> list[Tensor]:
-        pairs = zip(inputs, parts, strict=True)
-        return [normalized(input, *self.running_map(part), *self.affine_of(part)) for input, part in pairs]
+        outputs = []
+        for input, part in zip(inputs, parts, strict=True):
+            dtype = torch.promote_types(input.dtype, torch.float32)
+            # Copies: a training pass may write to the buffers before this one's backward.
+            mean, matrix = (buffer.to(dtype, copy=True) for buffer in self.running_map(part))
+            centred = columns(input, part.groups, mean)
+            outputs.append(normalized(centred, matrix, *self.affine_of(part), input))
+        return outputs
 
     def running_map(self, part: Part) -> tuple[Tensor, Tensor]:
         """The mean ``(G, D)`` and the matrices ``(G, D, D)`` that evaluation normalizes by."""
@@ -218,26 +231,25 @@ class WhiteningNorm(WideBuffers, ABC):
         weight, bias = self.weight, self.bias
         return None if weight is None else weight[part.channels], None if bias is None else bias[part.channels]
 
-    def _group(self) -> "ProcessGroup | None":
-        """The processes that this one shares a batch with."""
-        if not (self.synchronize and dist.is_available() and dist.is_initialized()):
-            return None
-        group = self.process_group or dist.group.WORLD
-        return group if dist.get_world_size(group) > 1 else None
-
-    def _track(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> None:
-        """Average this batch into the running buffers, unless something in it is not finite."""
-        batch = {"running_mean": torch.cat([one.mean.flatten() for one in moments])}
-        batch |= self._running(moments, whitenings)
-        valid = torch.stack([whitening.matrix.isfinite().all() for whitening in whitenings]).all()
-        for value in batch.values():
-            valid = valid & value.isfinite().all()
+    def _follow(self, parts: list[Part], moments: list[BatchMoments], whitenings: list[Whitening]) -> None:
+        """Take this batch into the buffers, unless something in it is not finite."""
+        batch = {}
+        if self.track_running_stats and self.running_mean is not None:
+            batch = {"running_mean": torch.cat([one.mean.flatten() for one in moments])}
+            batch |= self._running(moments, whitenings)
+        values = [*batch.values(), *(one.matrix for one in whitenings)]
+        valid = torch.stack([value.isfinite().all() for value in values]).all()
+        for part, whitening in zip(parts, whitenings, strict=True):
+            for name, value in whitening.learned.items():
+                buffer = part.of(self.get_buffer(name))
+                buffer.copy_(torch.where(valid, value, buffer))
+        if not batch:
+            return
         self.num_batches_tracked.add_(valid)
         self.num_batches_skipped.add_(~valid)
         weight = 1 / self.num_batches_tracked.clamp(min=1) if self.momentum is None else self.momentum
         for name, value in batch.items():
-            running = self._buffers[name]
-            assert running is not None
+            running = self.get_buffer(name)
             value = value.to(running.dtype)
             running.copy_(torch.where(valid, torch.lerp(running, value, weight), running))
 
@@ -259,7 +271,7 @@ class WhiteningNorm(WideBuffers, ABC):
 
 
 def is_repeating() -> bool:
-    """Whether this forward pass repeats an earlier one: a backward pass is running. A graph repeats no effects."""
+    """Whether this forward pass repeats an earlier one: a backward pass is running. Of a graph one cannot ask."""
     return not torch.compiler.is_compiling() and current_pass() is not None
 
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 def zca(covariance: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``(covariance + eps I)^(-½)`` of n matrices ``(n, D, D)``; its eigenvalues' roots ``(n, D)`` and vectors."""
     values, vectors = decompose(covariance)
-    roots = (values.clamp(min=0) + eps).sqrt()  # rounding takes a singular one's below zero
+    # What is rounding of the largest is no number, and the gradient has its power of -3/2: taken for that rounding.
+    rounding = torch.finfo(values.dtype).eps * values.shape[-1] * values[:, -1:]
+    roots = (values.clamp(min=rounding) + eps).sqrt()
     return (vectors / roots.unsqueeze(-2)) @ vectors.mT, roots, vectors
 
 
@@ -71,9 +73,12 @@ class _DecorrelatedBatchNorm(WhiteningNorm):
         self._register_running("running_covariance", (self.groups, self.width, self.width), device, dtype)
         self.reset_parameters()
 
-    def _reset_buffers(self) -> None:
-        if self.running_covariance is not None:
-            self._fill_diagonal(self.running_covariance, 1)
+    def _reset_running(self) -> None:
+        assert self.running_covariance is not None
+        self._fill_diagonal(self.running_covariance, 1)
+
+    def _reset_learned(self) -> None:
+        pass
 
     def _take_variance(self, variance: Tensor) -> None:
         assert self.running_covariance is not None
@@ -81,7 +86,7 @@ class _DecorrelatedBatchNorm(WhiteningNorm):
 
     def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
         matrix, *kept = zca(covariance, self.eps)
-        return Whitening(matrix, zca_adjoint, tuple(kept))
+        return Whitening(matrix, zca_adjoint, tuple(kept), {})
 
     def _running(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> dict[str, Tensor]:
         return {"running_covariance": stacked([unbiased(one) for one in moments])}

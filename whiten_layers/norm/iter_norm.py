@@ -103,18 +103,22 @@ class _IterNorm(WhiteningNorm):
         self.iterations = iterations
         self.reset_parameters()
 
-    def _reset_buffers(self) -> None:
-        if self.running_whitening is not None:
-            self._fill_diagonal(self.running_whitening, 1)
+    def _reset_running(self) -> None:
+        assert self.running_whitening is not None
+        self._fill_diagonal(self.running_whitening, 1)
+
+    def _reset_learned(self) -> None:
+        pass
 
     def _take_variance(self, variance: Tensor) -> None:
         assert self.running_whitening is not None
         self._fill_diagonal(self.running_whitening, (variance + self.eps).rsqrt())
 
     def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
+        covariance = covariance.clone()
         covariance.diagonal(dim1=-2, dim2=-1).add_(self.eps)
         adjoint = partial(newton_root_adjoint, iterations=self.iterations)
-        return Whitening(newton_root(covariance, self.iterations), adjoint, (covariance,))
+        return Whitening(newton_root(covariance, self.iterations), adjoint, (covariance,), {})
 
     def _running(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> dict[str, Tensor]:
         return {"running_whitening": stacked([whitening.matrix for whitening in whitenings])}

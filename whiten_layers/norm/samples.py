@@ -41,12 +41,14 @@ class BatchMoments(NamedTuple):
 class Whitening(NamedTuple):
     """The matrix ``(G, D, D)`` that a covariance comes to, and what the gradient needs of it.
 
-    ``adjoint(∂L/∂V, V, *kept)`` returns ∂L/∂Σ, ``(G, D, D)``, or ``(G, D)`` of one that is diagonal.
+    ``adjoint(∂L/∂V, V, *kept)`` returns ∂L/∂Σ, ``(G, D, D)``, or ``(G, D)`` of one that is diagonal. `learned` has what
+    buffers are to hold from now on, by their names, if the batch is a good one.
     """
 
     matrix: Tensor
     adjoint: Callable[..., Tensor]
     kept: tuple[Tensor, ...]
+    learned: dict[str, Tensor]
 
 
 def columns(input: Tensor, groups: int, mean: Tensor | None = None) -> Tensor:
@@ -67,8 +69,10 @@ def samples(columns: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(channels_first.transpose(0, 1))
 
 
-def batch_moments(input: Tensor, groups: int, process_group: "ProcessGroup | None" = None) -> BatchMoments:
-    """Moments of samples ``(N, G D, …)``, of all processes of the group together."""
+def batch_moments(
+    input: Tensor, groups: int, process_group: "ProcessGroup | None" = None
+) -> tuple[BatchMoments, Tensor]:
+    """Moments of samples ``(N, G D, …)``, of all processes of the group together, and the samples' centred columns."""
     dtype = torch.promote_types(input.dtype, torch.float32)
     by_sample = input.unsqueeze(-1).flatten(2)
     mean = by_sample.mean(2, dtype=dtype).mean(0).view(groups, -1)
@@ -81,7 +85,7 @@ def batch_moments(input: Tensor, groups: int, process_group: "ProcessGroup | Non
     covariance = centred @ centred.mT
     if process_group is not None:
         dist.all_reduce(covariance, group=process_group)
-    return BatchMoments(rows, mean, covariance / rows)
+    return BatchMoments(rows, mean, covariance / rows), centred
 
 
 def scaled(matrix: Tensor, weight: Tensor | None) -> Tensor:
@@ -89,16 +93,12 @@ def scaled(matrix: Tensor, weight: Tensor | None) -> Tensor:
     return matrix if weight is None else matrix * weight.to(matrix.dtype).view(*matrix.shape[:2], 1)
 
 
-def shift(matrix: Tensor, mean: Tensor, bias: Tensor | None) -> Tensor:
-    """``β − γ V m``, (G, D, 1), of matrices ``γ V``."""
-    moved = matrix @ mean.unsqueeze(-1)
-    return -moved if bias is None else bias.to(moved.dtype).view_as(moved) - moved
-
-
-def normalized(input: Tensor, mean: Tensor, matrix: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``γ V (x − m) + β`` of samples ``(N, G D, …)``; differentiable in the samples, γ and β, with m and V constant."""
+def normalized(centred: Tensor, matrix: Tensor, weight: Tensor | None, bias: Tensor | None, like: Tensor) -> Tensor:
+    """``γ V (x − m) + β`` of columns ``(G, D, n)``, as samples like others; differentiable, with V constant."""
     matrix = scaled(matrix, weight)
-    return samples(torch.baddbmm(shift(matrix, mean, bias), matrix, columns(input, len(matrix))), input)
+    if bias is None:
+        return samples(matrix @ centred, like)
+    return samples(torch.baddbmm(bias.to(matrix.dtype).view(*matrix.shape[:2], 1), matrix, centred), like)
 
 
 class NormalizeByBatch(torch.autograd.Function):
@@ -109,10 +109,10 @@ class NormalizeByBatch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        centred: Tensor,
         rows: Tensor,
         mean: Tensor,
         matrix: Tensor,
@@ -120,24 +120,32 @@ class NormalizeByBatch(torch.autograd.Function):
         process_group: "ProcessGroup | None",
         *kept: Tensor,
     ) -> Tensor:
+        return normalized(centred, matrix, weight, bias, input)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        input, weight, bias, _, rows, mean, matrix, adjoint, process_group, *kept = inputs
         ctx.save_for_backward(input, weight, rows, mean, matrix, *kept)
         ctx.adjoint, ctx.process_group = adjoint, process_group
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return normalized(input, mean, matrix, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
         input, weight, rows, mean, matrix, *kept = ctx.saved_tensors
+        of_input, of_weight, of_bias, *others = ctx.needs_input_grad
+        grad_input = grad_weight = grad_bias = None
         with exact(input.device):
-            grads, centred = columns(grad_output, len(matrix)), columns(input, len(matrix), mean)
-            total, product = grads.sum(-1, keepdim=True), grads @ centred.mT
-            grad_weight = grad_bias = grad_input = None
-            if ctx.needs_input_grad[1]:
-                grad_weight = (product * matrix).sum(-1).flatten().to(weight.dtype)
-            if ctx.needs_input_grad[2]:
+            grads = columns(grad_output, len(matrix))
+            total = grads.sum(-1, keepdim=True)
+            if of_bias:
                 grad_bias = total.flatten().to(ctx.bias_dtype)
-            if ctx.needs_input_grad[0]:
+            if of_input or of_weight:
+                centred = columns(input, len(matrix), mean)
+                product = grads @ centred.mT
+            if of_weight:
+                grad_weight = (product * matrix).sum(-1).flatten().to(weight.dtype)
+            if of_input:
                 if ctx.process_group is not None:
                     sums = torch.cat([total, product], -1)
                     dist.all_reduce(sums, group=ctx.process_group)
@@ -150,18 +158,19 @@ class NormalizeByBatch(torch.autograd.Function):
                 else:
                     columns_grad.baddbmm_((of_covariance + of_covariance.mT) / rows, centred)
                 grad_input = samples(columns_grad, input)
-        return grad_input, grad_weight, grad_bias, *[None] * (len(ctx.needs_input_grad) - 3)
+        return grad_input, grad_weight, grad_bias, *[None] * len(others)
 
 
 def normalize_by_batch(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    centred: Tensor,
     moments: BatchMoments,
     whitening: Whitening,
     process_group: "ProcessGroup | None" = None,
 ) -> Tensor:
-    """Normalize samples by their own moments, and the whitening that follows from them, as `normalized` does."""
+    """Normalize samples, given as centred columns too, by their own moments and the whitening that they come to."""
     rows, mean, _ = moments
-    matrix, adjoint, kept = whitening
-    return NormalizeByBatch.apply(input, weight, bias, rows, mean, matrix, adjoint, process_group, *kept)
+    matrix, adjoint, kept, _ = whitening
+    return NormalizeByBatch.apply(input, weight, bias, centred, rows, mean, matrix, adjoint, process_group, *kept)

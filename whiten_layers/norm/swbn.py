@@ -1,7 +1,7 @@
 """Stochastic whitening batch normalization: a whitening matrix that learns, a step at each batch (arXiv 2106.04413).
 
 Channels are standardised, ``x_s = (x − m) / s`` with ``s² = diag Σ + ε``, and multiplied by a matrix W that follows
-their correlation R = s⁻¹ Σ s⁻¹ down the gradient of a criterion, before it is used:
+their correlation R = s⁻¹ (Σ + εI) s⁻¹ down the gradient of a criterion, before it is used:
 
     "kl"         ½ (tr W R Wᵀ − ln det W R Wᵀ)        W ← W − α (W R Wᵀ − I) W
     "frobenius"  ½ ‖I − W R Wᵀ‖                       W ← W − α (W R Wᵀ − I) W R / ‖I − W R Wᵀ‖
@@ -89,9 +89,11 @@ class _StochasticWhiteningBatchNorm(WhiteningNorm):
         self.register_buffer("step_size", torch.empty((), device=device, dtype=dtype))
         self.reset_parameters()
 
-    def _reset_buffers(self) -> None:
-        if self.running_var is not None:
-            self.running_var.fill_(1)
+    def _reset_running(self) -> None:
+        assert self.running_var is not None
+        self.running_var.fill_(1)
+
+    def _reset_learned(self) -> None:
         self._fill_diagonal(self.whitening, 1)
         self.step_size.fill_(self.initial_step_size)
 
@@ -100,15 +102,17 @@ class _StochasticWhiteningBatchNorm(WhiteningNorm):
         self.running_var.copy_(variance)
 
     def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
-        matrix = part.of(self.whitening)
+        matrix, learned = part.of(self.whitening), {}
         variance = covariance.diagonal(dim1=-2, dim2=-1) + self.eps
         scale = variance.rsqrt()
         if learns:
             correlation = scale.unsqueeze(-1) * covariance * scale.unsqueeze(-2)
-            moved = whitening_step(matrix, correlation.to(matrix.dtype), self.step_size, self.criterion)
-            matrix.copy_(torch.where(moved.isfinite().all(), moved, matrix))
+            # That of Σ + εI: else a channel that is dead, of variance 0, would have its row of W grow for ever.
+            correlation.diagonal(dim1=-2, dim2=-1).fill_(1)
+            matrix = whitening_step(matrix, correlation.to(matrix.dtype), self.step_size, self.criterion)
+            learned = {"whitening": matrix}
         whole = matrix.to(scale.dtype) * scale.unsqueeze(-2)
-        return Whitening(whole, standardised_adjoint, (variance,))
+        return Whitening(whole, standardised_adjoint, (variance,), learned)
 
     def _running(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> dict[str, Tensor]:
         diagonals = [unbiased(one).diagonal(dim1=-2, dim2=-1).flatten() for one in moments]
@@ -120,7 +124,7 @@ class _StochasticWhiteningBatchNorm(WhiteningNorm):
         return part.of(self.whitening) * scale
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, criterion={self.criterion!r}, step_size={self.step_size.item():g}"
+        return f"{super().extra_repr()}, criterion={self.criterion!r}, step_size={self.initial_step_size:g}"
 
 
 class StochasticWhiteningBatchNorm1d(_StochasticWhiteningBatchNorm):
@@ -133,7 +137,7 @@ class StochasticWhiteningBatchNorm1d(_StochasticWhiteningBatchNorm):
     Args:
         num_features, …, dtype, bias: as for `nn.BatchNorm1d`. (The paper's momentum is 0.05.)
         criterion: what the steps go down, "kl" or "frobenius".
-        step_size: α, at least 0. The buffer ``step_size`` holds it, and may be filled with another at any time.
+        step_size: α, at least 0, at first. The buffer ``step_size`` holds it, and may be filled with another.
         group_size: channels that are whitened together, the last group may have fewer; None for all, as in the paper.
         synchronize: take the statistics of all processes' batches together where `torch.distributed` runs.
         process_group: the processes that are meant; None for all.
@@ -175,12 +179,13 @@ def follow_learning_rate(model: nn.Module, optimizer: Optimizer) -> Any:
     layers = [module for module in model.modules() if isinstance(module, _StochasticWhiteningBatchNorm)]
     places = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     groups = [places.get(id(layer.weight), 0) for layer in layers]
-    highest = [group.get("max_lr", group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    present = [float(group["lr"]) for group in optimizer.param_groups]
 
     def follow(*_: Any) -> None:
         for layer, index in zip(layers, groups, strict=True):
-            share = optimizer.param_groups[index]["lr"] / highest[index]
-            layer.step_size.fill_(layer.initial_step_size * share)
+            group = optimizer.param_groups[index]
+            highest = float(group.get("max_lr", group.get("initial_lr", present[index])))
+            layer.step_size.fill_(layer.initial_step_size * float(group["lr"]) / highest if highest > 0 else 0.0)
 
     follow()
     return optimizer.register_step_post_hook(follow)
