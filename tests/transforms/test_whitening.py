@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.memory import PeakMemory
 from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, whiten
-
-from ..memory import PeakMemory
 
 
 def test_grouped_is_one_layer_a_group():

@@ -1,0 +1,26 @@
+"""The counters of memory, on operations whose tensors can be counted by hand."""
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.memory import KeptMemory, PeakMemory
+
+
+def test_the_peak_is_of_what_is_alive_at_one_time():
+    x = torch.randn(1000)
+    with PeakMemory() as memory:
+        view = (x + 1).view(10, 100)  # holds what its base held
+        assert memory.now == 4000
+        del view
+        assert memory.now == 0
+        x.add_(1)
+        y = (x * 2).sum()
+    assert memory.peak == 4004 and memory.now == y.nbytes
+
+
+def test_what_is_saved_counts_once():
+    x, weight = torch.randn(6, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    with KeptMemory() as kept:
+        y = F.linear(x, weight)
+        (y * y).sum()
+    assert kept.bytes == 4 * (x.numel() + weight.numel() + y.numel())
