@@ -8,15 +8,20 @@ import argparse
 import math
 import statistics
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import whiten_layers.models
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import nn
 
-from whiten_layers import whiten
+from whiten_layers import GradientTransform, whiten
 
-from .data import DATASETS
+from .data import DATASETS, Images
 from .environment import describe, environment
 from .output import aligned, write
 from .training import (
@@ -32,6 +37,7 @@ from .training import (
 )
 
 MODELS = [name for name in whiten_layers.models.__all__ if not name.startswith("whitened_")]
+EPOCHS = {"digits": 20, "crops": 5}
 Runs = dict[tuple[str, float, int], Curve]  # by variant, learning rate, seed
 
 
@@ -60,7 +66,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     options.lr = options.lr or [{"sgd": 0.1, "adamw": 0.003}[options.optimizer]]
-    options.epochs = options.epochs or {"digits": 20, "crops": 5}[options.dataset]
+    options.epochs = options.epochs or EPOCHS[options.dataset]
     options.data = DATASETS[options.dataset]()
     images = len(options.data.train[1])
     if options.batch_size > images:
@@ -74,16 +80,32 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def run(options: argparse.Namespace, runs: Runs) -> float:
-    """Fill `runs`, plain at every learning rate and each transform at the best; return that rate."""
-    data = options.data
-    settings = {name: getattr(options, name) for name in ("optimizer", "epochs", "batch_size")}
+def variants(options: argparse.Namespace) -> dict[str, Callable[[], nn.Module]]:
+    """What makes the plain network, and one with each transform."""
+
+    def plain() -> nn.Module:
+        return getattr(whiten_layers.models, options.model)(options.data.num_classes)
+
+    def whitened(transform: GradientTransform) -> nn.Module:
+        return whiten(plain(), transform)
+
+    return {"plain": plain, **{name: partial(whitened, one) for name, one in options.transforms.items()}}
+
+
+def run(
+    runs: Runs,
+    networks: Mapping[str, Callable[[], nn.Module]],
+    data: Images,
+    rates: list[float],
+    seeds: list[int],
+    **settings: Any,
+) -> float:
+    """Fill `runs`, the first network at every learning rate and the others at its best; return that rate."""
+    baseline, *others = networks
 
     def measure(variant: str, lr: float, seed: int) -> None:
         torch.manual_seed(seed)
-        network = getattr(whiten_layers.models, options.model)(data.num_classes)
-        if variant != "plain":
-            whiten(network, options.transforms[variant])
+        network = networks[variant]()
         label = f"{variant:8}  lr {lr:g}  seed {seed}"
         curve = runs[variant, lr, seed] = Curve()
         train(network, data, lr=lr, seed=seed, label=label, curve=curve, **settings)
@@ -91,29 +113,24 @@ def run(options: argparse.Namespace, runs: Runs) -> float:
     def last(curve: Curve) -> float:
         return curve.final_loss if math.isfinite(curve.final_loss) else math.inf  # a rate that diverged is the worst
 
-    # At one rate plain and whitened take turns, so that a machine that slows down slows both.
-    best = options.lr[0]
-    if len(options.lr) > 1:
-        for lr in options.lr:
-            for seed in options.seeds:
-                measure("plain", lr, seed)
-        best = min(
-            options.lr, key=lambda lr: statistics.median(last(runs["plain", lr, seed]) for seed in options.seeds)
-        )
-    for seed in options.seeds:
-        if len(options.lr) == 1:
-            measure("plain", best, seed)
-        for variant in options.transforms:
+    # At one rate all take turns, so that a machine that slows down slows all.
+    best = rates[0]
+    if len(rates) > 1:
+        for lr in rates:
+            for seed in seeds:
+                measure(baseline, lr, seed)
+        best = min(rates, key=lambda lr: statistics.median(last(runs[baseline, lr, seed]) for seed in seeds))
+    for seed in seeds:
+        for variant in others if len(rates) > 1 else networks:
             measure(variant, best, seed)
     return best
 
 
-def summarise(runs: Runs) -> list[dict]:
-    """One row a run; the target of a run is the final smoothed loss of the plain run with its seed and rate."""
+def summarise(runs: Runs, baseline: str = "plain") -> list[dict]:
+    """One row a run; the target of a run is the final smoothed loss of the baseline's with its seed and rate."""
     rows = []
     for (variant, lr, seed), curve in runs.items():
-        plain = runs.get(("plain", lr, seed), Curve())
-        reached = curve.steps_until(plain.final_loss)
+        reached = curve.steps_until(runs.get((baseline, lr, seed), Curve()).final_loss)
         rows.append(
             {
                 "variant": variant,
@@ -124,8 +141,8 @@ def summarise(runs: Runs) -> list[dict]:
                 "training_loss": curve.final_loss,
                 "test_loss": curve.test_loss,
                 "test_accuracy": curve.test_accuracy,
-                "steps_to_plain": reached,
-                "seconds_to_plain": None if reached is None else curve.seconds[reached - 1],
+                f"steps_to_{baseline}": reached,
+                f"seconds_to_{baseline}": None if reached is None else curve.seconds[reached - 1],
             }
         )
     return rows
@@ -142,7 +159,7 @@ def medians(rows: list[dict], variant: str, lr: float) -> dict:
     return median
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], baseline: str = "plain") -> str:
     """The rows of `summarise` and `medians`, aligned."""
     heads = [
         "",
@@ -153,12 +170,13 @@ def table(rows: list[dict]) -> str:
         "training loss",
         "test loss",
         "test acc.",
-        "steps to plain",
-        "seconds to plain",
+        f"steps to {baseline}",
+        f"seconds to {baseline}",
     ]
     lines = [heads]
     for row in rows:
-        late = row["steps_to_plain"] is None or row["steps_to_plain"] == float("inf")
+        steps, seconds = (row[f"{unit}_to_{baseline}"] for unit in ("steps", "seconds"))
+        late = steps is None or steps == float("inf")
         lines.append(
             [
                 row["variant"],
@@ -169,19 +187,17 @@ def table(rows: list[dict]) -> str:
                 f"{row['training_loss']:.4f}",
                 f"{row['test_loss']:.4f}",
                 f"{row['test_accuracy']:.4f}",
-                "never" if late else f"{row['steps_to_plain']:g}",
-                "never" if late else f"{row['seconds_to_plain']:.1f}",
+                "never" if late else f"{steps:g}",
+                "never" if late else f"{seconds:.1f}",
             ]
         )
     return aligned(lines)
 
 
-def plot(runs: Runs, lr: float, title: str) -> Figure:
-    """Draw the smoothed loss of every run at the rate `lr`, against steps and against seconds."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    variants = list(dict.fromkeys(variant for variant, _, _ in runs))
-    colors = {variant: "tab:gray" if variant == "plain" else f"C{i}" for i, variant in enumerate(variants)}
+def draw(panels: Sequence[Axes], runs: Runs, lr: float, baseline: str = "plain") -> None:
+    """Draw the smoothed loss of every run at the rate `lr` into two panels, against steps and against seconds."""
+    names = list(dict.fromkeys(variant for variant, _, _ in runs))
+    colors = {variant: "tab:gray" if variant == baseline else f"C{i}" for i, variant in enumerate(names)}
     for (variant, rate, _), curve in runs.items():
         losses = curve.smoothed()
         if rate != lr or not losses:
@@ -195,8 +211,14 @@ def plot(runs: Runs, lr: float, title: str) -> Figure:
         panel.set_yscale("log")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"training loss (mean of {SMOOTHING} steps)")
-    if variants:
+    if names:
         panels[0].legend()
+
+
+def plot(runs: Runs, lr: float, title: str) -> Figure:
+    """The curves of every run at the rate `lr`."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    draw(figure.subplots(1, 2, sharey=True), runs, lr)
     figure.suptitle(title)
     return figure
 
@@ -208,12 +230,13 @@ def main(arguments: list[str] | None = None) -> int:
     runs: Runs = {}
     best, interrupted = options.lr[0], False
     try:
-        best = run(options, runs)
+        settings = {name: getattr(options, name) for name in ("optimizer", "epochs", "batch_size")}
+        best = run(runs, variants(options), options.data, options.lr, options.seeds, **settings)
     except KeyboardInterrupt:
         interrupted = True
         print("\ninterrupted: what follows is what was measured until then", file=sys.stderr)
-    rows, variants = summarise(runs), ["plain", *options.transforms]
-    summary = [row for row in (medians(rows, variant, best) for variant in variants) if row]
+    rows, names = summarise(runs), ["plain", *options.transforms]
+    summary = [row for row in (medians(rows, name, best) for name in names) if row]
     transforms = "; ".join(transform.extra_repr() for transform in options.transforms.values())
     title = f"{options.model} on {options.dataset}, {options.optimizer}, lr {best:g}, {transforms}"
     print(f"\n{title}\n{table([*rows, *(summary if len(options.seeds) > 1 else [])])}")

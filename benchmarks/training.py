@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from whiten_layers import FeatureWhitening
+from whiten_layers import FeatureWhitening, follow_learning_rate
 
 from .data import Images
 
@@ -69,36 +69,58 @@ def train(
     label: str,
     curve: Curve,
 ) -> None:
-    """Train with a one-cycle schedule, writing into `curve`, so that an interrupted run keeps what it measured.
+    """Train on a data set and test, writing into `curve`.
 
     Batches and augmentations depend on `seed` alone: two networks with one seed see the same.
     """
     generator = Generator().manual_seed(seed)
     images, labels = data.train
-    steps = epochs * (len(labels) // batch_size)
+    each = len(labels) // batch_size
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(epochs):
+            order = torch.randperm(len(labels), generator=generator)
+            for batch in order.split(batch_size)[:each]:
+                yield data.augment(images[batch], generator), labels[batch]
+
+    fit(network, batches(), epochs * each, optimizer=optimizer, lr=lr, label=label, curve=curve)
+    curve.test_loss, curve.test_accuracy = evaluate(network, *data.test)
+
+
+def fit(
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
+    *,
+    optimizer: str,
+    lr: float,
+    label: str,
+    curve: Curve,
+) -> None:
+    """Train on so many batches with a one-cycle schedule, which the steps of stochastic whitening follow.
+
+    What is measured is in `curve` at once, so that an interrupted run keeps it; making the batches is not timed.
+    """
     method = OPTIMIZERS[optimizer](network.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(method, lr, total_steps=steps, cycle_momentum=False)
+    follow_learning_rate(network, method)
     network.train()
     seconds, correct = 0.0, 0.0
     with tqdm(total=steps, desc=label, unit="step", dynamic_ncols=True) as bar:
-        for _ in range(epochs):
-            order = torch.randperm(len(labels), generator=generator)
-            for batch in order.split(batch_size)[: len(labels) // batch_size]:
-                inputs, targets = data.augment(images[batch], generator), labels[batch]
-                start = time.perf_counter()
-                method.zero_grad()
-                logits = network(inputs)
-                loss = F.cross_entropy(logits, targets)
-                loss.backward()
-                method.step()
-                schedule.step()
-                seconds += time.perf_counter() - start
-                curve.losses.append(loss.item())
-                curve.seconds.append(seconds)
-                correct += 0.1 * ((logits.argmax(1) == targets).float().mean().item() - correct)
-                bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{correct:.2f}")
-                bar.update()
-    curve.test_loss, curve.test_accuracy = evaluate(network, *data.test)
+        for inputs, targets in batches:
+            start = time.perf_counter()
+            method.zero_grad()
+            logits = network(inputs)
+            loss = F.cross_entropy(logits, targets)
+            loss.backward()
+            method.step()
+            schedule.step()
+            seconds += time.perf_counter() - start
+            curve.losses.append(loss.item())
+            curve.seconds.append(seconds)
+            correct += 0.1 * ((logits.argmax(1) == targets).float().mean().item() - correct)
+            bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{correct:.2f}")
+            bar.update()
 
 
 def positive(kind: type) -> Callable[[str], int | float]:
