@@ -211,7 +211,7 @@ def draw(panels: Sequence[Axes], runs: Runs, lr: float, baseline: str = "plain")
         panel.set_yscale("log")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"training loss (mean of {SMOOTHING} steps)")
-    if names:
+    if panels[0].lines:
         panels[0].legend()
 
 
