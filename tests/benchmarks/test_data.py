@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.data import DATASETS
+from benchmarks.data import CLASSES, DATASETS
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,32 @@ def test_augmentation_depends_on_the_generator_alone():
     first, second = (data.augment(images, torch.Generator().manual_seed(3)) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert first.shape == images.shape and not torch.equal(first, images)
+
+
+@pytest.mark.parametrize("name, size, classes", [("digits", 16, 5), ("crops", 32, 40)])
+def test_few_shot_classes(name, size, classes):
+    data = CLASSES[name](3)
+    assert data.num_classes == classes
+    for images, labels in (data.train, data.test):
+        assert images.shape == (len(labels), 3, size, size) and len(set(labels.tolist())) == classes
+        assert min(labels.unique(return_counts=True)[1]) >= 40
+    torch.testing.assert_close(CLASSES[name](3).train, data.train, rtol=0, atol=0)
+    assert not torch.equal(CLASSES[name](4).train[0][:9], data.train[0][:9])
+
+
+def test_held_out_digits_are_other_digits():
+    data = CLASSES["digits"](0)
+    assert not set(data.train[1].tolist()) & set(data.test[1].tolist())
+
+
+def test_places_share_no_pixel(monkeypatch):
+    """Photographs in which every cell has a colour of its own: each crop has one colour, and no two places the same."""
+    colour = torch.arange(10).view(5, 2).repeat_interleave(85, 0)[:, torch.arange(640) // 320] * 100.0
+    colour = torch.cat([colour + torch.arange(640) // 80 % 4, torch.zeros(2, 640)])
+    scenes = [(colour + 10 * number).expand(3, -1, -1) for number in range(2)]
+    monkeypatch.setattr("benchmarks.data.photographs", lambda: scenes)
+    monkeypatch.setattr("benchmarks.data.standardised", lambda *parts: parts)
+    data = CLASSES["crops"](0)
+    seen = torch.cat([data.train[0], data.test[0]]).view(80, -1)
+    torch.testing.assert_close(seen.amin(1), seen.amax(1))
+    assert len(seen.mean(1).round().unique()) == 80
