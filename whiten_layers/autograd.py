@@ -131,7 +131,7 @@ class TransformGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple:  # type: ignore[override]
         input, *saved = ctx.saved_tensors
-        weight = saved.pop(0) if ctx.reads_weight else None
+        weight, saved = (saved[0], saved[1:]) if ctx.reads_weight else (None, saved)
         if torch.compiler.is_compiling():
             transformed = _transform_gradient_op(list(gradients), input, weight, _handle(ctx, saved))
         else:

@@ -78,11 +78,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
-@contextmanager
-def exact(device: torch.device) -> Iterator[None]:
-    """Full precision, and autocast off; in a compiled graph only the latter: its products are what the setting says."""
-    with without_autocast(device), nullcontext() if torch.compiler.is_compiling() else full_precision():
-        yield
+def full_precision_outside_graphs() -> AbstractContextManager:
+    """`full_precision`, but not in a graph that is compiled: its products are as precise as the setting says."""
+    return nullcontext() if torch.compiler.is_compiling() else full_precision()
 
 
 class WideBuffers(nn.Module):

@@ -270,6 +270,7 @@ def test_memory_format_stays(kind, group_size):
 
 
 @any_kind
+@pytest.mark.filterwarnings("ignore")  # the compilers of some versions warn of themselves
 def test_compiled_is_eager_in_one_graph(kind):
     x = draw((6, CHANNELS, 3, 3))
     layer = make(kind, x, group_size=3)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..clock import current_pass
 from ..distributed import Processes
-from ..numerics import WideBuffers, exact
+from ..numerics import WideBuffers, full_precision_outside_graphs, without_autocast
 from ..options import check, is_count, is_real
 from .samples import BatchMoments, Whitening, batch_moments, columns, normalize_by_batch, normalized
 
@@ -186,7 +186,7 @@ class WhiteningNorm(WideBuffers, ABC):
         self._check_input(input)
         parts = self.parts()
         inputs = [input] if len(parts) == 1 else [input[:, part.channels] for part in parts]
-        with exact(input.device):
+        with without_autocast(input.device), full_precision_outside_graphs():
             by_batch = self.training or self.running_mean is None
             outputs = self._by_batch(inputs, parts) if by_batch else self._by_running(inputs, parts)
         return outputs[0] if len(parts) == 1 else torch.cat(outputs, 1)
@@ -247,11 +247,13 @@ class WhiteningNorm(WideBuffers, ABC):
             return
         self.num_batches_tracked.add_(valid)
         self.num_batches_skipped.add_(~valid)
-        weight = 1 / self.num_batches_tracked.clamp(min=1) if self.momentum is None else self.momentum
         for name, value in batch.items():
             running = self.get_buffer(name)
-            value = value.to(running.dtype)
-            running.copy_(torch.where(valid, torch.lerp(running, value, weight), running))
+            weight: Any = self.momentum
+            if weight is None:  # the mean of all batches
+                weight = 1 / self.num_batches_tracked.clamp(min=1).to(running.dtype)
+            average = torch.lerp(running, value.to(running.dtype), weight)
+            running.copy_(torch.where(valid, average, running))
 
     def _check_input(self, input: Tensor) -> None:
         if input.dim() not in self.dims:

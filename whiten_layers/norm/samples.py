@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..numerics import exact
+from ..numerics import full_precision_outside_graphs, without_autocast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -135,7 +135,7 @@ class NormalizeByBatch(torch.autograd.Function):
         input, weight, rows, mean, matrix, *kept = ctx.saved_tensors
         of_input, of_weight, of_bias, *others = ctx.needs_input_grad
         grad_input = grad_weight = grad_bias = None
-        with exact(input.device):
+        with without_autocast(input.device), full_precision_outside_graphs():
             grads = columns(grad_output, len(matrix))
             total = grads.sum(-1, keepdim=True)
             if of_bias:
