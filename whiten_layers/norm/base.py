@@ -235,8 +235,8 @@ class WhiteningNorm(WideBuffers, ABC):
         """Take this batch into the buffers, unless something in it is not finite."""
         batch = {}
         if self.track_running_stats and self.running_mean is not None:
-            batch = {"running_mean": torch.cat([one.mean.flatten() for one in moments])}
-            batch |= self._running(moments, whitenings)
+            mean = torch.cat([one.mean.flatten() for one in moments])
+            batch = {"running_mean": mean, **self._running(moments, whitenings)}
         values = [*batch.values(), *(one.matrix for one in whitenings)]
         valid = torch.stack([value.isfinite().all() for value in values]).all()
         for part, whitening in zip(parts, whitenings, strict=True):
