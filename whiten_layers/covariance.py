@@ -1,5 +1,6 @@
 """The running mean and covariance of a set of features."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -146,6 +147,14 @@ class FeatureCovariance(WideBuffers):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
         self.window = None
         super()._load_from_state_dict(state_dict, prefix, copied(local_metadata), *args)
+
+
+class SettledCovariance(FeatureCovariance, ABC):
+    """Statistics from which follows, in every process for itself, what is in force: not a matrix's inverse."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Put in force, in place, what follows from the running statistics. Called when a window has been closed."""
 
 
 def copied(local_metadata: dict) -> dict:

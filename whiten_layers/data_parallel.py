@@ -64,8 +64,8 @@ def _broadcast(kept: dict[str, nn.Module], group: "dist.ProcessGroup") -> None:
     """Give every process the state that the first has."""
     transforms = [one for one in kept.values() if isinstance(one, GradientTransform)]
     for transform in transforms:
-        for factor in transform.factors():
-            factor.window = None  # what one process alone has observed
+        for average in transform.averages():
+            average.window = None  # what one process alone has observed
     distributed.agree("take on", [f"{name} ({_described(one)})" for name, one in kept.items()], [], group)
     state = list({id(buffer): buffer for one in kept.values() for buffer in one.buffers()}.values())
     if transforms:
@@ -78,7 +78,7 @@ def _broadcast(kept: dict[str, nn.Module], group: "dist.ProcessGroup") -> None:
 
 def _described(one: nn.Module) -> str:
     if isinstance(one, GradientTransform):
-        return ", ".join(map(str, one.factors()))
+        return ", ".join(map(str, one.averages()))
     return f"{type(one).__name__}, {', '.join(str(tuple(buffer.shape)) for buffer in one.buffers())}"
 
 

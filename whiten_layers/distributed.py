@@ -20,7 +20,7 @@ import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,11 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .clock import Clock
-from .covariance import Moments, zero_moments
+from .covariance import FeatureCovariance, Moments, zero_moments
 from .factor import Outcome, WhiteningFactor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+A = TypeVar("A", bound=FeatureCovariance)
 
 _control_groups: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
 
@@ -137,10 +139,10 @@ def _control_group(group: ProcessGroup) -> ProcessGroup:
     return _control_groups[group]
 
 
-def merge_windows(factors: Iterable[WhiteningFactor], group: ProcessGroup) -> None:
-    """Give every factor, on every process, the window of all their rows."""
-    for bucket in _alike(factors):
-        windows = [factor.window or zero_moments(factor.running_mean) for factor in bucket]
+def merge_windows(averages: Iterable[FeatureCovariance], group: ProcessGroup) -> None:
+    """Give every average, on every process, the window of all their rows."""
+    for bucket in _alike(averages):
+        windows = [average.window or zero_moments(average.running_mean) for average in bucket]
         sums = _flat([part for window in windows for part in (window.rows, window.rows[:, None] * window.mean)])
         dist.all_reduce(sums, group=group)
         totals = _cut(sums, [part for window in windows for part in (window.rows, window.mean)])
@@ -154,8 +156,8 @@ def merge_windows(factors: Iterable[WhiteningFactor], group: ProcessGroup) -> No
         flat = _flat(triangles)
         dist.all_reduce(flat, group=group)
         covariances = _cut(flat, triangles)
-        for factor, rows, mean, covariance in zip(bucket, totals[::2], totals[1::2], covariances, strict=True):
-            factor.window = Moments(rows, mean, symmetric(covariance))
+        for average, rows, mean, covariance in zip(bucket, totals[::2], totals[1::2], covariances, strict=True):
+            average.window = Moments(rows, mean, symmetric(covariance))
 
 
 def share(costs: Sequence[float], processes: int) -> list[int]:
@@ -243,11 +245,11 @@ def symmetric(triangle: Tensor) -> Tensor:
     return matrices
 
 
-def _alike(factors: Iterable[WhiteningFactor]) -> list[list[WhiteningFactor]]:
-    """Factors whose numbers fit into one bucket, in their order."""
+def _alike(averages: Iterable[A]) -> list[list[A]]:
+    """Those whose numbers fit into one bucket, in their order."""
     buckets = defaultdict(list)
-    for factor in factors:
-        buckets[factor.running_mean.dtype, factor.running_mean.device].append(factor)
+    for average in averages:
+        buckets[average.running_mean.dtype, average.running_mean.device].append(average)
     return list(buckets.values())
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import distributed
 from .beneath import beneath
 from .clock import Clock, current_pass, is_due, last_due
+from .covariance import FeatureCovariance, SettledCovariance
 from .factor import Outcome, WhiteningFactor
 from .inverse import METHODS, Inverse
 from .numerics import full_precision, without_autocast
@@ -70,32 +71,39 @@ def request(transform: "GradientTransform") -> None:
 
 @torch.no_grad()
 def update(transforms: "Iterable[GradientTransform]") -> None:
-    """Close the windows of the transforms' factors, and refresh them, together with the processes that share them.
+    """Close the windows of the transforms' statistics, and refresh what follows, with the processes that share them.
 
-    A factor of which nothing is new anywhere stays as it is, unless its method comes nearer at every refresh.
+    What of which nothing is new anywhere stays as it is, unless its method comes nearer at every refresh.
     """
-    together: dict[ProcessGroup | None, list[tuple[GradientTransform, WhiteningFactor]]] = defaultdict(list)
+    together: dict[ProcessGroup | None, list[tuple[GradientTransform, FeatureCovariance]]] = defaultdict(list)
     for transform in sorted(transforms, key=lambda transform: int(transform.handle)):
-        for factor in transform.factors():
-            together[distributed.group_of(transform.clock)].append((transform, factor))
+        for average in transform.averages():
+            together[distributed.group_of(transform.clock)].append((transform, average))
     for group, due in together.items():
-        is_wanted = [factor.window is not None or factor.is_approximate for _, factor in due]
+        is_wanted = [average.window is not None or getattr(average, "is_approximate", False) for _, average in due]
         if group is not None:
             is_wanted = distributed.agree("refresh", [_label(*pair) for pair in due], is_wanted, group)
         wanted = [pair for pair, flag in zip(due, is_wanted, strict=True) if flag]
         if group is not None:
-            distributed.merge_windows([factor for _, factor in wanted], group)
-        for transform, factor in wanted:
+            distributed.merge_windows([average for _, average in wanted], group)
+        for transform, average in wanted:
             batch = transform.clock.batch
-            factor.close_window(batch - last_due(batch - 1, transform.update_interval))
-        refresh([factor for _, factor in wanted], group)
+            average.close_window(batch - last_due(batch - 1, transform.update_interval))
+        refresh([average for _, average in wanted if isinstance(average, WhiteningFactor)], group)
+        for _, average in wanted:
+            if isinstance(average, SettledCovariance):
+                average.settle()
 
 
-def _label(transform: "GradientTransform", factor: WhiteningFactor) -> str:
-    """What a message calls a factor, and what has to be the same on all processes."""
+def _label(transform: "GradientTransform", average: FeatureCovariance) -> str:
+    """What a message calls an average, and what has to be the same on all processes."""
     name = transform.name or f"a {type(transform).__name__} without a name"
-    groups = f"{len(factor.scale)} × " if len(factor.scale) > 1 else ""
-    return f"{name} ({groups}{factor.features} features, {factor.method}) at batch {transform.clock.batch}"
+    number, features = average.running_mean.shape
+    kind = type(average).__name__.lower()
+    if isinstance(average, WhiteningFactor):
+        features, kind = average.features, average.method
+    groups = f"{number} × " if number > 1 else ""
+    return f"{name} ({groups}{features} features, {kind}) at batch {transform.clock.batch}"
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import refresh
 from ..clock import Clock, current_pass, is_within_another, last_due
-from ..covariance import copied
+from ..covariance import FeatureCovariance, copied
 from ..factor import WhiteningFactor
 from ..patches import Geometry
 
@@ -30,8 +30,8 @@ class GradientTransform(nn.Module, ABC):
 
     Subclasses implement `bind`, `transform`, `observe` and `reset_state`; one that also follows the gradient of
     the layer's output sets `observes_output` and implements `observe_output`, and one whose map follows from the
-    layer's weight sets `reads_weight`. Whitening factors that are child modules are refreshed together with those of
-    other layers.
+    layer's weight sets `reads_weight`. Child modules that are a `WhiteningFactor` or a `SettledCovariance` are
+    refreshed together with those of other layers.
 
     Attributes:
         clock: the number of the backward pass, which `whiten` lets the layers of a model share.
@@ -113,8 +113,12 @@ class GradientTransform(nn.Module, ABC):
         return [module for module in self.modules() if isinstance(module, GradientTransform)]
 
     def factors(self) -> list[WhiteningFactor]:
-        """The children that are refreshed every `update_interval` batches."""
+        """The children that are refreshed by an inverse."""
         return [child for child in self.children() if isinstance(child, WhiteningFactor)]
+
+    def averages(self) -> list[FeatureCovariance]:
+        """The children that are refreshed every `update_interval` batches."""
+        return [child for child in self.children() if isinstance(child, FeatureCovariance)]
 
     def _bind_counters(self, device: torch.device) -> None:
         self.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device))
