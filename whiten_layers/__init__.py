@@ -24,7 +24,7 @@ from .norm import (
     follow_learning_rate,
 )
 from .report import Report, report
-from .transforms import Chain, FeatureWhitening, GradientTransform, PSIScaling
+from .transforms import Chain, FeatureWhitening, GradientTransform, OptimalInputGain, PSIScaling
 
 __all__ = [
     "Chain",
@@ -36,6 +36,7 @@ __all__ = [
     "IterNorm1d",
     "IterNorm2d",
     "IterNorm3d",
+    "OptimalInputGain",
     "PSIScaling",
     "Report",
     "StochasticWhiteningBatchNorm1d",

@@ -16,11 +16,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, observe_output
 from .numerics import autocast_dtype
 from .patches import Geometry
-from .transforms import FeatureWhitening, GradientTransform
+from .transforms import FeatureWhitening, GradientTransform, OptimalInputGain
 
 
 def make_transform(transform: GradientTransform | str | None) -> GradientTransform:
-    """A transform of one's own: a copy of the given one, that of a method's name, or the default.
+    """A transform of one's own: a copy of the given one, that of a name, or the default.
+
+    A name is "optimal_gain", or that of an inverse method of `FeatureWhitening`.
 
     Raises:
         TypeError: it is none of these.
@@ -28,10 +30,10 @@ def make_transform(transform: GradientTransform | str | None) -> GradientTransfo
     if transform is None:
         return FeatureWhitening()
     if isinstance(transform, str):
-        return FeatureWhitening(transform)
+        return OptimalInputGain() if transform == "optimal_gain" else FeatureWhitening(transform)
     if isinstance(transform, GradientTransform):
         return copy.deepcopy(transform)
-    raise TypeError(f"transform={transform!r} is not possible: give a GradientTransform, a method's name, or None")
+    raise TypeError(f"transform={transform!r} is not possible: give a GradientTransform, a name, or None")
 
 
 def attach(layer: nn.Linear | _ConvNd, geometry: Geometry, transform: GradientTransform | str | None) -> None:
@@ -99,8 +101,8 @@ class WhitenedLinear(_Whitened, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as for `nn.Linear`.
-        transform: a `GradientTransform` (copied), the name of an inverse method, or None for
-            ``FeatureWhitening()``.
+        transform: a `GradientTransform` (copied), the name of an inverse method, "optimal_gain" for
+            ``OptimalInputGain()``, or None for ``FeatureWhitening()``.
 
     Shape: ``(..., in_features) -> (..., out_features)``.
     """

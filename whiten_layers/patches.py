@@ -108,6 +108,18 @@ def channel_rows(input: Tensor, groups: int, spatial_dims: int, max_rows: int | 
     return rearrange(input[(images, slice(None), *space)], "n (g c) ... -> g (n ...) c", g=groups)
 
 
+def output_sizes(geometry: Geometry, sizes: Sequence[int]) -> list[int]:
+    """How many positions `patch_rows` finds along each spatial dimension of an input of these sizes."""
+    padding = geometry.padding or (0, 0) * len(sizes)
+    outputs = []
+    for axis, size in enumerate(sizes):
+        spread = (size - 1) * (geometry.upsampling[axis] if geometry.upsampling else 1) + 1
+        spread += sum(padding[len(padding) - 2 * axis - 2 :][:2])
+        span = geometry.dilation[axis] * (geometry.kernel_size[axis] - 1) + 1
+        outputs.append((spread - span) // geometry.stride[axis] + 1)
+    return outputs
+
+
 def patch_rows(input: Tensor, geometry: Geometry, max_rows: int | None = None, phase: int = 0) -> Tensor:
     """Patches at sampled output positions: ``(N, groups·C, *space) -> (groups, rows, C·taps)``.
 

@@ -2,7 +2,8 @@
 
 from .base import GradientTransform
 from .chain import Chain
+from .gain import OptimalInputGain
 from .psi import PSIScaling
 from .whitening import FeatureWhitening
 
-__all__ = ["Chain", "FeatureWhitening", "GradientTransform", "PSIScaling"]
+__all__ = ["Chain", "FeatureWhitening", "GradientTransform", "OptimalInputGain", "PSIScaling"]
