@@ -25,6 +25,7 @@ from .norm import (
 )
 from .report import Report, report
 from .transforms import Chain, FeatureWhitening, GradientTransform, OptimalInputGain, PSIScaling
+from .two_stage import TwoStageNetwork
 
 __all__ = [
     "Chain",
@@ -42,6 +43,7 @@ __all__ = [
     "StochasticWhiteningBatchNorm1d",
     "StochasticWhiteningBatchNorm2d",
     "StochasticWhiteningBatchNorm3d",
+    "TwoStageNetwork",
     "WhitenedConv1d",
     "WhitenedConv2d",
     "WhitenedConv3d",
