@@ -1,0 +1,469 @@
+"""How near do first-order trainers with optimal input gains come to Levenberg–Marquardt, at which cost?
+
+Networks of one hidden layer on seven regression sets: the four trainers of `whiten_layers.TwoStageNetwork`, plain
+backpropagation (a Newton scalar step along the gradient of all weights) and Levenberg–Marquardt (MINPACK's, by
+`scipy.optimize.least_squares`, with the exact Jacobian), all from the same weights: hidden ones drawn at random, output
+ones solved for. Inputs and targets are standardised, a quarter is held out; errors are means over outputs, so that 1
+is the error of the mean.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.optimize import least_squares
+from sklearn.datasets import (
+    load_diabetes,
+    load_digits,
+    load_linnerud,
+    make_friedman1,
+    make_friedman2,
+    make_friedman3,
+)
+from torch import Tensor
+from tqdm import tqdm
+
+from whiten_layers.two_stage import HALVINGS, TwoStageNetwork, augmented, negative_gradient
+
+from .environment import describe, environment
+from .output import aligned, write
+from .training import positive
+
+Arrays = tuple[np.ndarray, np.ndarray]
+
+
+def linear_plus_sine(seed: int) -> Arrays:
+    """1,000 rows of 20 features with variances 1 to 1/1000 along random axes: a line, a sine across it, some noise."""
+    generator = np.random.default_rng(seed)
+    axes = np.linalg.qr(generator.normal(size=(20, 20)))[0]
+    inputs = generator.normal(size=(1000, 20)) * np.logspace(0, -1.5, 20) @ axes
+    line, across = generator.normal(size=(2, 20))
+    return inputs, inputs @ line + np.sin(2 * inputs @ across) + 0.1 * generator.normal(size=1000)
+
+
+def digits(_: int) -> Arrays:
+    """The pixels of 1,797 handwritten digits, and which of ten each is."""
+    data = load_digits()
+    return data.data, np.eye(10)[data.target]
+
+
+def shipped(load: Callable) -> Callable[[int], Arrays]:
+    """A set that is what it is, whatever the seed."""
+    return lambda _: load(return_X_y=True)
+
+
+# Of each the data at a seed, and the number of hidden units.
+SETS: dict[str, tuple[Callable[[int], Arrays], int]] = {
+    "diabetes": (shipped(load_diabetes), 10),
+    "linnerud": (shipped(load_linnerud), 3),
+    "digits": (digits, 20),
+    "friedman1": (lambda seed: make_friedman1(1000, noise=1.0, random_state=seed), 10),
+    "friedman2": (lambda seed: make_friedman2(1000, noise=125.0, random_state=seed), 10),
+    "friedman3": (lambda seed: make_friedman3(1000, noise=0.1, random_state=seed), 10),
+    "linear+sine": (linear_plus_sine, 10),
+}
+TWO_STAGE = {
+    "OWO-BP": {"direction": "bp", "gains": False},
+    "OIG-BP": {"direction": "bp", "gains": True},
+    "OWO-HWO": {"direction": "hwo", "gains": False},
+    "OIG-HWO": {"direction": "hwo", "gains": True},
+}
+TRAINERS = ("BP", *TWO_STAGE, "LM")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A set at a seed: standardised inputs and targets (rows, features), by those of training, and hidden units."""
+
+    inputs: Tensor
+    targets: Tensor
+    held_inputs: Tensor
+    held_targets: Tensor
+    hidden: int
+
+    @staticmethod
+    def draw(name: str, seed: int, hidden: int | None = None) -> "Problem":
+        """The set of this name, dealt by the seed; with its own number of hidden units, or another."""
+        make, own = SETS[name]
+        arrays = [torch.as_tensor(array, dtype=torch.float64) for array in make(seed)]
+        arrays = [array.unsqueeze(1) if array.dim() == 1 else array for array in arrays]
+        order = torch.randperm(len(arrays[0]), generator=torch.Generator().manual_seed(seed))
+        held, kept = order[: len(order) // 4], order[len(order) // 4 :]
+        parts = []
+        for array in arrays:
+            mean, spread = array[kept].mean(0), array[kept].std(0, correction=0)
+            array = (array - mean) / torch.where(spread > 0, spread, 1)
+            parts.append((array[kept], array[held]))
+        (inputs, held_inputs), (targets, held_targets) = parts
+        return Problem(inputs, targets, held_inputs, held_targets, hidden or own)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """N rows, M features with the constant, h hidden units, o outputs."""
+        return len(self.inputs), self.inputs.shape[1] + 1, self.hidden, self.targets.shape[1]
+
+    @property
+    def jacobian(self) -> tuple[int, int]:
+        """Residuals and parameters: what Levenberg–Marquardt decomposes."""
+        rows, features, hidden, outputs = self.sizes
+        return rows * outputs, hidden * features + outputs * (hidden + features)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of a network: hidden (h, M), output (o, h) and direct (o, M)."""
+
+    hidden: Tensor
+    output: Tensor
+    direct: Tensor
+
+    @staticmethod
+    def of(network: TwoStageNetwork) -> "Weights":
+        """A copy of a network's."""
+        weights = (network.hidden_weight, network.output_weight, network.direct_weight)
+        return Weights(*(weight.clone() for weight in weights))
+
+    def residuals(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """``t − y``. Multiplications: N (h M + h o + M o)."""
+        rows = augmented(inputs)
+        return targets - (rows @ self.hidden.mT).sigmoid() @ self.output.mT - rows @ self.direct.mT
+
+    def jacobian(self, inputs: Tensor) -> Tensor:
+        """The derivatives of `residuals`, flattened, by all weights in their order. Multiplications: N o h (1 + M)."""
+        rows, outputs = augmented(inputs), len(self.output)
+        values = (rows @ self.hidden.mT).sigmoid()
+        inner = (values * (1 - values)).unsqueeze(1) * self.output  # (N, o, h)
+        eye = torch.eye(outputs).to(rows)
+        parts = [torch.einsum("poh,pm->pohm", inner, rows)]
+        parts += [torch.einsum("oq,pm->poqm", eye, part) for part in (values, rows)]
+        return -torch.cat([part.reshape(len(rows) * outputs, -1) for part in parts], 1)
+
+    def plus(self, step: float, others: "Weights") -> "Weights":
+        """These, and so much of others."""
+        pairs = zip(vars(self).values(), vars(others).values(), strict=True)
+        return Weights(*(weight + step * other for weight, other in pairs))
+
+
+@dataclass
+class Curve:
+    """What a run measured at the start and after each iteration: errors, seconds, multiplications."""
+
+    training: list[float] = field(default_factory=list)
+    held: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    multiplications: list[int] = field(default_factory=list)
+
+    def take(self, problem: Problem, weights: Weights, seconds: float, multiplications: int) -> None:
+        """A point more."""
+        self.training.append(weights.residuals(problem.inputs, problem.targets).square().mean().item())
+        self.held.append(weights.residuals(problem.held_inputs, problem.held_targets).square().mean().item())
+        self.seconds.append(seconds)
+        self.multiplications.append(multiplications)
+
+    def best_within(self, multiplications: float) -> float:
+        """The lowest training error at no more than so many multiplications; infinite if there is none."""
+        pairs = zip(self.training, self.multiplications, strict=True)
+        return min((error for error, spent in pairs if spent <= multiplications), default=math.inf)
+
+
+Point = tuple[Weights, int]  # weights, and the multiplications up to them
+
+
+def two_stage(problem: Problem, seed: int, iterations: int, options: dict) -> Iterator[Point]:
+    """A trainer of the library."""
+    network = TwoStageNetwork(problem.hidden, iterations=iterations, seed=seed, **options)
+    for progress in network.iterate(problem.inputs, problem.targets):
+        yield Weights.of(network), progress.multiplications
+
+
+def backpropagation(problem: Problem, seed: int, iterations: int) -> Iterator[Point]:
+    """All weights along their gradient, by the Newton step of the two-stage trainers, which halves where E would rise.
+
+    Multiplications of an iteration: N h (M + o) for the hidden weights' gradient, N o (h + M) for the others';
+    N (h M + 2 h o + M o) for the derivatives u of the outputs along it; a forward pass for each step that is tried.
+    """
+    number, features, hidden, outputs = problem.sizes
+    forward = number * (hidden * features + hidden * outputs + features * outputs)
+    weights, spent = next(two_stage(problem, seed, 1, TWO_STAGE["OWO-BP"]))
+    rows, residuals = augmented(problem.inputs), weights.residuals(problem.inputs, problem.targets)
+    yield weights, spent
+    for _ in range(iterations):
+        values = (rows @ weights.hidden.mT).sigmoid()  # at hand from the forward pass, and so not counted
+        slopes = values * (1 - values)
+        gradient = Weights(
+            negative_gradient(rows, slopes, weights.output, residuals),
+            2 / number * residuals.mT @ values,
+            2 / number * residuals.mT @ rows,
+        )
+        along = (slopes * (rows @ gradient.hidden.mT)) @ weights.output.mT
+        along = along + values @ gradient.output.mT + rows @ gradient.direct.mT
+        spent += number * (2 * hidden * features + 4 * hidden * outputs + 2 * features * outputs)
+        step = ((residuals * along).sum() / along.square().sum()).item()
+        for _ in range(HALVINGS if math.isfinite(step) else 0):
+            tried = weights.plus(step, gradient)
+            left = tried.residuals(problem.inputs, problem.targets)
+            spent += forward
+            if left.square().sum() < residuals.square().sum():
+                weights, residuals = tried, left
+                break
+            step /= 2
+        yield weights, spent
+
+
+def decomposition(problem: Problem) -> int:
+    """Multiplications of a QR decomposition of the Jacobian by Householder's reflections: m n² − n³/3."""
+    residuals, parameters = problem.jacobian
+    return residuals * parameters**2 - parameters**3 // 3
+
+
+def levenberg_marquardt(problem: Problem, seed: int, iterations: int, curve: Curve) -> None:
+    """MINPACK's lmder until it converges, or has tried so many steps: an iteration is a step that is tried.
+
+    Multiplications: a forward pass for each function evaluation; for each Jacobian, of m = N o residuals by n
+    parameters, those to build it and of its QR `decomposition`. What is left out favours it: the solutions for the
+    step's length, of order n³ for each step that is tried.
+    """
+    number, features, hidden, outputs = problem.sizes
+    start, spent = next(two_stage(problem, seed, 1, TWO_STAGE["OWO-BP"]))
+    shapes = [weight.shape for weight in vars(start).values()]
+    ends = np.cumsum([shape.numel() for shape in shapes])[:-1]
+    points: list[tuple[Weights, float, int]] = []
+    lowest = math.inf
+
+    def unpacked(vector: np.ndarray) -> Weights:
+        parts = np.split(vector.copy(), ends)
+        return Weights(*(torch.from_numpy(part).view(shape) for part, shape in zip(parts, shapes, strict=True)))
+
+    def function(vector: np.ndarray) -> np.ndarray:
+        nonlocal spent, lowest
+        weights = unpacked(vector)
+        left = weights.residuals(problem.inputs, problem.targets)
+        spent += number * (hidden * features + hidden * outputs + features * outputs)
+        error = left.square().mean().item()
+        kept = weights if error < lowest else points[-1][0]
+        lowest = min(lowest, error)
+        points.append((kept, time.perf_counter() - began, spent))
+        return left.flatten().numpy()
+
+    def jacobian(vector: np.ndarray) -> np.ndarray:
+        nonlocal spent
+        spent += number * outputs * hidden * (1 + features) + decomposition(problem)
+        return unpacked(vector).jacobian(problem.inputs).numpy()
+
+    began = time.perf_counter()
+    first = np.concatenate([weight.flatten().numpy() for weight in vars(start).values()])
+    least_squares(function, first, jac=jacobian, method="lm", max_nfev=iterations + 1)
+    for weights, seconds, multiplications in points:
+        curve.take(problem, weights, seconds, multiplications)
+
+
+def left_out(problem: Problem, limit: float) -> str | None:
+    """Why Levenberg–Marquardt is not run on a problem."""
+    residuals, parameters = problem.jacobian
+    size = f"{residuals} residuals × {parameters} parameters"
+    if residuals < parameters:
+        return f"{size}: MINPACK takes no fewer residuals than parameters"
+    cost = decomposition(problem)
+    return f"{size}: {cost:.1e} multiplications a Jacobian, beyond --lm-limit {limit:.0e}" if cost > limit else None
+
+
+def measure(trainer: str, problem: Problem, seed: int, iterations: int, curve: Curve) -> None:
+    """Fill a curve, so that an interrupted run keeps what it measured; evaluations are not in the seconds."""
+    if trainer == "LM":
+        levenberg_marquardt(problem, seed, iterations, curve)
+        return
+    if trainer == "BP":
+        points = backpropagation(problem, seed, iterations)
+    else:
+        points = two_stage(problem, seed, iterations, TWO_STAGE[trainer])
+    seconds = 0.0
+    while True:
+        began = time.perf_counter()
+        point = next(points, None)
+        seconds += time.perf_counter() - began
+        if point is None:
+            return
+        curve.take(problem, point[0], seconds, point[1])
+
+
+Runs = dict[tuple[str, str, int], Curve]  # by set, trainer, seed
+
+
+def run(options: argparse.Namespace, runs: Runs, reasons: dict[str, str]) -> None:
+    """Fill `runs`, and by set the `reasons` for which Levenberg–Marquardt is left out."""
+    total = len(options.sets) * len(options.seeds) * len(options.trainers)
+    with tqdm(total=total, unit="run", dynamic_ncols=True) as bar:
+        for name in options.sets:
+            for seed in options.seeds:
+                problem = Problem.draw(name, seed, options.hidden)
+                for trainer in options.trainers:
+                    bar.set_description(f"{name} {trainer} seed {seed}")
+                    reason = left_out(problem, options.lm_limit) if trainer == "LM" else None
+                    if reason is None:
+                        curve = runs[name, trainer, seed] = Curve()
+                        measure(trainer, problem, seed, options.iterations, curve)
+                    else:
+                        reasons[name] = reason
+                    bar.update()
+
+
+def summarise(runs: Runs) -> list[dict]:
+    """One row a run: what it came to."""
+    return [
+        {
+            "set": name,
+            "trainer": trainer,
+            "seed": seed,
+            "iterations": len(curve.training) - 1,
+            "training_error": curve.training[-1],
+            "held_out_error": curve.held[-1],
+            "seconds": curve.seconds[-1],
+            "multiplications": curve.multiplications[-1],
+        }
+        for (name, trainer, seed), curve in runs.items()
+        if curve.training
+    ]
+
+
+def medians(rows: list[dict]) -> list[dict]:
+    """The rows of a set and a trainer as one, every figure the median over seeds."""
+    keys = list(dict.fromkeys((row["set"], row["trainer"]) for row in rows))
+    result = []
+    for name, trainer in keys:
+        chosen = [row for row in rows if (row["set"], row["trainer"]) == (name, trainer)]
+        median: dict = {"set": name, "trainer": trainer, "seeds": len(chosen)}
+        median |= {key: statistics.median(row[key] for row in chosen) for key in list(rows[0])[3:]}
+        result.append(median)
+    return result
+
+
+def table(summary: list[dict], reasons: dict[str, str]) -> str:
+    """The medians, a table for each set."""
+    heads = ["", "iterations", "training", "held out", "seconds", "multiplications", "training / LM", "LM / mult."]
+    parts = []
+    for name in dict.fromkeys(row["set"] for row in summary):
+        chosen = {row["trainer"]: row for row in summary if row["set"] == name}
+        lines, other = [heads], chosen.get("LM")
+        for trainer, row in chosen.items():
+            cells = [trainer, f"{row['iterations']:g}", f"{row['training_error']:.4g}", f"{row['held_out_error']:.4g}"]
+            cells += [f"{row['seconds']:.3f}", f"{row['multiplications']:.2e}"]
+            if other is None:
+                cells += ["–", "–"]
+            else:
+                cells.append(f"{row['training_error'] / max(other['training_error'], 1e-30):.3g}")
+                cells.append(f"{other['multiplications'] / row['multiplications']:.3g}")
+            lines.append(cells)
+        note = f"\nLM left out, {reasons[name]}" if name in reasons else ""
+        parts.append(f"{name}\n{aligned(lines)}{note}")
+    return "\n\n".join(parts)
+
+
+def verdicts(summary: list[dict], runs: Runs) -> dict[str, dict[str, bool]]:
+    """By question, by set: whether it is so. A set on which it cannot be asked is not there.
+
+    Within 10 % of Levenberg–Marquardt: the median over seeds of the error that a trainer had reached when it had spent
+    a tenth of the multiplications, over the other's last error.
+    """
+    errors = {(row["set"], row["trainer"]): row["training_error"] for row in summary}
+    names = list(dict.fromkeys(row["set"] for row in summary))
+    result: dict[str, dict[str, bool]] = {}
+    for better, than in [("OIG-BP", "OWO-BP"), ("OIG-HWO", "OWO-HWO")]:
+        asked = [name for name in names if {(name, better), (name, than)} <= set(errors)]
+        result[f"{better} ≤ {than}"] = {name: errors[name, better] <= errors[name, than] for name in asked}
+    for trainer in TWO_STAGE:
+        answers = {}
+        for name in names:
+            ratios = []
+            for seed in [seed for which, who, seed in runs if (which, who) == (name, "LM")]:
+                curve, other = runs.get((name, trainer, seed)), runs[name, "LM", seed]
+                if curve is not None and curve.training and other.training:
+                    within = curve.best_within(other.multiplications[-1] / 10)
+                    ratios.append(within / max(other.training[-1], 1e-30))
+            if ratios:
+                answers[name] = statistics.median(ratios) <= 1.1
+        result[f"{trainer} within 10 % of LM at a tenth of its multiplications"] = answers
+    return {question: answers for question, answers in result.items() if answers}
+
+
+def plot(runs: Runs) -> Figure:
+    """Training errors of every run against iterations, seconds and multiplications, a column a set."""
+    names = list(dict.fromkeys(name for name, _, _ in runs))
+    figure = Figure(figsize=(3.2 * len(names) + 1, 9), layout="constrained")
+    panels = figure.subplots(3, len(names), squeeze=False, sharey="col")
+    for (name, trainer, _), curve in runs.items():
+        column = names.index(name)
+        for row, xs in enumerate([range(len(curve.training)), curve.seconds, curve.multiplications]):
+            panel = panels[row, column]
+            known = trainer in panel.get_legend_handles_labels()[1]
+            color = f"C{TRAINERS.index(trainer)}"
+            panel.plot(xs, curve.training, color=color, alpha=0.7, lw=1, label=None if known else trainer)
+            panel.set_yscale("log")
+            panel.grid(alpha=0.3)
+            if row:
+                panel.set_xscale("log")
+        panels[0, column].set_title(name)
+    for row, name in enumerate(["iterations", "seconds", "multiplications"]):
+        for panel in panels[row]:
+            panel.set_xlabel(name)
+        panels[row, 0].set_ylabel("training error")
+    panels[0, 0].legend(fontsize=7)
+    return figure
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a wrong option ends the program with one line and status 2."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.two_stage", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sets", choices=SETS, nargs="+", default=list(SETS))
+    parser.add_argument("--trainers", choices=TRAINERS, nargs="+", default=list(TRAINERS))
+    parser.add_argument("--iterations", type=positive(int), default=300)
+    parser.add_argument("--hidden", type=positive(int), help="units, of every set (default: each set's own)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--lm-limit", type=positive(float), default=1e9, help="multiplications of one Jacobian's QR, above which no LM"
+    )
+    parser.add_argument("--out", type=Path, default=Path("results/two_stage"), help="folder for the results")
+    options = parser.parse_args(arguments)
+    if min(options.seeds) < 0:
+        parser.error(f"--seeds {min(options.seeds)}: give at least 0")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; return the exit status: 130 where Ctrl-C cut it short."""
+    options = parse(arguments)
+    print(describe())
+    runs: Runs = {}
+    reasons: dict[str, str] = {}
+    interrupted = False
+    try:
+        run(options, runs, reasons)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("\ninterrupted: what follows is what was measured until then", file=sys.stderr)
+    rows = summarise(runs)
+    summary = medians(rows)
+    answers = verdicts(summary, runs)
+    print(f"\nmedians over seeds, after at most {options.iterations} iterations\n\n{table(summary, reasons)}\n")
+    for question, found in answers.items():
+        failed = [name for name, so in found.items() if not so]
+        print(
+            f"{question}: {sum(found.values())} of {len(found)} sets" + (f"; not {', '.join(failed)}" if failed else "")
+        )
+    chosen = {key: value for key, value in vars(options).items() if key != "out"}
+    result = {"environment": environment(), "options": chosen, "interrupted": interrupted, "left_out": reasons}
+    result |= {"rows": rows, "medians": summary, "verdicts": answers}
+    result["curves"] = [{"set": n, "trainer": t, "seed": s, **vars(curve)} for (n, t, s), curve in runs.items()]
+    write(options.out, result, {"two_stage": lambda: plot(runs)} if rows else {})
+    return 130 if interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
