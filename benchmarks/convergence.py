@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME=VALUE[,NAME=VALUE]",
-        help="several transforms, each given by what is different in it: method=recursive,rank=8 block-size=16",
+        help="several transforms, each given by what is different in it: rank=8 transform=optimal_gain",
     )
     options = parser.parse_args(arguments)
     options.lr = options.lr or [{"sgd": 0.1, "adamw": 0.003}[options.optimizer]]
@@ -237,7 +237,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\ninterrupted: what follows is what was measured until then", file=sys.stderr)
     rows, names = summarise(runs), ["plain", *options.transforms]
     summary = [row for row in (medians(rows, name, best) for name in names) if row]
-    transforms = "; ".join(transform.extra_repr() for transform in options.transforms.values())
+    parts = [part for transform in options.transforms.values() for part in transform.parts()]
+    transforms = "; ".join(part.extra_repr() for part in parts if part.extra_repr())
     title = f"{options.model} on {options.dataset}, {options.optimizer}, lr {best:g}, {transforms}"
     print(f"\n{title}\n{table([*rows, *(summary if len(options.seeds) > 1 else [])])}")
     print(f"'to plain': until the mean loss of {SMOOTHING} steps is at most the plain run's last, with the same seed.")

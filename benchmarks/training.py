@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from whiten_layers import FeatureWhitening, follow_learning_rate
+from whiten_layers import Chain, FeatureWhitening, GradientTransform, OptimalInputGain, follow_learning_rate
 
 from .data import Images
 
@@ -21,6 +21,8 @@ OPTIMIZERS = {
 }
 OPTIONS = ("method", "features", "power", "output_power", "damping", "decay", "center", "rescale")
 OPTIONS += ("update_interval", "statistics_interval", "max_rows", "block_size", "rank")  # of FeatureWhitening
+SHARED_OPTIONS = ("decay", "update_interval", "statistics_interval", "max_rows")  # OptimalInputGain's, too
+TRANSFORMS = ("whitening", "optimal_gain", "whitening+optimal_gain")
 SMOOTHING = 25  # steps that a point of the smoothed loss averages over
 
 
@@ -137,12 +139,13 @@ def positive(kind: type) -> Callable[[str], int | float]:
 
 
 def add_transform_options(parser: argparse.ArgumentParser) -> None:
-    """Give a command line the options of `FeatureWhitening`; what is not named keeps its default."""
-    group = parser.add_argument_group("transform (defaults: those of FeatureWhitening)")
+    """Give a command line the options of the transforms; what is not named keeps the transform's own default."""
+    group = parser.add_argument_group("transform (an option that it does not have is not looked at)")
+    group.add_argument("--transform", choices=TRANSFORMS, help="default: whitening")
     group.add_argument("--exact", action="store_true", help="start from FeatureWhitening.exact()")
     group.add_argument("--method")
     group.add_argument("--features")
-    for name in ("power", "output-power", "damping", "decay"):
+    for name in ("power", "output-power", "damping", "gain-damping", "decay"):
         group.add_argument(f"--{name}", type=float)
     for name in ("update-interval", "statistics-interval", "max-rows", "block-size", "rank"):
         group.add_argument(f"--{name}", type=int)
@@ -157,16 +160,25 @@ def changed(options: argparse.Namespace, text: str) -> argparse.Namespace:
     return parser.parse_args([f"--{part.strip()}" for part in text.split(",")], argparse.Namespace(**vars(options)))
 
 
-def transform_from(options: argparse.Namespace) -> FeatureWhitening:
+def transform_from(options: argparse.Namespace) -> GradientTransform:
     """The transform that `add_transform_options` describes.
 
     Raises:
-        ValueError: as `FeatureWhitening` does.
+        ValueError: as `FeatureWhitening` and `OptimalInputGain` do.
     """
     given = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
-    return FeatureWhitening.exact(**given) if options.exact else FeatureWhitening(**given)
+    whitening = FeatureWhitening.exact(**given) if options.exact else FeatureWhitening(**given)
+    if options.transform in (None, "whitening"):
+        return whitening
+    of_gains = {name: value for name, value in given.items() if name in SHARED_OPTIONS}
+    if options.gain_damping is not None:
+        of_gains["damping"] = options.gain_damping
+    gains = OptimalInputGain(**of_gains)
+    return gains if options.transform == "optimal_gain" else Chain(whitening, gains)
 
 
-def transform_options(transform: FeatureWhitening) -> dict[str, Any]:
-    """All that a transform was made with, to stand beside a figure."""
-    return {name: getattr(transform, name) for name in OPTIONS}
+def transform_options(transform: GradientTransform) -> dict[str, Any]:
+    """All that a transform was made with, to stand beside a figure; of a chain, by its members' place."""
+    if isinstance(transform, Chain):
+        return {str(place): transform_options(member) for place, member in enumerate(transform.members())}
+    return {name: getattr(transform, name) for name in OPTIONS if hasattr(transform, name)}

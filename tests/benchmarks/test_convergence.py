@@ -91,6 +91,29 @@ def test_several_transforms_in_one_run(tmp_path, capsys, monkeypatch):
     assert results(tmp_path)["transforms"]["method=recursive,rank=8"]["rank"] == 8
 
 
+def test_gains_beside_whitening(tmp_path, capsys, monkeypatch):
+    def train(network, data, *, curve, **options):
+        curve.losses, curve.seconds = [1.0] * 30, [0.0] * 30
+        transform = getattr(network.fc, "transform", None)
+        seen.append([] if transform is None else [type(part).__name__ for part in transform.parts()])
+
+    seen = []
+    monkeypatch.setattr(convergence, "train", train)
+    names = ["transform=whitening", "transform=optimal_gain", "transform=whitening+optimal_gain,gain-damping=0.1"]
+    arguments = ["--power", "1", "--seeds", "0", "--compare", *names, "--out", str(tmp_path)]
+    assert convergence.main(arguments) == 0
+    alone = [["FeatureWhitening"], ["OptimalInputGain"], ["Chain", "FeatureWhitening", "OptimalInputGain"]]
+    assert seen == [[], *alone]
+    chosen = results(tmp_path)["transforms"]
+    assert chosen[names[1]]["damping"] == 10.0 and "power" not in chosen[names[1]]
+    assert (
+        chosen[names[2]]["0"]["power"] == 1.0
+        and chosen[names[2]]["0"]["damping"] == 0.03
+        and chosen[names[2]]["1"]["damping"] == 0.1
+    )
+    assert "optimal gains, damping=0.1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -100,6 +123,7 @@ def test_several_transforms_in_one_run(tmp_path, capsys, monkeypatch):
         (["--compare", "rank=x"], "argument --rank: invalid int value: 'x'"),
         (["--compare", "ranks=3"], "unrecognized arguments: --ranks=3"),
         (["--method", "qr"], "method='qr' is not possible"),
+        (["--compare", "transform=psi"], "argument --transform: invalid choice: 'psi'"),
         (["--epochs", "0"], "invalid positive int value: '0'"),
         (["--lr", "-0.1"], "invalid positive float value: '-0.1'"),
         (["--batch-size", "5000"], "--batch-size 5000: digits has 1348 training images"),
