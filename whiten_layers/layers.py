@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, observe_output
+from .inverse import METHODS
 from .numerics import autocast_dtype
+from .options import check
 from .patches import Geometry
 from .transforms import FeatureWhitening, GradientTransform, OptimalInputGain
 
@@ -25,11 +27,14 @@ def make_transform(transform: GradientTransform | str | None) -> GradientTransfo
     A name is "optimal_gain", or that of an inverse method of `FeatureWhitening`.
 
     Raises:
+        ValueError: there is no such name.
         TypeError: it is none of these.
     """
     if transform is None:
         return FeatureWhitening()
     if isinstance(transform, str):
+        names = ("optimal_gain", "auto", *METHODS)
+        check("transform", transform, transform in names, f"one of {', '.join(names)}, or a GradientTransform")
         return OptimalInputGain() if transform == "optimal_gain" else FeatureWhitening(transform)
     if isinstance(transform, GradientTransform):
         return copy.deepcopy(transform)
