@@ -173,6 +173,8 @@ def transform_from(options: argparse.Namespace) -> GradientTransform:
     of_gains = {name: value for name, value in given.items() if name in SHARED_OPTIONS}
     if options.gain_damping is not None:
         of_gains["damping"] = options.gain_damping
+    elif options.transform == "optimal_gain" and options.damping is not None:
+        of_gains["damping"] = options.damping
     gains = OptimalInputGain(**of_gains)
     return gains if options.transform == "optimal_gain" else Chain(whitening, gains)
 

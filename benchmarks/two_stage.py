@@ -173,6 +173,11 @@ class Curve:
         pairs = zip(self.training, self.multiplications, strict=True)
         return min((error for error, spent in pairs if spent <= multiplications), default=math.inf)
 
+    def spent_until(self, error: float) -> float:
+        """The multiplications at the first point with at most this training error; infinite if there is none."""
+        pairs = zip(self.training, self.multiplications, strict=True)
+        return next((float(spent) for reached, spent in pairs if reached <= error), math.inf)
+
 
 Point = tuple[Weights, int]  # weights, and the multiplications up to them
 
@@ -260,7 +265,7 @@ def levenberg_marquardt(problem: Problem, seed: int, iterations: int, curve: Cur
 
     began = time.perf_counter()
     first = np.concatenate([weight.flatten().numpy() for weight in vars(start).values()])
-    least_squares(function, first, jac=jacobian, method="lm", max_nfev=iterations + 1)
+    least_squares(function, first, jac=jacobian, method="lm", x_scale="jac", max_nfev=iterations + 1)
     for weights, seconds, multiplications in points:
         curve.take(problem, weights, seconds, multiplications)
 
@@ -327,6 +332,10 @@ def summarise(runs: Runs) -> list[dict]:
             "held_out_error": curve.held[-1],
             "seconds": curve.seconds[-1],
             "multiplications": curve.multiplications[-1],
+            # Of Levenberg–Marquardt until it had come to this run's last error, over all of this run's.
+            "lm_to_reach": runs.get((name, "LM", seed), Curve()).spent_until(curve.training[-1])
+            / curve.multiplications[-1],
+            "held_out_start": curve.held[0],
         }
         for (name, trainer, seed), curve in runs.items()
         if curve.training
@@ -347,19 +356,21 @@ def medians(rows: list[dict]) -> list[dict]:
 
 def table(summary: list[dict], reasons: dict[str, str]) -> str:
     """The medians, a table for each set."""
-    heads = ["", "iterations", "training", "held out", "seconds", "multiplications", "training / LM", "LM / mult."]
+    heads = ["", "iterations", "training", "held out", "(start)", "seconds", "multiplications", "training / LM"]
+    heads += ["LM / mult.", "LM to reach it / mult."]
     parts = []
     for name in dict.fromkeys(row["set"] for row in summary):
         chosen = {row["trainer"]: row for row in summary if row["set"] == name}
         lines, other = [heads], chosen.get("LM")
         for trainer, row in chosen.items():
             cells = [trainer, f"{row['iterations']:g}", f"{row['training_error']:.4g}", f"{row['held_out_error']:.4g}"]
-            cells += [f"{row['seconds']:.3f}", f"{row['multiplications']:.2e}"]
+            cells += [f"{row['held_out_start']:.3g}", f"{row['seconds']:.3f}", f"{row['multiplications']:.2e}"]
             if other is None:
-                cells += ["–", "–"]
+                cells += ["–", "–", "–"]
             else:
                 cells.append(f"{row['training_error'] / max(other['training_error'], 1e-30):.3g}")
                 cells.append(f"{other['multiplications'] / row['multiplications']:.3g}")
+                cells.append(f"{row['lm_to_reach']:.3g}")
             lines.append(cells)
         note = f"\nLM left out, {reasons[name]}" if name in reasons else ""
         parts.append(f"{name}\n{aligned(lines)}{note}")

@@ -213,7 +213,7 @@ def test_it_ends_where_nothing_would_change():
         ({"direction": "lm"}, "direction='lm' is not possible: give one of bp, hwo"),
         ({"gains": 1}, "gains=1 is not possible: give True or False"),
         ({"activation": "relu"}, "activation='relu' is not possible: give one of sigmoid, tanh"),
-        ({"damping": -1.0}, "damping=-1.0 is not possible: give a number of at least 0"),
+        ({"damping": -1.0}, r"damping=-1.0 is not possible: give a number in \[0, 1\]"),
         ({"dtype": torch.float16}, "dtype=torch.float16 is not possible"),
     ],
 )
@@ -234,3 +234,11 @@ def test_a_wrong_option_is_named_with_its_value_and_the_choices(options, message
 def test_data_that_do_not_fit_are_an_error(inputs, targets, message):
     with pytest.raises(ValueError, match=message):
         TwoStageNetwork(3).fit(inputs, targets)
+
+
+def test_arrays_and_a_network_that_was_not_trained():
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match="call fit first"):
+        TwoStageNetwork(2).predict(x)
+    network = TwoStageNetwork(2, iterations=2).fit(x.numpy(), x[:, 0].numpy())
+    assert network.predict(x.numpy()).shape == (40,)

@@ -92,17 +92,19 @@ def negative_gradient(inputs: Tensor, slopes: Tensor, output_weight: Tensor, res
 def inverse_second_moment(inputs: Tensor, damping: float) -> Tensor:
     """``(R + λI)⁻¹`` (M, M) of augmented inputs (N, M), λ = `damping` times the mean of R's diagonal.
 
-    Where that is singular to rounding, ten times the damping is taken, until it is not.
+    λ is the rounding of R's entries at least, M ε of that mean; where Cholesky's factorisation fails all the same, ten
+    times as much is taken, until it does not.
     Multiplications: N M² for R, M³/6 for its Cholesky factor, M³/3 for the inverse.
     """
     second = moments(inputs.unsqueeze(0), center=False).covariance
     identity = torch.eye(second.shape[-1]).to(second)
     level = second.diagonal(dim1=-2, dim2=-1).mean()
+    damping = max(damping, len(second[0]) * torch.finfo(second.dtype).eps)
     while True:
         inverse = cholesky(second + damping * level * identity).matrix[0]
         if torch.isfinite(inverse).all():
             return inverse
-        damping = max(10 * damping, torch.finfo(inverse.dtype).eps)
+        damping = 10 * damping
 
 
 def gain_model(
@@ -135,7 +137,7 @@ class TwoStageNetwork:
         iterations: how often a hidden stage and an output stage follow the first output stage. Fewer, if with
             one batch a hidden stage finds no step that lowers the error: nothing would change any more.
         activation: f, "sigmoid" or "tanh".
-        damping: of R in "hwo", at least 0, as a multiple of the mean of its diagonal.
+        damping: of R in "hwo", in [0, 1], as a multiple of the mean of its diagonal.
         batches: into so many parts the rows are dealt; an iteration takes both stages with each part in turn, and
             neither raises that part's error. To be larger than h + M rows by a multiple, each.
         seed: of the hidden weights at the start and of the dealing.
@@ -171,7 +173,7 @@ class TwoStageNetwork:
         check("direction", direction, direction in DIRECTIONS, f"one of {', '.join(DIRECTIONS)}")
         check("gains", gains, isinstance(gains, bool), "True or False")
         check("activation", activation, activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
-        check("damping", damping, is_real(damping) and damping >= 0, "a number of at least 0")
+        check("damping", damping, is_real(damping) and 0 <= damping <= 1, "a number in [0, 1]")
         check("dtype", dtype, dtype in (torch.float32, torch.float64), "torch.float32 or torch.float64")
         self.hidden, self.direction, self.gains, self.iterations = hidden, direction, gains, iterations
         self.activation, self.damping, self.batches, self.seed, self.dtype = activation, damping, batches, seed, dtype
@@ -187,6 +189,8 @@ class TwoStageNetwork:
     @torch.no_grad()
     def predict(self, inputs: Tensor) -> Tensor:
         """Outputs ``(N, o)``, or ``(N,)`` where the targets were of that shape."""
+        if not self.history:
+            raise RuntimeError("there is nothing to predict with: call fit first")
         rows = augmented(self._checked("inputs", inputs, 2))
         if rows.shape[1] != self.hidden_weight.shape[1]:
             raise ValueError(f"inputs of {rows.shape[1] - 1} features are not those of the training inputs")
@@ -224,6 +228,7 @@ class TwoStageNetwork:
         return tensor
 
     def _start(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        targets = torch.as_tensor(targets)
         self._flat = targets.dim() == 1
         rows = augmented(self._checked("inputs", inputs, 2))
         targets = self._checked("targets", targets.unsqueeze(1) if self._flat else targets, 2)

@@ -114,8 +114,8 @@ def test_independent_rows_have_the_curvature_of_the_second_moments():
     for module in (layer, plain):
         module(x).backward(upstream)
     direction, rows = plain.weight.grad, len(x)
-    level = (rows * upstream.square().sum(1).mean()) ** 2
-    expected = (x.T @ x / rows) * (direction.T @ (upstream.T @ upstream / rows) @ direction) / level
+    expected = (x.T @ x / rows) * (direction.T @ (upstream.T @ upstream / rows) @ direction)
+    expected /= expected.trace()  # batches count alike
     slopes = layer.transform.slopes
     found = slopes.running_covariance[0] + slopes.running_mean[0, :, None] * slopes.running_mean[0]
     torch.testing.assert_close(found[:4, :4], expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
@@ -161,6 +161,46 @@ def test_no_scale_of_the_loss_and_no_repetition_of_the_rows_changes_the_gains(ch
         torch.testing.assert_close(gains(second), gains(first), rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(unwhiten(second).state_dict(), unwhiten(first).state_dict(), rtol=1e-7, atol=1e-9)
         assert all((gain - 1).abs().max() > 0.1 for gain in gains(first))
+
+
+@everywhere
+def test_the_rows_of_every_layer_sum_to_the_slopes_of_its_gradient(case):
+    """Σ_p v_pm = Σ_k G_km², channel by channel: inputs and output gradients of a row are of one position."""
+    _, layer = case.make_pair(OptimalInputGain(update_interval=1, statistics_interval=1, max_rows=None))
+    output = layer(case.make_input())
+    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    geometry = layer.transform.geometry
+    slopes = geometry.matrix(layer.weight.grad).square().sum((1, 3))
+    if layer.bias is not None:
+        slopes = torch.cat([slopes, layer.bias.grad.view(geometry.groups, -1).square().sum(1, keepdim=True)], 1)
+    found = layer.transform.slopes.running_mean[:, : slopes.shape[1]]
+    torch.testing.assert_close(found / found.sum(1, keepdim=True), slopes / slopes.sum(1, keepdim=True))
+
+
+def test_after_another_map_the_gains_follow_what_it_has_become():
+    """Without a scale of its own: exact whitening turns a gradient into one of another size by orders."""
+    whitening = FeatureWhitening.exact(damping=1e-3)
+    layer = WhitenedLinear(4, 3, dtype=torch.float64, transform=Chain(whitening, OptimalInputGain(**EVERY_BATCH)))
+    forgetful = copy.deepcopy(layer)
+    list(forgetful.transform.members())[1].slopes.decay = 0.0
+    for one in (layer, forgetful):
+        for seed in range(60):
+            one.zero_grad()
+            one(10 * inputs(seed)).cos().sum(1).mean().backward()
+    remembered, last = (gains(one)[0] for one in (layer, forgetful))
+    plain = WhitenedLinear(4, 3, dtype=torch.float64, transform=OptimalInputGain(**EVERY_BATCH))
+    plain.load_state_dict({"weight": forgetful.weight, "bias": forgetful.bias})
+    plain(10 * inputs(0)).cos().sum(1).mean().backward()
+    first = plain.transform.slopes.gains
+    assert (remembered - last).norm() < (remembered - first).norm()
+
+
+def test_what_a_pass_has_left_is_not_saved():
+    layer = WhitenedLinear(4, 3, transform="optimal_gain")
+    x = torch.randn(500, 4, requires_grad=True)
+    torch.autograd.grad(layer(x).sum(), x)
+    assert layer.transform._grad_output is not None  # the weight's gradient was not asked for
+    assert copy.deepcopy(layer).transform._grad_output is None
 
 
 @everywhere

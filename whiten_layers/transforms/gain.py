@@ -30,14 +30,15 @@ and the gains that follow are in force until the next refresh, whatever gradient
   Much of it is needed: the features behind a rectifier rise and fall together, and with λ = 0.03 half of the gains in
   a ResNet-20 are 0 at any time, their columns stand still, and it trains more slowly than with the plain gradient.
 
-**Scale.** Of each batch v is divided by ``n E‖δ‖²``, n its number of rows. Then loss scaling, which multiplies v by its
-square, cancels; and so does a batch's being given twice, whether its loss is a sum or a mean. The common
-scale of c and H is arbitrary still, and with it that of r; as `FeatureWhitening` does with `rescale`, it is chosen such
-that the expected norm of the gradient stays: with ``c_m = E Σ_k G_km²`` (of D = G), ``Σ c_m r_m² = Σ c_m``. Of whitened
-directions c is the norm in the metric of the map before, and a column in which it is not positive counts as 0.
+**Scale.** Of each batch v is divided by ``√E‖v‖²``, so that batches count alike: whatever the loss is multiplied by,
+whether it is a sum or a mean, however large the gradients are by now, and when the map before the gains
+changes. With it the scale of r is arbitrary; as `FeatureWhitening` does with `rescale`, it is chosen such that the
+norm of the gradient stays on the mean: with ``c_m = E Σ_k G_km²`` (of D = G, in those units), ``Σ c_m r_m² = Σ c_m``.
+Of whitened directions c is the norm in the metric of the map before, and a column in which it is not positive counts as
+0.
 """
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,7 @@ def nonnegative_minimum(matrix: Tensor, slope: Tensor) -> Tensor:
         number = wrong.sum(1)
         if not number.any():
             break
+        gains = torch.where((number > 0).unsqueeze(1), torch.nan, gains)  # unless a later exchange brings the end
         lessened = number < fewest
         fewest = torch.minimum(fewest, number.to(fewest))
         patience = torch.where(lessened, PATIENCE, patience - 1)
@@ -233,6 +235,10 @@ class OptimalInputGain(GradientTransform):
         )
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what a pass has left that never came to the weight's gradient.
+        return {**self.__dict__, "_grad_output": None, "_direction": None}
+
     def reset_state(self) -> None:
         self._reset_counters()
         self._forget()
@@ -263,7 +269,8 @@ class OptimalInputGain(GradientTransform):
         batch = self._arrive(announced=True)
         self._forget()
         if grad_output.numel() > 0 and self._observes(batch):
-            self._grad_output = grad_output.detach()
+            # A copy: of a compiled graph the memory is another's when the operation has returned.
+            self._grad_output = grad_output.detach().clone()
 
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:
         batch = self._arrive()
@@ -289,7 +296,6 @@ class OptimalInputGain(GradientTransform):
         """The rows v ``(groups, n, C + 1)`` of a batch, and of which groups there are any: not of one with δ = 0."""
         geometry, phase = self.geometry, batch // self.statistics_interval
         dtype = self.slopes.gains.dtype
-        total = grad_output.numel() // (geometry.groups * geometry.out_channels)
         if geometry.spatial_dims == 0:
             inputs, outputs = (linear_rows(tensor, self.max_rows, phase) for tensor in (input, grad_output))
         else:
@@ -300,17 +306,26 @@ class OptimalInputGain(GradientTransform):
             inputs = patch_rows(input, geometry, self.max_rows, phase)
             outputs = channel_rows(grad_output, geometry.groups, geometry.spatial_dims, self.max_rows, phase)
         inputs, outputs = inputs.to(dtype), outputs.to(dtype)
-        level = outputs.square().sum(-1).mean(-1).sqrt()
-        known = level != 0  # also of one that is not finite: that makes the batch a bad one
-        level = torch.where(known, level, 1)[:, None, None]
-        matrix = geometry.matrix(direction[0]).to(dtype).flatten(2) / (level * total)
+        # First by the largest number of each, whose squares might not be numbers of the type.
+        outputs, matrix = _unit(outputs), geometry.matrix(direction[0]).to(dtype).flatten(2)
+        bias = None if len(direction) == 1 else direction[1].to(dtype).view(geometry.groups, -1, 1)
+        largest = matrix.abs().amax((1, 2), keepdim=True)
+        if bias is not None:
+            largest = torch.maximum(largest, bias.abs().amax((1, 2), keepdim=True))
+        largest = torch.where(largest == 0, 1, largest)
         with full_precision():
-            rows = (outputs / level) @ matrix * inputs
-        rows = rows.unflatten(-1, (geometry.in_channels, -1)).sum(-1)
-        if len(direction) == 1:
-            return F.pad(rows, (0, 1)), known
-        bias = direction[1].to(dtype).view(geometry.groups, -1, 1) / (level * total)
-        return torch.cat([rows, (outputs / level) @ bias], -1), known
+            rows = outputs @ (matrix / largest) * inputs
+            rows = rows.unflatten(-1, (geometry.in_channels, -1)).sum(-1)
+            rows = F.pad(rows, (0, 1)) if bias is None else torch.cat([rows, outputs @ (bias / largest)], -1)
+        level = rows.square().sum(-1).mean(-1).sqrt()
+        known = level != 0  # also of one that is not finite: that makes the batch a bad one
+        return rows / torch.where(known, level, 1)[:, None, None], known
 
     def extra_repr(self) -> str:
         return f"optimal gains, damping={self.damping}"
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows ``(groups, n, S)`` over each group's largest number."""
+    largest = rows.abs().amax((1, 2), keepdim=True)
+    return rows / torch.where(largest == 0, 1, largest)
