@@ -5,12 +5,15 @@ trained together count on one clock, so that a layer that some passes leave out 
 others, and processes that train one model together agree about what is due without asking each other.
 """
 
+import copy
 import sys
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+
+from .processes import Processes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,14 +25,11 @@ class Clock:
     """The number of the pass for the transforms that joined, and the processes that they are trained in.
 
     `batch` counts backward passes from 1, however many of the transforms a pass reaches, and however often.
-    `process_group` is the one that was asked for, `wrapper_group` that of the wrapper that took the model; without
-    either it is all processes, where there are several. Pickling forgets both.
     """
 
     def __init__(self, process_group: "ProcessGroup | None" = None) -> None:
         self.batch = 0
-        self.process_group = process_group
-        self.wrapper_group: ProcessGroup | None = None
+        self.processes = Processes(process_group)
         self.running: int | None = None  # the pass that has not ended yet
         self._transforms: weakref.WeakSet[GradientTransform] = weakref.WeakSet()
 
@@ -40,8 +40,7 @@ class Clock:
         """
         for transform in transforms:
             self.batch = max(self.batch, transform.clock.batch)
-            self.process_group = self.process_group or transform.clock.process_group
-            self.wrapper_group = self.wrapper_group or transform.clock.wrapper_group
+            self.processes.default_to(transform.clock.processes)
             transform.clock._transforms.discard(transform)
             transform.clock = self
             self._transforms.add(transform)
@@ -52,8 +51,8 @@ class Clock:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A clock of its own at the same number; the copied transforms join it themselves."""
-        copied = type(self)(self.process_group)
-        copied.batch, copied.wrapper_group = self.batch, self.wrapper_group
+        copied = type(self)()
+        copied.batch, copied.processes = self.batch, copy.deepcopy(self.processes)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

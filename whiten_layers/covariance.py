@@ -72,6 +72,7 @@ class FeatureCovariance(WideBuffers):
     has no window, which is one process's: loading one forgets what was observed since the last was closed.
     """
 
+    is_approximate: bool = False  # whether what follows comes nearer at every refresh, with nothing new
     running_count: Tensor
     running_mean: Tensor
     running_covariance: Tensor
@@ -95,6 +96,13 @@ class FeatureCovariance(WideBuffers):
         self.register_buffer("running_covariance", torch.zeros(groups, features, features, device=device, dtype=dtype))
         for name in ("window_count", "window_mean", "window_covariance"):
             self.register_buffer(name, None, persistent=False)
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forget the window, and make every buffer zero."""
+        self.window = None
+        for buffer in self.buffers():
+            buffer.zero_()
 
     @property
     def window(self) -> Moments | None:

@@ -41,7 +41,7 @@ def _take(wrapper: DistributedDataParallel, module: nn.Module) -> None:
     kept = {name: child for name, child in module.named_modules() if _keeps_itself_equal(child, group)}
     for prefix, one in kept.items():
         if isinstance(one, GradientTransform):
-            one.clock.wrapper_group = group
+            one.clock.processes.wrapper = group
         elif isinstance(one, WhiteningNorm):
             one.processes.wrapper = group
         for name, child in one.named_modules(prefix=prefix):  # a window is None now, and will not always be

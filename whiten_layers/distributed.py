@@ -20,7 +20,7 @@ import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,7 +28,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clock import Clock
 from .covariance import FeatureCovariance, Moments, zero_moments
 from .factor import Outcome, WhiteningFactor
 
@@ -38,48 +37,6 @@ if TYPE_CHECKING:
 A = TypeVar("A", bound=FeatureCovariance)
 
 _control_groups: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
-
-
-def group_of(clock: Clock) -> ProcessGroup | None:
-    """The processes that share a clock's statistics; None where this one is alone."""
-    return _several(clock.process_group or clock.wrapper_group)
-
-
-def _several(group: ProcessGroup | None) -> ProcessGroup | None:
-    """A group, or all processes; None where that is this one alone."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    group = group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
-
-
-class Processes:
-    """The processes that have a batch in common: those that were given, or the wrapper's that took the model, or all.
-
-    A copy has the same; pickling, which groups do not bear, forgets them.
-    """
-
-    def __init__(self, given: ProcessGroup | None = None) -> None:
-        self.given = given
-        self.wrapper: ProcessGroup | None = None
-
-    def group(self) -> ProcessGroup | None:
-        """None where this process is alone."""
-        return _several(self.given or self.wrapper)
-
-    def are_all_of(self, group: ProcessGroup) -> bool:
-        """Whether every process of a group is among them."""
-        if self.given is None:
-            return True
-        return set(dist.get_process_group_ranks(group)) <= set(dist.get_process_group_ranks(self.given))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copied = type(self)(self.given)
-        copied.wrapper = self.wrapper
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"given": None, "wrapper": None}
 
 
 def agree(doing: str, labels: Sequence[str], wanted: Sequence[bool], group: ProcessGroup) -> list[bool]:

@@ -111,9 +111,7 @@ class WhiteningFactor(FeatureCovariance):
     @torch.no_grad()
     def reset_state(self) -> None:
         """Forget everything: the buffers as they were when made."""
-        self.window = None
-        for buffer in self.buffers():
-            buffer.zero_()
+        self.clear()
         self.precision.diagonal(dim1=-2, dim2=-1).fill_(1)
 
     def split(self, rows: Tensor) -> Tensor:

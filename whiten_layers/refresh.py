@@ -78,9 +78,9 @@ def update(transforms: "Iterable[GradientTransform]") -> None:
     together: dict[ProcessGroup | None, list[tuple[GradientTransform, FeatureCovariance]]] = defaultdict(list)
     for transform in sorted(transforms, key=lambda transform: int(transform.handle)):
         for average in transform.averages():
-            together[distributed.group_of(transform.clock)].append((transform, average))
+            together[transform.clock.processes.group()].append((transform, average))
     for group, due in together.items():
-        is_wanted = [average.window is not None or getattr(average, "is_approximate", False) for _, average in due]
+        is_wanted = [average.window is not None or average.is_approximate for _, average in due]
         if group is not None:
             is_wanted = distributed.agree("refresh", [_label(*pair) for pair in due], is_wanted, group)
         wanted = [pair for pair, flag in zip(due, is_wanted, strict=True) if flag]

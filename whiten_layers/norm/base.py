@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..clock import current_pass
-from ..distributed import Processes
 from ..numerics import WideBuffers, full_precision_outside_graphs, without_autocast
 from ..options import check, is_count, is_real
+from ..processes import Processes
 from .samples import BatchMoments, Whitening, batch_moments, columns, normalize_by_batch, normalized
 
 if TYPE_CHECKING:
@@ -85,18 +85,23 @@ class WhiteningNorm(WideBuffers, ABC):
         for name, has in [("weight", affine), ("bias", affine and bias)]:
             parameter = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if has else None
             self.register_parameter(name, parameter)
-        self._register_running("running_mean", (num_features,), device, dtype)
+        self._register_wide("running_mean", (num_features,), device, dtype, has=track_running_stats)
         for name in ("num_batches_tracked", "num_batches_skipped"):
             count = torch.empty((), device=device, dtype=torch.long) if track_running_stats else None
             self.register_buffer(name, count)
 
-    def _register_running(
-        self, name: str, shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None
+    def _register_wide(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        *,
+        has: bool = True,
     ) -> None:
-        """Register a buffer of float32 at least, or None where running statistics are not tracked."""
+        """Register a buffer of float32 at least, or None."""
         dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        tracked = self.track_running_stats
-        self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype) if tracked else None)
+        self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype) if has else None)
 
     @abstractmethod
     def _reset_running(self) -> None:

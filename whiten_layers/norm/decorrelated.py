@@ -70,7 +70,8 @@ class _DecorrelatedBatchNorm(WhiteningNorm):
             synchronize=synchronize,
             process_group=process_group,
         )
-        self._register_running("running_covariance", (self.groups, self.width, self.width), device, dtype)
+        shape = self.groups, self.width, self.width
+        self._register_wide("running_covariance", shape, device, dtype, has=track_running_stats)
         self.reset_parameters()
 
     def _reset_running(self) -> None:

@@ -99,7 +99,8 @@ class _IterNorm(WhiteningNorm):
             synchronize=synchronize,
             process_group=process_group,
         )
-        self._register_running("running_whitening", (self.groups, self.width, self.width), device, dtype)
+        shape = self.groups, self.width, self.width
+        self._register_wide("running_whitening", shape, device, dtype, has=track_running_stats)
         self.iterations = iterations
         self.reset_parameters()
 

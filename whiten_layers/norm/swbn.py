@@ -83,10 +83,9 @@ class _StochasticWhiteningBatchNorm(WhiteningNorm):
             process_group=process_group,
         )
         self.criterion, self.initial_step_size = criterion, step_size
-        self._register_running("running_var", (num_features,), device, dtype)
-        dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        self.register_buffer("whitening", torch.empty(self.groups, self.width, self.width, device=device, dtype=dtype))
-        self.register_buffer("step_size", torch.empty((), device=device, dtype=dtype))
+        self._register_wide("running_var", (num_features,), device, dtype, has=track_running_stats)
+        self._register_wide("whitening", (self.groups, self.width, self.width), device, dtype)
+        self._register_wide("step_size", (), device, dtype)
         self.reset_parameters()
 
     def _reset_running(self) -> None:

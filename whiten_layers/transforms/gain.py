@@ -123,9 +123,7 @@ class Gains(SettledCovariance):
     @torch.no_grad()
     def reset_state(self) -> None:
         """Forget everything: the buffers as they were when made."""
-        self.window = None
-        for buffer in self.buffers():
-            buffer.zero_()
+        self.clear()
         self.gains.fill_(1)
 
     def model(self) -> tuple[Tensor, Tensor]:
