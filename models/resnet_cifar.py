@@ -2,7 +2,7 @@
 
 Two families share one class. ResNet-20 … 110 are the paper's own networks for CIFAR (section 4.2):
 6n + 2 layers in three stages of 16, 32 and 64 channels, with parameter-free shortcuts (option A).
-ResNet-18, 34 and 50 are its ImageNet networks with a stem for small images: a 3×3 convolution of
+`cifar_resnet18`, 34 and 50 are its ImageNet networks with a stem for small images: a 3×3 convolution of
 stride 1 and no pooling; their module names are torchvision's.
 
 The layers are arguments, so that any drop-in for `nn.Conv2d`, `nn.Linear` and `nn.BatchNorm2d` can stand in their
@@ -194,17 +194,17 @@ def resnet110(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
     return _cifar(18, num_classes, layers)
 
 
-def resnet18(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
+def cifar_resnet18(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
     """ResNet-18 with a stem for small images, 11.2 M parameters."""
     return CifarResNet(BasicBlock, (2, 2, 2, 2), 64, num_classes, projection=True, **layers)
 
 
-def resnet34(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
+def cifar_resnet34(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
     """ResNet-34 with a stem for small images, 21.3 M parameters."""
     return CifarResNet(BasicBlock, (3, 4, 6, 3), 64, num_classes, projection=True, **layers)
 
 
-def resnet50(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
+def cifar_resnet50(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
     """ResNet-50 with a stem for small images, 23.5 M parameters."""
     return CifarResNet(Bottleneck, (3, 4, 6, 3), 64, num_classes, projection=True, **layers)
 
@@ -234,16 +234,22 @@ def whitened_resnet110(num_classes: int = 10, *, transform: Transform = None, **
     return whiten(resnet110(num_classes, **layers), transform)
 
 
-def whitened_resnet18(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
-    """`resnet18` of whitened layers."""
-    return whiten(resnet18(num_classes, **layers), transform)
+def whitened_cifar_resnet18(
+    num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]
+) -> CifarResNet:
+    """`cifar_resnet18` of whitened layers."""
+    return whiten(cifar_resnet18(num_classes, **layers), transform)
 
 
-def whitened_resnet34(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
-    """`resnet34` of whitened layers."""
-    return whiten(resnet34(num_classes, **layers), transform)
+def whitened_cifar_resnet34(
+    num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]
+) -> CifarResNet:
+    """`cifar_resnet34` of whitened layers."""
+    return whiten(cifar_resnet34(num_classes, **layers), transform)
 
 
-def whitened_resnet50(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
-    """`resnet50` of whitened layers."""
-    return whiten(resnet50(num_classes, **layers), transform)
+def whitened_cifar_resnet50(
+    num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]
+) -> CifarResNet:
+    """`cifar_resnet50` of whitened layers."""
+    return whiten(cifar_resnet50(num_classes, **layers), transform)

@@ -15,6 +15,12 @@ PAPER = {20: 0.27, 32: 0.46, 44: 0.66, 56: 0.85, 110: 1.7}
 DEPTHS = [*PAPER, 18, 34, 50]
 
 
+def builder(depth, whitened=False):
+    """The ImageNet networks' names say that these are for CIFAR; the others exist for nothing else."""
+    name = f"resnet{depth}" if depth in PAPER else f"cifar_resnet{depth}"
+    return getattr(models, f"whitened_{name}" if whitened else name)
+
+
 def weighted_layers(network):
     """Convolutions and linear layers, without the shortcuts' projections, which the paper's depth leaves out."""
     return [
@@ -25,7 +31,7 @@ def weighted_layers(network):
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("whitened", [False, True])
 def test_depth_and_parameters_are_the_papers(depth, whitened):
-    network = getattr(models, f"whitened_resnet{depth}" if whitened else f"resnet{depth}")()
+    network = builder(depth, whitened)()
     assert len(weighted_layers(network)) == depth
     parameters = sum(parameter.numel() for parameter in network.parameters())
     if depth in PAPER:
@@ -39,7 +45,7 @@ def test_depth_and_parameters_are_the_papers(depth, whitened):
 
 @pytest.mark.parametrize("depth", [18, 34, 50])
 def test_names_are_torchvisions(depth):
-    ours = {name: value.shape for name, value in getattr(models, f"resnet{depth}")(1000).state_dict().items()}
+    ours = {name: value.shape for name, value in builder(depth)(1000).state_dict().items()}
     theirs = {name: value.shape for name, value in getattr(torchvision.models, f"resnet{depth}")().state_dict().items()}
     assert ours.keys() == theirs.keys()
     assert {name for name in ours if ours[name] != theirs[name]} == {"conv1.weight"}
@@ -48,8 +54,8 @@ def test_names_are_torchvisions(depth):
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_whitened_is_plain_in_evaluation_and_trains(depth):
     torch.manual_seed(0)
-    plain = getattr(models, f"resnet{depth}")(7).eval()
-    network = getattr(models, f"whitened_resnet{depth}")(7, transform=FeatureWhitening(power=1.0)).eval()
+    plain = builder(depth)(7).eval()
+    network = builder(depth, whitened=True)(7, transform=FeatureWhitening(power=1.0)).eval()
     network.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -73,12 +79,12 @@ def test_any_layer_can_stand_in():
             super().__init__(*arguments, **options)
             Counted.made += 1
 
-    models.resnet50(conv_layer=Counted)
+    models.cifar_resnet50(conv_layer=Counted)
     assert Counted.made == 49 + 4  # and four projections
 
 
 def test_every_builder_is_exported():
-    assert set(models.__all__) == {f"{prefix}resnet{depth}" for prefix in ("", "whitened_") for depth in DEPTHS}
+    assert set(models.__all__) == {builder(depth, kind).__name__ for depth in DEPTHS for kind in (False, True)}
 
 
 def test_an_evaluating_network_exports_as_plain_operations():
@@ -90,8 +96,8 @@ def test_an_evaluating_network_exports_as_plain_operations():
 @pytest.mark.parametrize("depth, whitened", [(20, False), (18, True)])
 @pytest.mark.parametrize("norm_layer", [IterNorm2d, partial(StochasticWhiteningBatchNorm2d, criterion="frobenius")])
 def test_any_normalization_beside_any_layers(depth, whitened, norm_layer):
-    network = getattr(models, f"whitened_resnet{depth}" if whitened else f"resnet{depth}")(norm_layer=norm_layer)
-    plain = getattr(models, f"resnet{depth}")()
+    network = builder(depth, whitened)(norm_layer=norm_layer)
+    plain = builder(depth)()
     kind = getattr(norm_layer, "func", norm_layer)
     names = {name for name, module in network.named_modules() if isinstance(module, kind)}
     assert names == {name for name, module in plain.named_modules() if isinstance(module, nn.BatchNorm2d)}
