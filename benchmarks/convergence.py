@@ -84,7 +84,7 @@ def variants(options: argparse.Namespace) -> dict[str, Callable[[], nn.Module]]:
     """What makes the plain network, and one with each transform."""
 
     def plain() -> nn.Module:
-        return getattr(whiten_layers.models, options.model)(options.data.num_classes)
+        return getattr(whiten_layers.models, options.model)(num_classes=options.data.num_classes)
 
     def whitened(transform: GradientTransform) -> nn.Module:
         return whiten(plain(), transform)

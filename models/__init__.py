@@ -1,4 +1,17 @@
-"""Prebuilt networks, plain and whitened."""
+"""Prebuilt networks, plain and whitened; the plain ones for ImageNet are torchvision's own functions."""
+
+from torchvision.models import (
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
 
 from .resnet_cifar import (
     cifar_resnet18,
@@ -18,22 +31,54 @@ from .resnet_cifar import (
     whitened_resnet56,
     whitened_resnet110,
 )
+from .resnet_imagenet import (
+    whitened_resnet18,
+    whitened_resnet34,
+    whitened_resnet50,
+    whitened_resnet101,
+    whitened_resnet152,
+    whitened_resnext50_32x4d,
+    whitened_resnext101_32x8d,
+    whitened_resnext101_64x4d,
+    whitened_wide_resnet50_2,
+    whitened_wide_resnet101_2,
+)
 
 __all__ = [
     "cifar_resnet18",
     "cifar_resnet34",
     "cifar_resnet50",
+    "resnet18",
     "resnet20",
     "resnet32",
+    "resnet34",
     "resnet44",
+    "resnet50",
     "resnet56",
+    "resnet101",
     "resnet110",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
     "whitened_cifar_resnet18",
     "whitened_cifar_resnet34",
     "whitened_cifar_resnet50",
+    "whitened_resnet18",
     "whitened_resnet20",
     "whitened_resnet32",
+    "whitened_resnet34",
     "whitened_resnet44",
+    "whitened_resnet50",
     "whitened_resnet56",
+    "whitened_resnet101",
     "whitened_resnet110",
+    "whitened_resnet152",
+    "whitened_resnext50_32x4d",
+    "whitened_resnext101_32x8d",
+    "whitened_resnext101_64x4d",
+    "whitened_wide_resnet50_2",
+    "whitened_wide_resnet101_2",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+NETWORKS = ("resnet_cifar", "resnet_imagenet")
 
 # Without the environment's own .pth files, among which may be an editable install of this library.
 PROGRAM = """
@@ -49,7 +50,7 @@ def test_an_install_stands_beside_a_users_own_models(tmp_path, source, editable)
         (wheel,) = tmp_path.glob("whiten_layers-*.whl")
         subprocess.run([*pip, "install", *options, "--target", target, wheel], check=True)
         installed = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-        assert {"whiten_layers/py.typed", "whiten_layers/models/resnet_cifar.py"} <= installed
+        assert {"whiten_layers/py.typed", *(f"whiten_layers/models/{name}.py" for name in NETWORKS)} <= installed
         assert not (target / "models").exists()
     command = [sys.executable, "-I", "-S", "-c", PROGRAM, str(target), sysconfig.get_path("purelib")]
     result = subprocess.run(command, cwd=project, capture_output=True, text=True)

@@ -84,7 +84,7 @@ def test_any_layer_can_stand_in():
 
 
 def test_every_builder_is_exported():
-    assert set(models.__all__) == {builder(depth, kind).__name__ for depth in DEPTHS for kind in (False, True)}
+    assert {builder(depth, kind).__name__ for depth in DEPTHS for kind in (False, True)} <= set(models.__all__)
 
 
 def test_an_evaluating_network_exports_as_plain_operations():
