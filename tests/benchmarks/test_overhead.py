@@ -1,13 +1,98 @@
 """The step-time benchmark on a few small steps."""
 
 import json
+from functools import partialmethod
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
 
 from benchmarks import overhead
+from whiten_layers import WhitenedConv2d
+
+QUICK = ["--batch-size", "2", "--decay", "0.5", "--update-interval", "2", "--statistics-interval", "2"]
+
+
+def run(folder, *arguments):
+    assert overhead.main([*QUICK, "--out", str(folder), *arguments]) == 0
+    return json.loads((folder / "results.json").read_text())
 
 
 def test_it_compares_in_one_run(tmp_path, capsys):
-    arguments = ["--batch-size", "2", "--size", "8", "--stretches", "2", "--decay", "0.5", "--update-interval", "2"]
-    assert overhead.main([*arguments, "--statistics-interval", "2", "--out", str(tmp_path)]) == 0
-    assert "ratio" in capsys.readouterr().out
-    result = json.loads((tmp_path / "results.json").read_text())
-    assert len(result["ratios"]) == 2 and len(result["seconds"]["plain"]) == len(result["seconds"]["whitened"]) == 4
+    result = run(tmp_path, "--size", "8", "--stretches", "2")
+    output = capsys.readouterr().out
+    assert "ratio eager" in output and "images a second" in output and "not measured" in output  # memory, on a CPU
+    assert len(result["ratios"]["eager"]) == 2 and not result["peak_bytes"]
+    assert {name: len(seconds) for name, seconds in result["seconds"].items()} == {
+        "plain eager": 4,
+        "whitened eager": 4,
+    }
+
+
+def test_a_network_for_imagenet_in_bfloat16_and_channels_last(tmp_path, monkeypatch):
+    seen = []
+    gradients = overhead.gradients
+
+    def watched(network, *batch):
+        def see(layer, inputs, output):
+            lies = [one.is_contiguous(memory_format=torch.channels_last) for one in (inputs[0], layer.weight)]
+            seen.append((type(layer), output.dtype, *lies))
+
+        with network.conv1.register_forward_hook(see):
+            return gradients(network, *batch)
+
+    monkeypatch.setattr(overhead, "gradients", watched)
+    small = ["--model", "resnet18", "--size", "32", "--stretches", "1", "--block-size", "32"]
+    result = run(tmp_path, *small, "--precision", "bf16", "--channels-last")
+    assert seen == [(layer, torch.bfloat16, True, True) for layer in (nn.Conv2d, WhitenedConv2d)]
+    assert result["precision"] == "bf16" and result["channels_last"] and result["classes"] == 1000
+
+
+@pytest.mark.filterwarnings("ignore")  # the compilers of some versions warn of themselves
+def test_compiled_and_not_in_one_run(tmp_path, monkeypatch, capsys):
+    torch._dynamo.reset()
+    counters.clear()
+    # The graphs are inductor's, without the minute that it takes to compile them.
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    result = run(tmp_path, "--size", "8", "--stretches", "1", "--compile", "both")
+    kinds = ("plain", "whitened")
+    assert list(result["seconds"]) == [f"{kind} {mode}" for mode in ("eager", "compiled") for kind in kinds]
+    assert "ratio eager" in (output := capsys.readouterr().out) and "ratio compiled" in output
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_in_bfloat16(tmp_path):
+    torch._dynamo.reset()
+    result = run(tmp_path, "--size", "8", "--stretches", "1", "--compile", "yes", "--precision", "bf16")
+    assert list(result["ratios"]) == ["compiled"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="peak memory is that of a CUDA device")
+def test_the_peak_memory_is_that_of_one_network(tmp_path):
+    result = run(tmp_path, "--size", "32", "--stretches", "1", "--device", "cuda", "--model", "resnet18")
+    plain, whitened = (result["peak_bytes"][f"{kind} eager"] for kind in ("plain", "whitened"))
+    resident = 3 * 4 * 11_689_512  # weights, gradients and momentum
+    assert resident < plain < whitened < plain + resident  # to which the other's would add
+
+
+def test_gradients_that_do_not_agree_are_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(overhead, "whiten", lambda network, transform: nn.init.zeros_(network.fc.bias))
+    with pytest.raises(AssertionError, match=r"the first gradient of conv1.weight is .* of its norm away"):
+        run(tmp_path, "--size", "8")
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (["--device", "tpu"], "'tpu': must be cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "CUDA devices that are here: "),
+        (["--power", "-1"], "power"),
+    ],
+)
+def test_a_wrong_option_is_one_line(arguments, error, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        overhead.main(arguments)
+    assert error in capsys.readouterr().err
