@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,29 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: what was there before stays if this fails, or is killed, on the way."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def encoded(result: dict[str, Any]) -> bytes:
+    """The content of a ``results.json``."""
+    return json.dumps(finite(result), indent=1).encode()
+
+
 def write(folder: Path, result: dict[str, Any], figures: "dict[str, Callable[[], Figure]]") -> None:
     """Write ``results.json``, then draw the figures, named without ending, into a folder that is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(finite(result), indent=1))
+    replace(folder / "results.json", encoded(result))
     for name, draw in figures.items():
         draw().savefig(folder / f"{name}.png", dpi=120)
     print("written:", ", ".join(str(folder / name) for name in ["results.json", *(f"{n}.png" for n in figures)]))

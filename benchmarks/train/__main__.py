@@ -1,0 +1,71 @@
+"""Train: see ``benchmarks/train/__init__.py`` for the map, ``--help`` for the options.
+
+Exit status: 0 where the run came to its end or stopped at SIGTERM, having saved; 130 at Ctrl-C, having saved; 2 where
+something that it was given cannot be used.
+"""
+
+import argparse
+import os
+import signal
+import sys
+
+import torch
+
+from ..environment import describe
+from .datasets import open_data
+from .errors import Unusable
+from .options import PROGRAM, parse
+from .record import CHECKPOINT, Record, check_unused
+from .run import Run
+from .world import Stop, World, join_world
+
+
+def train(options: argparse.Namespace, world: World, stop: Stop) -> int:
+    """Train, or go on training; return the exit status."""
+    path = options.out / CHECKPOINT
+    if not options.resume:
+        world.together(lambda: check_unused(options.out))
+    data = world.alone_first(lambda: open_data(options))
+    run = Run(options, data, world)
+    if options.resume:
+        run.restore()
+    else:
+        run.save()  # what cannot be written is found out before anything has been computed
+    record = world.together(lambda: Record(options.out, options, run.about) if world.rank == 0 else None)
+    if record:
+        print(f"{describe()}\n{options.model} on {options.dataset}, {world.device.type}, {world.size} process(es)")
+        print(f"{'going on with' if options.resume else 'checkpoint:'} {path}, {run.progress()}")
+    finished = run.fit(record, stop)
+    if record and finished:
+        record.close(run.rows, run.weights())
+    elif record:
+        name = signal.Signals(stop.signal).name
+        print(f"{name}: stopped and saved in {path}, {run.progress()}; --resume goes on with it")
+    return 130 if not finished and stop.signal == signal.SIGINT else 0
+
+
+def be_deterministic() -> None:
+    """Let operations of a GPU give the same bits every time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; return its exit status."""
+    options = parse(arguments)
+    torch.backends.cudnn.benchmark = not options.deterministic
+    if options.deterministic:
+        be_deterministic()
+    with join_world(options) as world, Stop(world) as stop:
+        try:
+            return train(options, world, stop)
+        except Unusable as error:
+            if world.rank == 0:
+                print(f"{PROGRAM}: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

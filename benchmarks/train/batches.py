@@ -1,0 +1,80 @@
+"""Which images a step takes, and how they come to it."""
+
+import argparse
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Sampler, default_collate
+
+from .datasets import Data, Prepared, mixed
+from .errors import Unusable
+from .world import World
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Shares(Sampler[list[tuple[int, int]]]):
+    """The share of one process in every batch of an epoch, from step `start` on, a backward pass's at a time.
+
+    The order of an epoch is a function of the seed and its number; a batch is dealt to the backward passes and, in
+    each, to the processes, so that its images are the same however many there are. Images that fill no
+    batch are left out.
+    """
+
+    def __init__(self, images: int, batch_size: int, accumulate: int, world: World, seed: int) -> None:
+        self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
+        self.world, self.seed = world, seed
+        self.steps = images // batch_size
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = Generator().manual_seed(mixed(self.seed, self.epoch))
+        order = torch.randperm(self.images, generator=generator)[: self.steps * self.batch_size]
+        for batch in order.view(self.steps, self.accumulate, self.world.size, -1)[self.start :, :, self.world.rank]:
+            yield from ([(self.epoch, number) for number in share] for share in batch.tolist())
+
+
+def test_shares(images: int, size: int, world: World) -> list[list[tuple[int, int]]]:
+    """One process's images of a test, at most `size` at a time: as often as in any other, at the end maybe none."""
+    rounds = range(world.rank * size, images + world.rank * size, world.size * size)
+    return [[(0, number) for number in range(start, min(start + size, images))] for start in rounds]
+
+
+def collate(samples: list[Any]) -> Batch | Unusable | None:
+    """A batch, the error of an image that could not be read, or None of no images."""
+    errors = (sample for sample in samples if isinstance(sample, Unusable))
+    return next(errors, None) or (tuple(default_collate(samples)) if samples else None)
+
+
+def stand_by(worker: int) -> None:
+    """Leave signals to the process that images are loaded for: they often go to all processes of a program."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def loader(images: Prepared, shares: Any, options: argparse.Namespace, device: torch.device) -> DataLoader:
+    """Load the images of `shares`, in workers that stay from epoch to epoch."""
+    return DataLoader(
+        images,
+        batch_sampler=shares,
+        num_workers=options.workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=options.workers > 0,
+        worker_init_fn=stand_by,
+        generator=Generator(),  # else an iterator draws from the random numbers of the network
+    )
+
+
+def loaders(data: Data, options: argparse.Namespace, world: World) -> tuple[Shares, DataLoader, DataLoader]:
+    """The shares of training, and the loaders of both parts."""
+    shares = Shares(len(data.train), options.batch_size, options.accumulate, world, options.seed)
+    tested = test_shares(len(data.test), options.batch_size // world.size, world)
+    train = loader(data.train, shares, options, world.device)
+    return shares, train, loader(data.test, tested, options, world.device)

@@ -1,0 +1,187 @@
+"""The data sets, opened and checked, and what is done to an image before the network sees it."""
+
+import argparse
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import default_loader
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms import v2
+
+from .. import data
+from .errors import Unusable
+
+AUTO_AUGMENT: dict[str, Callable[[], v2.Transform]] = {
+    "autoaugment": v2.AutoAugment,
+    "randaugment": v2.RandAugment,
+    "trivialaugment": v2.TrivialAugmentWide,
+    "augmix": v2.AugMix,
+}
+# Means and deviations of the training images' colours.
+CIFAR10_COLOURS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR100_COLOURS = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+IMAGENET_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def mixed(*numbers: int) -> int:
+    """A seed that depends on all the numbers and is unlike that of their neighbours."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Prepared(Dataset):
+    """Images with their transforms, whose random numbers depend on a seed, the epoch and the image's number alone.
+
+    So it makes no difference which process prepares an image, or when, or whether the epoch was interrupted. A key is
+    ``(epoch, number)``. An image that cannot be read comes as the error, which a worker could raise only
+    with its whole traceback.
+    """
+
+    def __init__(self, images: Dataset, transform: Callable[[Any], Tensor], seed: int) -> None:
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | Unusable:
+        epoch, number = key
+        try:
+            image, label = self.images[number]
+        except Unusable as error:
+            return error
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mixed(self.seed, epoch, number))
+            return self.transform(image), int(label)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained and tested on: datasets of images ``(3, H, W)`` and their classes."""
+
+    train: Prepared
+    test: Prepared
+    num_classes: int
+
+
+def _floats(colours: tuple[Sequence[float], Sequence[float]]) -> list[v2.Transform]:
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*map(list, colours))]
+
+
+def _training(first: list[v2.Transform], floats: list[v2.Transform], options: argparse.Namespace) -> v2.Compose:
+    """What the data set does first, what options add, and the way to floats in between."""
+    steps = list(first)
+    if options.auto_augment:
+        steps.append(AUTO_AUGMENT[options.auto_augment]())
+    steps += floats
+    if options.random_erasing:
+        steps.append(v2.RandomErasing(options.random_erasing))
+    return v2.Compose([*steps, v2.ToPureTensor()])
+
+
+def _cifar(kind: type[CIFAR10], colours: tuple[Sequence[float], Sequence[float]], options: argparse.Namespace) -> Data:
+    root, floats = options.data, _floats(colours)
+    lost = _lost(kind, root)
+    if lost is not None and not options.download:
+        state = "is damaged" if lost.exists() else "is not there"
+        raise Unusable(f"{lost} {state}: name torchvision's folder with --data, or fetch it with --download")
+    try:
+        train, test = (kind(root, train=part, download=lost is not None) for part in (True, False))
+    except (OSError, RuntimeError, tarfile.TarError, EOFError, zlib.error) as error:
+        raise Unusable(f"{kind.url} could not be fetched into {root}: {one_line(error)}") from error
+    usual = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if options.augment else []
+    whole = v2.Compose([*floats, v2.ToPureTensor()])
+    return Data(
+        Prepared(train, _training(usual, floats, options), options.seed),
+        Prepared(test, whole, options.seed),
+        len(train.classes),
+    )
+
+
+def _lost(kind: type[CIFAR10], root: Path) -> Path | None:
+    """The first file of CIFAR that is missing or damaged."""
+    files = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    paths = ((root / kind.base_folder / name, digest) for name, digest in files)
+    return next((path for path, digest in paths if not check_integrity(path, digest)), None)
+
+
+def _read(path: str) -> Any:
+    try:
+        return default_loader(path)
+    except Exception as error:  # whatever a decoder raises, it is the file that is wrong
+        raise Unusable(f"{path} cannot be read as an image: {one_line(error)}; mend or remove it") from error
+
+
+def _imagenet(options: argparse.Namespace) -> Data:
+    parts = []
+    for name in ("train", "val"):
+        folder = options.data / name
+        try:
+            parts.append(ImageFolder(folder, loader=_read))
+        except OSError as error:
+            what = f"{folder} is to hold a folder of images for each class"
+            raise Unusable(f"{what}: {one_line(error)}; name the folder of train/ and val/ with --data") from error
+    train, test = parts
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))[0]
+        raise Unusable(f"{options.data}: class {odd} is only in one of train/ and val/; mend the folders")
+    floats, size = _floats(IMAGENET_COLOURS), options.crop_size
+    usual = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    middle: list[v2.Transform] = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+    return Data(
+        Prepared(train, _training(usual if options.augment else middle, floats, options), options.seed),
+        Prepared(test, v2.Compose([*middle, *floats, v2.ToPureTensor()]), options.seed),
+        len(train.classes),
+    )
+
+
+def _shipped(images: data.Images, usual: list[v2.Transform], options: argparse.Namespace) -> Data:
+    parts = [TensorDataset(*part) for part in (images.train, images.test)]
+    return Data(
+        Prepared(parts[0], _training(usual if options.augment else [], [], options), options.seed),
+        Prepared(parts[1], v2.Identity(), options.seed),
+        images.num_classes,
+    )
+
+
+def _digits(options: argparse.Namespace) -> Data:
+    images = data.digits()
+    background = images.train[0].amin().item()
+    return _shipped(images, [v2.RandomAffine(25, (1 / 8, 1 / 8), (0.75, 1.25), fill=background)], options)
+
+
+def _crops(options: argparse.Namespace) -> Data:
+    return _shipped(data.crops(), [], options)
+
+
+DATASETS: dict[str, Callable[[argparse.Namespace], Data]] = {
+    "digits": _digits,
+    "crops": _crops,
+    "cifar10": lambda options: _cifar(CIFAR10, CIFAR10_COLOURS, options),
+    "cifar100": lambda options: _cifar(CIFAR100, CIFAR100_COLOURS, options),
+    "imagenet": _imagenet,
+}
+
+
+def open_data(options: argparse.Namespace) -> Data:
+    """The data set that the options name.
+
+    Raises:
+        Unusable: it is missing, damaged, or too small for a batch.
+    """
+    opened = DATASETS[options.dataset](options)
+    if len(opened.train) < options.batch_size:
+        raise Unusable(f"--batch-size {options.batch_size}: {options.dataset} has {len(opened.train)} training images")
+    return opened
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,255 @@
+"""Training: its state is all that a checkpoint holds, and a step is a function of it.
+
+Whatever is random in a step follows from the seed, the step's number and the process, and the images from the seed
+and the epoch, so no random generator's state has to be kept.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from whiten_layers import follow_learning_rate
+from whiten_layers.covariance import Moments
+
+from .batches import Batch, loaders
+from .datasets import Data, mixed
+from .errors import Unusable
+from .network import averages, bad_batches, make_average, make_network, plain_view, wrap
+from .optimizing import make_optimizer, set_rate
+from .options import of_the_run
+from .record import CHECKPOINT, FORMAT, Record, Row, check_same, load, save
+from .world import Stop, World
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def mixing(options: argparse.Namespace, num_classes: int) -> v2.Transform | None:
+    """MixUp, CutMix or either, by chance, of a batch."""
+    kinds = [(v2.MixUp, options.mixup), (v2.CutMix, options.cutmix)]
+    chosen = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
+    return v2.RandomChoice(chosen) if chosen else None
+
+
+class Run:
+    """A training run, at any point of it.
+
+    State: the network with all that whitens it, the optimizer, the loss scaler, the average of the weights, the number
+    of the epoch and of the step in it, the epoch's sums so far, and the figures of the epochs before.
+    """
+
+    def __init__(self, options: argparse.Namespace, data: Data, world: World) -> None:
+        self.options, self.world, self.path = options, world, options.out / CHECKPOINT
+        self.about = {"training images": len(data.train), "test images": len(data.test), "classes": data.num_classes}
+        self.layout = torch.channels_last if options.channels_last else torch.preserve_format
+        torch.manual_seed(options.seed)
+        network = make_network(data.num_classes, options).to(world.device)
+        network.to(memory_format=self.layout)
+        self.network, self.view = network, plain_view(network)
+        self.average = None if options.ema is None else make_average(self.view, options.ema)
+        self.optimizer = make_optimizer(network, options)
+        follow_learning_rate(network, self.optimizer)
+        kind = world.device.type
+        self.scaler = torch.amp.GradScaler(kind, enabled=options.precision == "fp16")  # type: ignore[attr-defined]
+        self.autocast = torch.autocast(kind, PRECISIONS[options.precision], enabled=options.precision != "fp32")
+        self.model = wrap(network, world, options)
+        self.mix = mixing(options, data.num_classes)
+        self.shares, self.train_batches, self.test_batches = loaders(data, options, world)
+        self.epoch = self.step = 0
+        self.rows: list[Row] = []
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # loss, correct, images
+        self.seconds = 0.0
+
+    # State
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        here = {
+            "sums": self.sums.cpu(),
+            "windows": [one.window and [part.cpu() for part in one.window] for one in averages(self.network)],
+        }
+        processes = self.world.gathered(here)
+        state = {
+            "format": FORMAT,
+            "run": of_the_run(self.options) | self.about,
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "rows": self.rows,
+            "processes": processes,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+        self.world.together(lambda: save(self.path, state) if self.world.rank == 0 else None)
+
+    def restore(self) -> None:
+        """Go back to where the checkpoint was written.
+
+        With as many processes as there were everything goes on as it would have; with another number what whitened
+        layers have observed since their last refresh is left out.
+
+        Raises:
+            Unusable: it is damaged, or of another run.
+        """
+        state = self.world.together(lambda: load(self.path))
+        self.world.together(lambda: check_same(self.path, state["run"], of_the_run(self.options) | self.about))
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.epoch, self.step, self.seconds, self.rows = (state[n] for n in ("epoch", "step", "seconds", "rows"))
+        processes = state["processes"]
+        if len(processes) == self.world.size:
+            here = processes[self.world.rank]
+            for average, window in zip(averages(self.network), here["windows"], strict=True):
+                average.window = window and Moments(*(part.to(average.running_mean.device) for part in window))
+            self.sums.copy_(here["sums"])
+        elif self.world.rank == 0:
+            self.sums.copy_(sum(process["sums"] for process in processes))
+
+    def progress(self) -> str:
+        """How far it has come."""
+        return f"{self.epoch} of {self.options.epochs} epochs and {self.step} of {self.shares.steps} steps done"
+
+    # Training
+
+    def fit(self, record: Record | None, stop: Stop) -> bool:
+        """Train, telling the record of every epoch; return whether that came to the end, or was told to stop."""
+        while self.epoch < self.options.epochs:
+            trained = self._train(stop)
+            tested = None if trained is None else self._test(stop)
+            if trained is None or tested is None:
+                self.save()
+                return False
+            self.rows.append({**trained, **tested, **bad_batches(self.network)})
+            self.epoch, self.step = self.epoch + 1, 0
+            self._begin_epoch()
+            self.save()
+            self.world.together(lambda: record.epoch(self.rows, self.epoch == self.options.epochs) if record else None)
+        return True
+
+    def _train(self, stop: Stop) -> Row | None:
+        """Train on what is left of the epoch; return its figures, or None where it is to stop on the way."""
+        self.shares.epoch, self.shares.start = self.epoch, self.step
+        batches = iter(self.train_batches)
+        self.model.train()
+        start = time.perf_counter() - self.seconds
+        with self._bar("train", self.shares.steps, self.step) as bar:
+            while self.step < self.shares.steps:
+                parts, error = self._parts(batches)
+                if stop.agreed(error):
+                    self.seconds = time.perf_counter() - start
+                    return None
+                loss = self._step(parts)
+                self.step += 1
+                if self.world.device.type == "cpu" or self.step % 10 == 0:  # on a GPU the figure is waited for
+                    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.update()
+        loss, correct, images = self.world.sum(self.sums.clone()).tolist()
+        self.seconds = time.perf_counter() - start
+        return {
+            "epoch": self.epoch + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": loss / images,
+            "train_accuracy": correct / images,
+            "seconds": self.seconds,
+            "images_per_second": images / self.seconds,
+        }
+
+    def _bar(self, what: str, total: int, done: int = 0) -> tqdm:
+        name = f"epoch {self.epoch + 1}/{self.options.epochs} {what}"
+        hidden = self.world.rank > 0
+        return tqdm(desc=name, total=total, initial=done, unit="step", disable=hidden, leave=False, dynamic_ncols=True)
+
+    def _parts(self, batches: Iterator[Batch | Unusable]) -> tuple[list[Batch], Unusable | None]:
+        """The images of a step's backward passes, or the error of one that could not be read."""
+        parts = [next(batches) for _ in range(self.options.accumulate)]
+        errors = [part for part in parts if isinstance(part, Unusable)]
+        return [part for part in parts if not isinstance(part, Unusable)], errors[0] if errors else None
+
+    def _step(self, parts: list[Batch]) -> Tensor:
+        """Take a step of the optimizer; return the loss of its last part."""
+        number = self.epoch * self.shares.steps + self.step
+        torch.manual_seed(mixed(self.options.seed, number, self.world.rank))
+        set_rate(self.optimizer, number, self.shares.steps, self.options)
+        self.optimizer.zero_grad()
+        loss = torch.zeros(())
+        for place, part in enumerate(parts, start=1):
+            images, labels = self._moved(part)
+            if self.mix is not None:
+                images, labels = self.mix(images, labels)
+            alone = self.world.size == 1 or place == len(parts)
+            with nullcontext() if alone else self.model.no_sync():  # type: ignore[operator]
+                with self.autocast:
+                    outputs = self.model(images)
+                    loss = F.cross_entropy(outputs, labels, label_smoothing=self.options.label_smoothing)
+                self.scaler.scale(loss / len(parts)).backward()
+            with torch.no_grad():
+                classes = labels if labels.ndim == 1 else labels.argmax(1)
+                correct = (outputs.argmax(1) == classes).sum()
+                self.sums += torch.stack([loss * len(images), correct, torch.full_like(loss, len(images))])
+        if self.options.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.view)
+        return loss.detach()
+
+    def _moved(self, batch: Batch) -> Batch:
+        images, labels = (part.to(self.world.device, non_blocking=True) for part in batch)
+        return images.contiguous(memory_format=self.layout), labels
+
+    # Testing
+
+    @torch.no_grad()
+    def _test(self, stop: Stop) -> Row | None:
+        """The figures of the network and of the average of its weights on the test images; None where to stop."""
+        networks = {"test": self.view} | ({} if self.average is None else {"ema": self.average.module})
+        for network in networks.values():
+            self.world.follow_first(network.buffers())  # batch normalization's are each process's own
+            network.eval()
+        sums = torch.zeros(len(networks), 4, dtype=torch.float64, device=self.world.device)
+        with self._bar("test", len(self.test_batches)) as bar:
+            for batch in self.test_batches:
+                failed = isinstance(batch, Unusable)
+                if stop.agreed(batch if failed else None):
+                    return None
+                if batch is not None:
+                    images, labels = self._moved(batch)
+                    for network, figures in zip(networks.values(), sums, strict=True):
+                        with self.autocast:
+                            outputs = network(images)
+                        figures += scores(outputs.float(), labels)
+                bar.update()
+        row: Row = {}
+        for name, (loss, first, fifth, images) in zip(networks, self.world.sum(sums).tolist(), strict=True):
+            row |= {f"{name}_loss": loss / images, f"{name}_accuracy": first / images, f"{name}_top5": fifth / images}
+        return row
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts of the plain network and, where there is one, of the average, by the name of their file."""
+        files = {"weights.pt": self.view.state_dict()}
+        if self.average is not None:
+            files["weights_ema.pt"] = self.average.module.state_dict()
+        return files
+
+
+def scores(outputs: Tensor, labels: Tensor) -> Tensor:
+    """The sum of the losses, how many were right at once and among the first five, and how many there were."""
+    best = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == labels.unsqueeze(1)
+    loss = F.cross_entropy(outputs, labels, reduction="sum")
+    return torch.stack([loss, best[:, 0].sum(), best.sum(), torch.full_like(loss, len(labels))])

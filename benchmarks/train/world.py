@@ -1,0 +1,134 @@
+"""The processes that train together, and what stops them: all learn of it at the same step."""
+
+import argparse
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import Unusable
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among those that torchrun started; alone without it."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What the action gives in this process; where it failed in one of them, that one's error in all."""
+        result, error = None, None
+        try:
+            result = action()
+        except Unusable as caught:
+            error = caught
+        self.fail_together(error)
+        return result  # type: ignore[return-value]
+
+    def fail_together(self, error: Unusable | None) -> None:
+        """Raise the error of the first process that has one, in all."""
+        errors = [error]
+        if self.size > 1:
+            errors = [None] * self.size
+            dist.all_gather_object(errors, error)
+        for one in errors:
+            if one is not None:
+                raise one
+
+    def alone_first(self, action: Callable[[], T]) -> T:
+        """`together`, the first process of each machine before the others."""
+        result = self.together(lambda: action() if self.local_rank == 0 else None)
+        return self.together(lambda: result if self.local_rank == 0 else action())  # type: ignore[return-value]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gathered(self, value: T) -> list[T] | None:
+        """Every process's value, in the first one."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values)
+        return values
+
+    def follow_first(self, tensors: Iterable[Tensor]) -> None:
+        """Take the first process's values."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+
+@contextmanager
+def join_world(options: argparse.Namespace) -> Iterator[World]:
+    """Take part in what torchrun started."""
+    on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in _PLACE.items())
+    if not on_gpu:
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    started = "WORLD_SIZE" in os.environ
+    if started:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        yield World(rank, local_rank, size, device)
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+_PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+FAILED = 1  # beside the numbers of the signals
+
+
+class Stop:
+    """Takes note of SIGTERM and SIGINT (Ctrl-C; the second one interrupts at once) while it is in force."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.signal = 0
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def agreed(self, error: Unusable | None = None) -> bool:
+        """Whether to stop at this step, in every process alike, as soon as one was told to.
+
+        Raises:
+            Unusable: one of them has an error, in all.
+        """
+        if self.world.size == 1:
+            self.world.fail_together(error)
+            return self.signal != 0
+        told = torch.tensor([self.signal, FAILED if error else 0])
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        if told[1]:
+            self.world.fail_together(error)
+        self.signal = int(told[0])
+        return self.signal != 0

@@ -1,0 +1,127 @@
+"""Data sets of a few images in the true formats, and the program run on them in a process of its own.
+
+torchvision knows CIFAR's files by their digests. Those of the few images are kept beside them, in ``digests.json``,
+and take the place of the true ones, so that all of its checks are made.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+
+ROOT = Path(__file__).parents[3]
+KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+TRAIN, TEST = 40, 12  # images
+
+
+def pictures(number: int, seed: int) -> tuple[np.ndarray, list[int]]:
+    """Noise of 32×32 around a colour that tells the class, (number, 3, 32, 32), and the classes."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(10, size=number)
+    colours = np.stack([labels * 25, 250 - labels * 25, labels % 3 * 100], 1)[:, :, None, None]
+    images = (colours + generator.normal(0, 20, (number, 3, 32, 32))).clip(0, 255).astype(np.uint8)
+    return images, labels.tolist()
+
+
+def digest(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def write_cifar(root: Path, dataset: str) -> None:
+    """CIFAR as its authors pickle it, and the archive that it is fetched in."""
+    kind = KINDS[dataset]
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+    key = "labels" if dataset == "cifar10" else "fine_labels"
+    parts = [(name, TRAIN // len(kind.train_list)) for name, _ in kind.train_list]
+    parts += [(name, TEST) for name, _ in kind.test_list]
+    for seed, (name, number) in enumerate(parts):
+        images, labels = pictures(number, seed)
+        content = {"data": images.reshape(number, -1), key: labels}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    names = [f"class{i}" for i in range(10 if dataset == "cifar10" else 100)]
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: names}, protocol=2))
+    with tarfile.open(root / kind.filename, "w:gz") as archive:
+        archive.add(folder, kind.base_folder)
+    files = {path.name: digest(path) for path in [*folder.iterdir(), root / kind.filename]}
+    (root / "digests.json").write_text(json.dumps(files))
+
+
+def write_imagenet(root: Path) -> None:
+    """A folder of JPEG files for each class, in train/ and val/, of several sizes."""
+    for part, number in (("train", TRAIN), ("val", TEST)):
+        images, labels = pictures(number, len(part))
+        for i in range(number):
+            folder = root / part / f"n0000000{labels[i] % 4}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(images[i].transpose(1, 2, 0)).resize((40 + i, 50))
+            image.save(folder / f"{i}.JPEG")
+        for label in range(4):
+            assert (root / part / f"n0000000{label}").is_dir()
+
+
+def write(root: Path, dataset: str) -> Path:
+    if dataset == "imagenet":
+        write_imagenet(root)
+    elif dataset in KINDS:
+        write_cifar(root, dataset)
+    return root
+
+
+def know(root: Path, address: str | None = None) -> None:
+    """Let torchvision take the files of a `root` for the true ones, and fetch them from an `address`."""
+    known = json.loads((root / "digests.json").read_text()) if (root / "digests.json").exists() else {}
+    for kind in KINDS.values():
+        if kind.filename in known:
+            kind.train_list = [[name, known[name]] for name, _ in kind.train_list]
+            kind.test_list = [[name, known[name]] for name, _ in kind.test_list]
+            kind.meta = {**kind.meta, "md5": known[kind.meta["filename"]]}
+            kind.tgz_md5 = known[kind.filename]
+            if address is not None:
+                kind.url = f"{address}/{kind.filename}"
+
+
+def options(dataset: str, root: Path, out: Path, *more: str) -> list[str]:
+    """A short run: five steps of eight images an epoch."""
+    given = ["--dataset", dataset, "--data", str(root), "--out", str(out), "--device", "cpu", "--workers", "0"]
+    given += ["--batch-size", "8", "--epochs", "3", "--lr", "0.02"]
+    if dataset == "imagenet":
+        given += ["--model", "whitened_resnet18", "--crop-size", "32", "--epochs", "2"]
+    return [*given, *more]
+
+
+def start(arguments: list[str], data: Path, *, processes: int = 1, pause: float = 0, **more: Any) -> subprocess.Popen:
+    """The program in a process of its own, or under torchrun in several; with a `pause`, in seconds, at every step."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    command = [*launcher, "-m", "tests.benchmarks.train.tiny", str(data), str(pause), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **more)
+
+
+if __name__ == "__main__":
+    import torch
+
+    from benchmarks.train import world
+    from benchmarks.train.__main__ import main
+
+    def rested(self: world.Stop, *arguments: Any, look: Any = world.Stop.agreed) -> bool:
+        time.sleep(float(sys.argv[2]))
+        return look(self, *arguments)
+
+    torch.set_num_threads(1)
+    world.Stop.agreed = rested  # type: ignore[method-assign]
+    know(Path(sys.argv[1]))
+    sys.exit(main(sys.argv[3:]))
