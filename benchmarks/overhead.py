@@ -23,7 +23,7 @@ import whiten_layers.models
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from whiten_layers import whiten
+from whiten_layers import FeatureWhitening, GradientTransform, OptimalInputGain, whiten
 
 from .convergence import MODELS
 from .environment import describe, environment
@@ -129,6 +129,11 @@ def layout(options: argparse.Namespace) -> torch.memory_format:
     return torch.channels_last if options.channels_last else torch.contiguous_format
 
 
+def observing(transform: GradientTransform) -> list[FeatureWhitening | OptimalInputGain]:
+    """Those parts of a transform that have statistics, and intervals."""
+    return [part for part in transform.parts() if isinstance(part, FeatureWhitening | OptimalInputGain)]
+
+
 def prepare(
     network: nn.Module, images: Tensor, labels: Tensor, cycle: int, options: argparse.Namespace
 ) -> tuple[dict[str, Callable[[], float]], dict[str, int]]:
@@ -144,7 +149,7 @@ def prepare(
     """
     batch = images, labels, options.precision
     # Every batch is observed at first.
-    window = math.ceil(1 / (1 - options.transform.decay)) + options.transform.update_interval
+    window = max(math.ceil(1 / (1 - part.decay)) + part.update_interval for part in observing(options.transform))
     steps: dict[str, Callable[[], float]] = {}
     peaks: dict[str, int] = {}
     if options.device.type == "cuda":  # cuBLAS takes its workspaces at the first product, and keeps them for all
@@ -187,7 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     images = torch.randn(options.batch_size, 3, options.size, options.size)
     images = images.to(options.device, memory_format=layout(options))
     labels = torch.randint(classes, (options.batch_size,)).to(options.device)
-    cycle = math.lcm(transform.update_interval, transform.statistics_interval)
+    intervals = [(part.update_interval, part.statistics_interval) for part in observing(transform)]
+    cycle = math.lcm(*(interval for both in intervals for interval in both))
     print(describe())
     steps, peaks = prepare(network, images, labels, cycle, options)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -205,7 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
     hardware = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "cpu"
     print(f"\n{options.model}, {classes} classes, batch {options.batch_size}, {options.size}×{options.size}", end=", ")
     print(
-        f"{options.precision}{', channels_last' if options.channels_last else ''}, {hardware}, {transform.extra_repr()}"
+        f"{options.precision}{', channels_last' if options.channels_last else ''}, {hardware},",
+        "; ".join(part.extra_repr() for part in observing(transform)),
     )
     print("memory kept between steps" if steady else "memory as the system allocates it")
     table = [["", "ms a step", "images a second", "peak MiB"]]

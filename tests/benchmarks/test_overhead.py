@@ -62,6 +62,11 @@ def test_compiled_and_not_in_one_run(tmp_path, monkeypatch, capsys):
     assert counters["stats"]["unique_graphs"] == 2
 
 
+def test_a_chain_of_transforms(tmp_path):
+    result = run(tmp_path, "--size", "8", "--stretches", "1", "--transform", "whitening+optimal_gain")
+    assert list(result["transform"]) == ["0", "1"] and len(result["seconds"]["whitened eager"]) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_in_bfloat16(tmp_path):
