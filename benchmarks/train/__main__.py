@@ -8,12 +8,14 @@ import argparse
 import os
 import signal
 import sys
+from functools import partial
 
 import torch
 
 from ..environment import describe
+from .batches import end_loading
 from .datasets import open_data
-from .errors import Unusable
+from .errors import Unusable, one_line
 from .options import PROGRAM, parse
 from .record import CHECKPOINT, Record, check_unused
 from .run import Run
@@ -25,15 +27,18 @@ def train(options: argparse.Namespace, world: World, stop: Stop) -> int:
     path = options.out / CHECKPOINT
     if not options.resume:
         world.together(lambda: check_unused(options.out))
-    data = world.alone_first(lambda: open_data(options))
+    opening = world.alone_first if options.download else world.together
+    data = opening(lambda: open_data(options))
     run = Run(options, data, world)
     if options.resume:
         run.restore()
     else:
         run.save()  # what cannot be written is found out before anything has been computed
-    record = world.together(lambda: Record(options.out, options, run.about) if world.rank == 0 else None)
+    about = {**run.about, "processes": world.size, "device": name_of(world.device)}
+    make = partial(Record, options.out, options, about, len(run.rows))
+    record = world.together(lambda: make() if world.rank == 0 else None)
     if record:
-        print(f"{describe()}\n{options.model} on {options.dataset}, {world.device.type}, {world.size} process(es)")
+        print(f"{describe()}\n{options.model} on {options.dataset}, {about['device']}, {world.size} process(es)")
         print(f"{'going on with' if options.resume else 'checkpoint:'} {path}, {run.progress()}")
     finished = run.fit(record, stop)
     if record and finished:
@@ -42,6 +47,11 @@ def train(options: argparse.Namespace, world: World, stop: Stop) -> int:
         name = signal.Signals(stop.signal).name
         print(f"{name}: stopped and saved in {path}, {run.progress()}; --resume goes on with it")
     return 130 if not finished and stop.signal == signal.SIGINT else 0
+
+
+def name_of(device: torch.device) -> str:
+    """What a GPU is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def be_deterministic() -> None:
@@ -60,11 +70,20 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             return train(options, world, stop)
         except Unusable as error:
-            if world.rank == 0:
-                print(f"{PROGRAM}: {error}", file=sys.stderr)
-            return 2
+            message = str(error) if world.rank == 0 else None  # the others have the same
+        except OSError as error:
+            message = f"{error.filename or options.out}: {error.strerror or one_line(error)}"
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            message = "a process that loads images has died, of want of memory perhaps; --resume with fewer --workers"
         except KeyboardInterrupt:
             return 130
+        finally:
+            end_loading()
+    if message:
+        print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Which images a step takes, and how they come to it."""
 
 import argparse
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -58,15 +59,26 @@ def stand_by(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def loader(images: Prepared, shares: Any, options: argparse.Namespace, device: torch.device) -> DataLoader:
-    """Load the images of `shares`, in workers that stay from epoch to epoch."""
+def end_loading() -> None:
+    """End what still loads images: multiprocessing would, at exit, by the SIGTERM that they ignore, and wait."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own takes their end for an error
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def loader(
+    images: Prepared, shares: Any, options: argparse.Namespace, device: torch.device, *, persistent: bool
+) -> DataLoader:
+    """Load the images of `shares`, in workers that may stay from epoch to epoch."""
     return DataLoader(
         images,
         batch_sampler=shares,
         num_workers=options.workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
-        persistent_workers=options.workers > 0,
+        persistent_workers=persistent and options.workers > 0,
         worker_init_fn=stand_by,
         generator=Generator(),  # else an iterator draws from the random numbers of the network
     )
@@ -75,6 +87,6 @@ def loader(images: Prepared, shares: Any, options: argparse.Namespace, device: t
 def loaders(data: Data, options: argparse.Namespace, world: World) -> tuple[Shares, DataLoader, DataLoader]:
     """The shares of training, and the loaders of both parts."""
     shares = Shares(len(data.train), options.batch_size, options.accumulate, world, options.seed)
-    tested = test_shares(len(data.test), options.batch_size // world.size, world)
-    train = loader(data.train, shares, options, world.device)
-    return shares, train, loader(data.test, tested, options, world.device)
+    tested = test_shares(len(data.test), options.batch_size // (world.size * options.accumulate), world)
+    train = loader(data.train, shares, options, world.device, persistent=True)
+    return shares, train, loader(data.test, tested, options, world.device, persistent=False)

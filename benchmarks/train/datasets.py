@@ -18,13 +18,13 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
 from .. import data
-from .errors import Unusable
+from .errors import Unusable, one_line
 
-AUTO_AUGMENT: dict[str, Callable[[], v2.Transform]] = {
+AUTO_AUGMENT: dict[str, Callable[[v2.AutoAugmentPolicy], v2.Transform]] = {
     "autoaugment": v2.AutoAugment,
-    "randaugment": v2.RandAugment,
-    "trivialaugment": v2.TrivialAugmentWide,
-    "augmix": v2.AugMix,
+    "randaugment": lambda policy: v2.RandAugment(),
+    "trivialaugment": lambda policy: v2.TrivialAugmentWide(),
+    "augmix": lambda policy: v2.AugMix(),
 }
 # Means and deviations of the training images' colours.
 CIFAR10_COLOURS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -79,7 +79,8 @@ def _training(first: list[v2.Transform], floats: list[v2.Transform], options: ar
     """What the data set does first, what options add, and the way to floats in between."""
     steps = list(first)
     if options.auto_augment:
-        steps.append(AUTO_AUGMENT[options.auto_augment]())
+        policy = v2.AutoAugmentPolicy.IMAGENET if options.dataset == "imagenet" else v2.AutoAugmentPolicy.CIFAR10
+        steps.append(AUTO_AUGMENT[options.auto_augment](policy))
     steps += floats
     if options.random_erasing:
         steps.append(v2.RandomErasing(options.random_erasing))
@@ -116,7 +117,9 @@ def _read(path: str) -> Any:
     try:
         return default_loader(path)
     except Exception as error:  # whatever a decoder raises, it is the file that is wrong
-        raise Unusable(f"{path} cannot be read as an image: {one_line(error)}; mend or remove it") from error
+        raise Unusable(
+            f"{path} cannot be read as an image: {one_line(error)}; mend it and --resume, or remove it and begin again"
+        ) from error
 
 
 def _imagenet(options: argparse.Namespace) -> Data:
@@ -180,8 +183,3 @@ def open_data(options: argparse.Namespace) -> Data:
     if len(opened.train) < options.batch_size:
         raise Unusable(f"--batch-size {options.batch_size}: {options.dataset} has {len(opened.train)} training images")
     return opened
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -13,17 +13,25 @@ from whiten_layers import convert_batchnorm, unwhiten, whiten
 from whiten_layers.covariance import FeatureCovariance
 
 from ..training import transform_from
+from .errors import Unusable, one_line
 from .world import World
 
 
 def make_network(num_classes: int, options: argparse.Namespace) -> nn.Module:
-    """A network of `whiten_layers.models`, whitened where its name says so."""
+    """A network of `whiten_layers.models`, whitened where its name says so.
+
+    Raises:
+        Unusable: it has no layer that --psi could be for.
+    """
     name = options.model.removeprefix("whitened_")
     network = getattr(whiten_layers.models, name)(num_classes=num_classes)
     if options.norm:
         convert_batchnorm(network, options.norm)
     if name != options.model:
-        whiten(network, transform_from(options), psi=bool(options.psi))
+        try:
+            whiten(network, transform_from(options), psi=bool(options.psi))
+        except ValueError as error:  # of psi: everything else has been checked
+            raise Unusable(f"--psi: {one_line(error)}") from error
     return network
 
 

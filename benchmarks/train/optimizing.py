@@ -48,9 +48,8 @@ def factor(step: int, steps: int, options: argparse.Namespace) -> float:
     return shape((step - warmup) / (options.epochs * steps - warmup))
 
 
-def set_rate(optimizer: Optimizer, step: int, steps: int, options: argparse.Namespace) -> float:
+def set_rate(optimizer: Optimizer, step: int, steps: int, options: argparse.Namespace) -> None:
     """Give the optimizer a step's learning rate: a function of the step has no state that a checkpoint could miss."""
     rate = options.lr * factor(step, steps, options)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    return rate

@@ -1,6 +1,7 @@
 """The command line: a wrong option ends the program with one line and status 2."""
 
 import argparse
+import importlib.util
 import math
 import os
 import sys
@@ -25,6 +26,7 @@ The same command under torchrun trains in several processes, which share each ba
 checkpoint; after SIGTERM, Ctrl-C (both save) or worse the same command with --resume goes on as if nothing had
 happened, bit for bit. What an augmentation draws depends on --seed, the epoch and the image alone.
 """
+WITH_MOMENTUM = ("sgd", "rmsprop")
 # What may differ between a run and its resumption: where things are, and who does the work.
 NOT_OF_THE_RUN = ("preset", "data", "download", "out", "resume", "workers", "device", "tensorboard")
 
@@ -56,11 +58,14 @@ fraction = real(0, 1, named="number in [0, 1)")
 
 
 def count(text: str) -> int:
-    """An argparse type: an int of at least 0."""
+    """An argparse type: an int of at least 0, of 63 bits."""
     value = int(text)
-    if value < 0:
+    if not 0 <= value < 2**63:
         raise ValueError
     return value
+
+
+count.__name__ = "int of at least 0"
 
 
 def _parser() -> Parser:
@@ -88,8 +93,8 @@ def _parser() -> Parser:
     group.add_argument("--random-erasing", type=fraction, default=0.0, metavar="P", help="with this probability")
     group.add_argument("--mixup", type=not_negative, default=0.0, metavar="ALPHA", help="of the beta distribution")
     group.add_argument("--cutmix", type=not_negative, default=0.0, metavar="ALPHA", help="with --mixup: either")
-    group.add_argument("--crop-size", type=positive(int), default=224, help="of ImageNet's images (default: 224)")
-    group.add_argument("--workers", type=count, help="processes that load images (default: of the cores, at most 8)")
+    group.add_argument("--crop-size", type=positive(int), help="of ImageNet's images (default: 224)")
+    group.add_argument("--workers", type=count, help="processes that load images (default: one a core, at most 8)")
 
     group = parser.add_argument_group("network")
     group.add_argument("--model", choices=models, default="whitened_resnet20", metavar="NAME", help=", ".join(models))
@@ -102,14 +107,14 @@ def _parser() -> Parser:
     group.add_argument("--batch-size", type=positive(int), default=128, help="of a step, all processes together")
     group.add_argument("--accumulate", type=positive(int), default=1, help="backward passes that a batch is dealt to")
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
-    group.add_argument("--lr", type=positive(float), help="the highest one (default: 0.1; adam and adamw 0.001)")
-    group.add_argument("--momentum", type=fraction, default=0.9, help="of sgd and rmsprop")
+    group.add_argument("--lr", type=positive(float), help="the highest one (default: 0.1 of sgd, else 0.001)")
+    group.add_argument("--momentum", type=fraction, help="of sgd and rmsprop (default: 0.9)")
     group.add_argument("--nesterov", action=switch, default=False, help="of sgd")
     group.add_argument("--weight-decay", type=not_negative, default=5e-4)
     group.add_argument("--norm-weight-decay", type=not_negative, help="of norms and biases (default: the same)")
     group.add_argument("--schedule", choices=SCHEDULES, default="cosine")
     group.add_argument("--milestones", type=positive(int), nargs="+", metavar="EPOCH", help="of --schedule step")
-    group.add_argument("--gamma", type=positive(float), default=0.1, help="factor at a milestone")
+    group.add_argument("--gamma", type=positive(float), help="factor at a milestone (default: 0.1)")
     group.add_argument("--warmup-epochs", type=count, default=0, help="in which the rate rises to --lr")
     group.add_argument("--label-smoothing", type=fraction, default=0.0)
     group.add_argument("--clip-norm", type=positive(float), help="of the gradient of all parameters")
@@ -130,17 +135,37 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     if chosen.preset:
-        parser.set_defaults(**PRESETS[chosen.preset])
+        preset = PRESETS[chosen.preset]
+        parser.set_defaults(**preset)
         chosen = parser.parse_args(arguments)
+        # What it says of a schedule or an optimizer goes with them.
+        if chosen.schedule != preset["schedule"] and chosen.milestones == preset.get("milestones"):
+            chosen.milestones = None
+        if chosen.optimizer != "sgd":
+            chosen.nesterov = chosen.nesterov and not preset.get("nesterov")
     _check(parser, chosen)
-    if chosen.lr is None:
-        chosen.lr = 1e-3 if chosen.optimizer in ("adam", "adamw") else 0.1
-    if chosen.out is None:
-        chosen.out = Path("results/train") / f"{chosen.dataset}-{chosen.model}"
-    if chosen.workers is None:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        chosen.workers = min(8, (os.cpu_count() or 1) // here)
+    for name, value in _defaults(chosen).items():
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, value)
     return chosen
+
+
+def _started(which: str) -> int:
+    """How many processes torchrun has started, in all or on this machine."""
+    return int(os.environ.get(which, "1"))
+
+
+def _defaults(options: argparse.Namespace) -> dict[str, Any]:
+    """Of the options that depend on others."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "lr": 0.1 if options.optimizer == "sgd" else 1e-3,
+        "momentum": 0.9 if options.optimizer in WITH_MOMENTUM else None,
+        "gamma": 0.1 if options.schedule == "step" else None,
+        "crop_size": 224 if options.dataset == "imagenet" else None,
+        "out": Path("results/train") / f"{options.dataset}-{options.model}",
+        "workers": min(8, cores // _started("LOCAL_WORLD_SIZE")),
+    }
 
 
 def _check(parser: Parser, options: argparse.Namespace) -> None:
@@ -150,26 +175,41 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
         named = [name for name in [*given, "psi"] if getattr(options, name) not in (None, False)]
         if named:
             parser.error(f"--{named[0].replace('_', '-')}: {options.model} is not whitened; --model whitened_… is")
+    for name, applies, where in (
+        ("momentum", options.optimizer in WITH_MOMENTUM, "--optimizer sgd and rmsprop"),
+        ("nesterov", options.optimizer == "sgd" and options.momentum != 0, "--optimizer sgd and a --momentum above 0"),
+        ("milestones", options.schedule == "step", "--schedule step"),
+        ("gamma", options.schedule == "step", "--schedule step"),
+        ("crop_size", options.dataset == "imagenet", "--dataset imagenet"),
+        ("download", options.dataset in ("cifar10", "cifar100"), "--dataset cifar10 and cifar100"),
+        ("auto_augment", options.dataset not in ("digits", "crops"), "--dataset cifar10, cifar100 and imagenet"),
+    ):
+        if getattr(options, name) not in (None, False) and not applies:
+            parser.error(f"--{name.replace('_', '-')}: only for {where}")
     try:
         transform_from(options)
     except ValueError as error:
         parser.error(str(error))
-    if options.device == "cuda" and not torch.cuda.is_available():
+    here, gpus = _started("LOCAL_WORLD_SIZE"), torch.cuda.device_count()
+    if options.device == "cuda" and not gpus:
         parser.error("--device cuda: there is none; take --device cpu")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if options.batch_size % (world * options.accumulate):
-        parser.error(f"--batch-size {options.batch_size}: not a multiple of {world} processes × {options.accumulate} "
-                     "backward passes (--accumulate)")  # fmt: skip
-    if (options.schedule == "step") != bool(options.milestones):
-        parser.error("--schedule step and --milestones EPOCH … need each other")
+    if options.device != "cpu" and 0 < gpus < here:
+        parser.error(f"{here} processes for {gpus} GPUs; start fewer, or take --device cpu")
+    parts = _started("WORLD_SIZE") * options.accumulate
+    if options.batch_size % parts or options.batch_size < 2 * parts:
+        parser.error(
+            f"--batch-size {options.batch_size}: has to be twice as many as processes × --accumulate "
+            f"({parts}) or another multiple, so that each normalizes over several images"
+        )
+    if options.schedule == "step" and not options.milestones:
+        parser.error("--schedule step: needs --milestones EPOCH …")
+    for milestone in options.milestones or []:
+        if milestone >= options.epochs:
+            parser.error(f"--milestones {milestone}: the run has {options.epochs} epochs; give earlier ones")
     if options.warmup_epochs >= options.epochs:
         parser.error(f"--warmup-epochs {options.warmup_epochs}: the run has {options.epochs} epochs; give fewer")
-    if options.nesterov and not (options.optimizer == "sgd" and options.momentum):
-        parser.error("--nesterov: needs --optimizer sgd and a --momentum above 0")
-    if options.auto_augment and options.dataset in ("digits", "crops"):
-        parser.error(f"--auto-augment: not for {options.dataset}; for cifar10, cifar100 and imagenet")
-    if options.download and not options.dataset.startswith("cifar"):
-        parser.error(f"--download: not for {options.dataset}; for cifar10 and cifar100")
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard: it is not installed; pip install 'whiten-layers[tensorboard]'")
 
 
 def _transform_parser() -> argparse.ArgumentParser:

@@ -1,9 +1,9 @@
 """Recipes by name: what a preset sets, an option on the command line still changes.
 
 CIFAR: He et al., arXiv 1512.03385, section 4.2: 64,000 iterations of 128 images (164 epochs), the learning rate
-divided by ten after 32,000 and 48,000 of them, and ResNet-110 warmed up. The wider networks, of ImageNet's
-blocks, take a cosine and more weight decay, as has become usual. ImageNet: 90 epochs of batches of 256, divided by
-ten after 30 and 60.
+divided by ten after 32,000 and 48,000 of them, and ResNet-110 warmed up (here for an epoch, linearly; there for 400
+iterations, at a tenth). The wider networks, of ImageNet's blocks, take a cosine and more weight decay, as has become
+usual. ImageNet: as torchvision's first weights were trained, 90 epochs of batches of 256, divided after 30 and 60.
 """
 
 from typing import Any

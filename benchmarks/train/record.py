@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from ..environment import environment
 from ..output import encoded, replace
-from .datasets import one_line
-from .errors import Unusable
+from .errors import Unusable, one_line
 
 T = TypeVar("T")
 FORMAT = 1  # of a checkpoint
@@ -41,7 +40,8 @@ def writing(path: Path, action: Callable[[], T]) -> T:
         return action()
     except OSError as error:
         raise Unusable(
-            f"{path} cannot be written: {error.strerror or one_line(error)}; what was there before is as it was"
+            f"{path} cannot be written: {error.strerror or one_line(error)}; make it possible and --resume, or give "
+            "another --out (what was there before is as it was)"
         ) from error
 
 
@@ -54,7 +54,7 @@ def save(path: Path, state: Any) -> None:
     content = io.BytesIO()  # torch.save into a full disk raises what is no OSError
     torch.save(state, content)
     writing(path, lambda: path.parent.mkdir(parents=True, exist_ok=True))
-    writing(path, lambda: replace(path, content.getvalue()))
+    writing(path, lambda: replace(path, content.getbuffer()))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -68,7 +68,9 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise Unusable(f"{path} is not there, so there is nothing to --resume; leave that out to begin") from None
     except Exception as error:  # a damaged file makes the unpickler raise anything
-        raise Unusable(f"{path} cannot be read as a checkpoint: {one_line(error)}") from error
+        raise Unusable(
+            f"{path} cannot be read as a checkpoint: {one_line(error)}; begin again in another --out"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise Unusable(f"{path} is no checkpoint of this program")
     return state
@@ -86,35 +88,47 @@ def check_same(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def check_unused(folder: Path) -> None:
-    """Raise `Unusable` where a folder holds a run already."""
+    """Raise `Unusable` where a folder holds a run already; one that took no step is none."""
     for name in (CHECKPOINT, RESULTS):
-        if (folder / name).exists():
+        path = folder / name
+        if path.exists() and not (name == CHECKPOINT and _is_untouched(path)):
             raise Unusable(f"{folder} holds a run already ({name}): go on with it by --resume, or give another --out")
+
+
+def _is_untouched(path: Path) -> bool:
+    try:
+        state = load(path)
+    except Unusable:
+        return False
+    return state["epoch"] == state["step"] == 0
 
 
 class Record:
     """The table, ``results.json`` and TensorBoard's scalars of a run, kept by the first process."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace, about: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, options: argparse.Namespace, about: dict[str, Any], done: int) -> None:
         chosen = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
         self.folder, self.headed, self.scalars = folder, False, None
         self.about = {"environment": environment(), "options": chosen, **about}
         if options.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise Unusable("--tensorboard: it is not installed; pip install 'whiten-layers[tensorboard]'") from None
-            self.scalars = writing(folder, lambda: SummaryWriter(str(folder / "tensorboard")))
+            from torch.utils.tensorboard import SummaryWriter
 
-    def epoch(self, rows: list[Row], finished: bool) -> None:
+            # What an interrupted run told of an epoch that it is to do again is not shown.
+            self.scalars = writing(folder, lambda: SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1))
+
+    def write(self, rows: list[Row], finished: bool = False) -> None:
+        """Bring ``results.json`` up to date."""
+        path = self.folder / RESULTS
+        writing(path, lambda: replace(path, encoded({**self.about, "finished": finished, "epochs": rows})))
+
+    def epoch(self, rows: list[Row]) -> None:
         """Take note of the last of the rows."""
         row = rows[-1]
         if not self.headed:
             tqdm.write(heads(row))
             self.headed = True
         tqdm.write(line(row))
-        path = self.folder / RESULTS
-        writing(path, lambda: replace(path, encoded({**self.about, "finished": finished, "epochs": rows})))
+        self.write(rows)
         if self.scalars is not None:
             writing(self.folder, lambda: self._scalars(self.scalars, row))
 
@@ -128,12 +142,13 @@ class Record:
         writer.flush()
 
     def close(self, rows: list[Row], weights: dict[str, dict[str, Tensor]]) -> None:
-        """Write what a finished run leaves: the plain weights and ``curves.png``."""
+        """Write what a finished run leaves: the plain weights and ``curves.png``, and that it is finished."""
         for name, state in weights.items():
             save(self.folder / name, state)
         image, path = io.BytesIO(), self.folder / "curves.png"
         curves(rows).savefig(image, dpi=120)
-        writing(path, lambda: replace(path, image.getvalue()))
+        writing(path, lambda: replace(path, image.getbuffer()))
+        self.write(rows, finished=True)
         names = [CHECKPOINT, *weights, RESULTS, path.name]
         print("written:", ", ".join(str(self.folder / name) for name in names))
         if self.scalars is not None:

@@ -5,6 +5,7 @@ and the epoch, so no random generator's state has to be kept.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -128,16 +129,21 @@ class Run:
     def fit(self, record: Record | None, stop: Stop) -> bool:
         """Train, telling the record of every epoch; return whether that came to the end, or was told to stop."""
         while self.epoch < self.options.epochs:
-            trained = self._train(stop)
-            tested = None if trained is None else self._test(stop)
+            try:
+                trained = self._train(stop)
+                tested = None if trained is None else self._test(stop)
+            except Unusable:  # an image; all processes have come to the same step
+                self.save()
+                raise
             if trained is None or tested is None:
                 self.save()
                 return False
             self.rows.append({**trained, **tested, **bad_batches(self.network)})
             self.epoch, self.step = self.epoch + 1, 0
             self._begin_epoch()
+            # In this order, so that an epoch that is interrupted in between is done, and told of, again.
+            self.world.together(lambda: record.epoch(self.rows) if record else None)
             self.save()
-            self.world.together(lambda: record.epoch(self.rows, self.epoch == self.options.epochs) if record else None)
         return True
 
     def _train(self, stop: Stop) -> Row | None:
@@ -154,7 +160,7 @@ class Run:
                     return None
                 loss = self._step(parts)
                 self.step += 1
-                if self.world.device.type == "cpu" or self.step % 10 == 0:  # on a GPU the figure is waited for
+                if not bar.disable and (self.world.device.type == "cpu" or self.step % 10 == 0):  # a GPU is waited for
                     bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 bar.update()
         loss, correct, images = self.world.sum(self.sums.clone()).tolist()
@@ -170,8 +176,9 @@ class Run:
 
     def _bar(self, what: str, total: int, done: int = 0) -> tqdm:
         name = f"epoch {self.epoch + 1}/{self.options.epochs} {what}"
-        hidden = self.world.rank > 0
-        return tqdm(desc=name, total=total, initial=done, unit="step", disable=hidden, leave=False, dynamic_ncols=True)
+        often = {"mininterval": 0.1 if sys.stderr.isatty() else 30}  # seconds: not to fill a log
+        shape = {"unit": "step", "leave": False, "dynamic_ncols": True, **often}
+        return tqdm(desc=name, total=total, initial=done, disable=self.world.rank > 0, **shape)
 
     def _parts(self, batches: Iterator[Batch | Unusable]) -> tuple[list[Batch], Unusable | None]:
         """The images of a step's backward passes, or the error of one that could not be read."""

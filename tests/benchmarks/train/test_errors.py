@@ -1,16 +1,24 @@
 """What cannot be used ends the program with one line that says what to do, status 2, and nothing overwritten."""
 
+import errno
 import http.server
+import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.train.__main__ import main
+from benchmarks.train.run import Run
+from benchmarks.train.world import Stop
 
 from .test_resume import assert_same_run, interrupt_at
 from .tiny import know, options
@@ -47,18 +55,29 @@ def copied(tree, tmp_path):
         (["--epochs", "1.5"], "argument --epochs: invalid positive int value: '1.5'"),
         (["--momentum", "1"], "argument --momentum: invalid number in [0, 1) value: '1'"),
         (["--weight-decay", "-1"], "argument --weight-decay: invalid number of at least 0 value: '-1'"),
-        (["--workers", "-1"], "argument --workers: invalid count value: '-1'"),
+        (["--workers", "-1"], "argument --workers: invalid int of at least 0 value: '-1'"),
+        (["--seed", str(2**63)], "argument --seed: invalid int of at least 0 value"),
         (["--power", "2"], "power=2.0 is not possible: give a number in [0, 1]"),
         (["--model", "resnet20", "--power", "1"], "--power: resnet20 is not whitened; --model whitened_… is"),
         (["--model", "resnet20", "--psi"], "--psi: resnet20 is not whitened; --model whitened_… is"),
         (["--model", "resnet20", "--exact"], "--exact: resnet20 is not whitened"),
-        (["--batch-size", "10", "--accumulate", "4"], "--batch-size 10: not a multiple of 1 processes × 4"),
-        (["--schedule", "step"], "--schedule step and --milestones EPOCH … need each other"),
-        (["--milestones", "3"], "--schedule step and --milestones EPOCH … need each other"),
+        (["--batch-size", "10", "--accumulate", "4"], "--batch-size 10: has to be twice as many as processes × --acc"),
+        (["--batch-size", "4", "--accumulate", "4"], "--batch-size 4: has to be twice as many as processes × --acc"),
+        (["--schedule", "step"], "--schedule step: needs --milestones EPOCH …"),
+        (["--milestones", "3"], "--milestones: only for --schedule step"),
+        (["--gamma", "0.5"], "--gamma: only for --schedule step"),
+        (
+            ["--schedule", "step", "--milestones", "3", "20"],
+            "--milestones 20: the run has 20 epochs; give earlier ones",
+        ),
+        (["--preset", "cifar10-resnet20", "--epochs", "20"], "--milestones 82: the run has 20 epochs"),
+        (["--optimizer", "adam", "--momentum", "0.8"], "--momentum: only for --optimizer sgd and rmsprop"),
+        (["--crop-size", "32"], "--crop-size: only for --dataset imagenet"),
+        (["--psi", "--norm", "iter_norm"], "--psi: "),
         (["--epochs", "3", "--warmup-epochs", "3"], "--warmup-epochs 3: the run has 3 epochs; give fewer"),
-        (["--optimizer", "adamw", "--nesterov"], "--nesterov: needs --optimizer sgd and a --momentum above 0"),
-        (["--auto-augment", "augmix"], "--auto-augment: not for digits; for cifar10, cifar100 and imagenet"),
-        (["--download"], "--download: not for digits; for cifar10 and cifar100"),
+        (["--optimizer", "adamw", "--nesterov"], "--nesterov: only for --optimizer sgd and a --momentum above 0"),
+        (["--auto-augment", "augmix"], "--auto-augment: only for --dataset cifar10, cifar100 and imagenet"),
+        (["--download"], "--download: only for --dataset cifar10 and cifar100"),
         (["--batch-size", "5000"], "--batch-size 5000: digits has 1348 training images"),
     ],
 )
@@ -149,9 +168,40 @@ def test_a_damaged_image_is_named_and_the_run_goes_on_when_it_is_mended(part, wo
         "imagenet", root, tmp_path / "run", "--workers", workers, "--epochs", "1", "--model", "resnet18"
     )
     message = fails(arguments, capsys)
-    assert message.startswith(f"{image} cannot be read as an image: ") and message.endswith("mend or remove it")
+    assert message.startswith(f"{image} cannot be read as an image: ")
+    assert message.endswith("; mend it and --resume, or remove it and begin again")
+    assert multiprocessing.active_children() == []
+    stopped = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert stopped["epoch"] == 0 and (stopped["step"] == 5) == (part == "val")
     image.write_bytes(whole)
     assert main([*arguments, "--resume"]) == 0
+
+
+def test_a_worker_that_is_killed(data, tmp_path, capsys, monkeypatch):
+    look, turns = Stop.agreed, []
+
+    def agreed(self, error=None):
+        turns.append(1)
+        if len(turns) == 3:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        return look(self, error)
+
+    monkeypatch.setattr(Stop, "agreed", agreed)
+    arguments = options("cifar10", data("cifar10"), tmp_path / "run", "--workers", "1", "--epochs", "50")
+    assert "a process that loads images has died" in fails(arguments, capsys)
+    assert multiprocessing.active_children() == []
+
+
+def test_an_error_of_the_program_itself_ends_its_workers(data, tmp_path, monkeypatch):
+    """Else multiprocessing waits for them at exit, for ever."""
+
+    def fail(self, parts):
+        raise ValueError("not foreseen")
+
+    monkeypatch.setattr(Run, "_step", fail)
+    with pytest.raises(ValueError, match="not foreseen"):
+        main(options("cifar10", data("cifar10"), tmp_path / "run", "--workers", "2"))
+    assert multiprocessing.active_children() == []
 
 
 @contextmanager
@@ -182,7 +232,7 @@ def test_a_full_disk_on_the_way(data, tmp_path, capsys):
         arguments = options("cifar10", root, disk / "run")
         assert "checkpoint.pt cannot be written: No space left on device" in fails(arguments, capsys)
         assert torch.load(disk / "run" / "checkpoint.pt", weights_only=True)["epoch"] == 0
-        assert [path.name for path in (disk / "run").iterdir()] == ["checkpoint.pt"]
+        assert {path.name for path in (disk / "run").iterdir()} == {"checkpoint.pt", "results.json"}
         subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
         assert main([*arguments, "--resume"]) == 0
         assert_same_run(disk / "run", tmp_path / "whole")
@@ -191,7 +241,18 @@ def test_a_full_disk_on_the_way(data, tmp_path, capsys):
 def test_a_folder_that_cannot_be_made(data, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     message = fails(options("cifar10", data("cifar10"), tmp_path / "file" / "run"), capsys)
-    assert "cannot be written: Not a directory" in message
+    assert "cannot be written: Not a directory; make it possible and --resume, or give another --out" in message
+
+
+def test_a_folder_without_permission(data, tmp_path, capsys, monkeypatch):
+    def exists(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    arguments = options("cifar10", data("cifar10"), tmp_path / "run")
+    with monkeypatch.context() as patch:  # root may enter any
+        patch.setattr(Path, "exists", exists)
+        message = fails(arguments, capsys)
+    assert message == f"{tmp_path}/run/checkpoint.pt: Permission denied"
 
 
 @pytest.fixture
@@ -226,9 +287,20 @@ def test_a_run_is_not_begun_over_another(stopped, tmp_path, capsys):
     assert "holds a run already (checkpoint.pt): go on with it by --resume, or give another --out" in fails(
         stopped, capsys
     )
+    path.write_bytes(before[:100])  # damaged, but somebody's
+    assert "holds a run already (checkpoint.pt)" in fails(stopped, capsys)
+    path.write_bytes(before)
     path.rename(tmp_path / "run" / "results.json")
     assert "holds a run already (results.json)" in fails(stopped, capsys)
     assert (tmp_path / "run" / "results.json").read_bytes() == before
+
+
+def test_a_run_that_took_no_step_can_be_begun_again(data, tmp_path, monkeypatch):
+    arguments = options("cifar10", data("cifar10"), tmp_path / "run", "--epochs", "1")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        assert main([*arguments, "--norm", "swbn"]) == 0
+    assert main(arguments) == 0
 
 
 def test_nothing_to_go_on_with(data, tmp_path, capsys):
@@ -251,6 +323,6 @@ def test_a_damaged_checkpoint(stopped, tmp_path, capsys):
 
 
 def test_tensorboard_is_not_installed(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     message = fails(options("cifar10", data("cifar10"), tmp_path / "run", "--tensorboard"), capsys)
-    assert message == "--tensorboard: it is not installed; pip install 'whiten-layers[tensorboard]'"
+    assert message.startswith("--tensorboard: it is not installed; pip install 'whiten-layers[tensorboard]'")

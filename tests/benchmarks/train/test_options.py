@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import whiten_layers.models
+from torchvision.transforms import v2
 
 from benchmarks.train import datasets, network, optimizing, presets
 from benchmarks.train.options import parse
@@ -30,8 +31,24 @@ def test_the_presets_of_the_papers_networks():
 
 
 def test_an_option_changes_what_a_preset_sets():
-    options = parse(["--preset", "cifar100-resnet56", "--epochs", "100", "--model", "resnet56"])
-    assert (options.epochs, options.model, options.milestones) == (100, "resnet56", [82, 123])
+    options = parse(["--preset", "cifar100-resnet56", "--epochs", "150", "--model", "resnet56"])
+    assert (options.epochs, options.model, options.milestones) == (150, "resnet56", [82, 123])
+
+
+def test_what_a_preset_says_of_a_schedule_or_an_optimizer_goes_with_them():
+    options = parse(["--preset", "cifar10-resnet20", "--schedule", "cosine", "--epochs", "20"])
+    assert options.milestones is None and options.gamma is None
+    options = parse(["--preset", "cifar10-resnet18", "--optimizer", "adamw"])
+    assert not options.nesterov and options.momentum is None and options.lr == 1e-3
+    assert parse(["--optimizer", "rmsprop"]).lr == 1e-3 and parse([]).momentum == 0.9
+
+
+def test_autoaugment_has_the_policy_of_the_data_set(data):
+    for dataset, policy in (("cifar10", "CIFAR10"), ("cifar100", "CIFAR10"), ("imagenet", "IMAGENET")):
+        arguments = ["--dataset", dataset, "--data", str(data(dataset)), "--batch-size", "8"]
+        opened = datasets.open_data(parse([*arguments, "--auto-augment", "autoaugment"]))
+        (step,) = (step for step in opened.train.transform.transforms if isinstance(step, v2.AutoAugment))
+        assert step.policy.name == policy
 
 
 def test_the_network_that_options_describe():
@@ -106,7 +123,8 @@ def test_what_an_augmentation_draws_depends_on_seed_epoch_and_image_alone():
 @pytest.mark.parametrize("more", [[], ["--auto-augment", "randaugment"], ["--random-erasing", "0.9"], ["--no-augment"]])
 @pytest.mark.parametrize("dataset", ["cifar10", "imagenet"])
 def test_augmentations(dataset, more, data):
-    arguments = ["--dataset", dataset, "--data", str(data(dataset)), "--batch-size", "8", "--crop-size", "24"]
+    arguments = ["--dataset", dataset, "--data", str(data(dataset)), "--batch-size", "8"]
+    arguments += ["--crop-size", "24"] if dataset == "imagenet" else []
     train, test = (getattr(datasets.open_data(parse([*arguments, *more])), part) for part in ("train", "test"))
     image, label = train[0, 3]
     size = 24 if dataset == "imagenet" else 32

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from benchmarks.train import world
 from benchmarks.train.__main__ import main
+from benchmarks.train.record import Record
+from benchmarks.train.run import Run
 from tests.distributed.world import run
 
 from .tiny import know, options, start
@@ -90,6 +92,55 @@ def test_stopped_by_sigterm_anywhere(recipe, data, tmp_path, monkeypatch, capsys
         assert_same_run(out, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("what", [(Run, "save"), (Record, "epoch"), (Record, "close")], ids=["save", "record", "close"])
+def test_killed_between_what_is_written_at_the_end(what, data, tmp_path, monkeypatch):
+    """The last checkpoint, the last figures and the weights are three writes; a kill may fall between any two."""
+    root, out = data("cifar10"), tmp_path / "run"
+    assert main(options("cifar10", root, tmp_path / "whole", "--tensorboard")) == 0
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self, *arguments):
+        if what[1] != "save" or (self.epoch == 3):
+            raise Killed
+        return done(self, *arguments)
+
+    def at_the_end(self, rows):
+        if len(rows) == 3:
+            raise Killed
+        return done(self, rows)
+
+    done = getattr(*what)
+    with monkeypatch.context() as patch:
+        patch.setattr(*what, at_the_end if what[1] == "epoch" else kill)
+        with pytest.raises(Killed):
+            main(options("cifar10", root, out, "--tensorboard"))
+    assert not json.loads((out / "results.json").read_text())["finished"]
+    assert main(options("cifar10", root, out, "--tensorboard", "--resume")) == 0
+    assert_same_run(out, tmp_path / "whole")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [scalar.step for scalar in events.Scalars("train/loss")] == [1, 2, 3]
+
+
+def test_with_another_number_of_processes(data, tmp_path, monkeypatch):
+    """What two processes have counted of an epoch is counted by the one that goes on."""
+    arguments = options("cifar10", data("cifar10"), tmp_path / "run")
+    assert main(options("cifar10", data("cifar10"), tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 10)
+        assert main(arguments) == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    (one,) = state["processes"]
+    assert one["sums"][2] == 16  # images
+    state["processes"] = [{**one, "sums": one["sums"] / 4}, {**one, "sums": one["sums"] * 3 / 4}]
+    torch.save(state, path)
+    assert main([*arguments, "--resume"]) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_stopped_by_control_c(data, tmp_path, monkeypatch, capsys):
     arguments = options("cifar10", data("cifar10"), tmp_path)
     monkeypatch.setattr(signal, "SIGTERM", signal.SIGINT)
@@ -140,10 +191,10 @@ def test_stopped_and_killed_in_processes_of_their_own(dataset, data, tmp_path):
     wait_for(process, tmp_path / "run", 1)
     os.killpg(process.pid, signal.SIGTERM)
     assert "SIGTERM: stopped and saved" in finish(process, 0)
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == 1
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] < 3
     process = start([*arguments, "--resume"], root, pause=0.2)
     wait_for(process, tmp_path / "run", 2)
-    process.kill()
+    process.kill()  # before or after the epoch's checkpoint
     finish(process, -signal.SIGKILL)
     assert main([*arguments, "--resume"]) == 0
     assert main(options(dataset, root, tmp_path / "whole")) == 0
@@ -184,7 +235,7 @@ def test_two_processes_stopped_and_resumed(data, tmp_path):
     output, _ = process.communicate(timeout=120)  # its status and a traceback are torchrun's own
     assert "SIGTERM: stopped and saved" in output
     stopped = torch.load(outs[0] / "checkpoint.pt", weights_only=True)
-    assert stopped["epoch"] == 1 and len(stopped["processes"]) == 2
+    assert stopped["epoch"] < 3 and len(stopped["processes"]) == 2
     for one in ([*arguments[0], "--resume"], arguments[1]):
         assert [status for status, _ in two_processes(one, root)] == [0, 0]
     assert_same_run(*outs)
