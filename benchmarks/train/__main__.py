@@ -63,10 +63,10 @@ def be_deterministic() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status."""
     options = parse(arguments)
-    torch.backends.cudnn.benchmark = not options.deterministic
     if options.deterministic:
         be_deterministic()
-    with join_world(options) as world, Stop(world) as stop:
+    fastest = torch.backends.cudnn.flags(enabled=True, benchmark=not options.deterministic)
+    with fastest, join_world(options) as world, Stop(world) as stop:
         try:
             return train(options, world, stop)
         except Unusable as error:
