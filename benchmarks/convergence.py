@@ -36,7 +36,10 @@ from .training import (
     transform_options,
 )
 
-MODELS = [name for name in whiten_layers.models.__all__ if not name.startswith("whitened_")]
+PLAIN = [name for name in whiten_layers.models.__all__ if not name.startswith("whitened_")]
+MODELS = [
+    name for name in PLAIN if getattr(whiten_layers.models, name).__module__.endswith("cifar")
+]  # for small images
 EPOCHS = {"digits": 20, "crops": 5}
 Runs = dict[tuple[str, float, int], Curve]  # by variant, learning rate, seed
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from whiten_layers import FeatureWhitening, GradientTransform, OptimalInputGain, whiten
 
-from .convergence import MODELS
+from .convergence import PLAIN
 from .environment import describe, environment
 from .output import aligned, write
 from .timing import steady_allocator
@@ -103,7 +103,7 @@ def stepper(network: nn.Module, images: Tensor, labels: Tensor, precision: str) 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong option ends the program with one line and status 2."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", choices=MODELS, default="resnet20")
+    parser.add_argument("--model", choices=PLAIN, default="resnet20")
     parser.add_argument("--batch-size", type=positive(int), default=128)
     parser.add_argument("--size", type=positive(int), default=32, help="height and width of the images")
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N")

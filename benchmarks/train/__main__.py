@@ -8,6 +8,8 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -15,7 +17,7 @@ import torch
 from ..environment import describe
 from .batches import end_loading
 from .datasets import open_data
-from .errors import Unusable, one_line
+from .errors import Unusable
 from .options import PROGRAM, parse
 from .record import CHECKPOINT, Record, check_unused
 from .run import Run
@@ -54,36 +56,42 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def be_deterministic() -> None:
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
     """Let operations of a GPU give the same bits every time."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it takes time, and nothing here reads such memory
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=not on):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status."""
     options = parse(arguments)
-    if options.deterministic:
-        be_deterministic()
-    fastest = torch.backends.cudnn.flags(enabled=True, benchmark=not options.deterministic)
-    with fastest, join_world(options) as world, Stop(world) as stop:
+    with deterministic(options.deterministic), join_world(options) as world, Stop(world) as stop:
         try:
             return train(options, world, stop)
-        except Unusable as error:
-            message = str(error) if world.rank == 0 else None  # the others have the same
-        except OSError as error:
-            message = f"{error.filename or options.out}: {error.strerror or one_line(error)}"
+        except Unusable as error:  # in all processes the same
+            if world.rank == 0:
+                print(f"{PROGRAM}: {error}", file=sys.stderr)
+            return 2
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             message = "a process that loads images has died, of want of memory perhaps; --resume with fewer --workers"
+            print(f"{PROGRAM}: {message}", file=sys.stderr)
+            sys.exit(2)  # not `return`: see join_world
         except KeyboardInterrupt:
-            return 130
+            sys.exit(130)
         finally:
             end_loading()
-    if message:
-        print(f"{PROGRAM}: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

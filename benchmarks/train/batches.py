@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from .datasets import Data, Prepared, mixed
+from .datasets import ORDER, Data, Prepared, mixed
 from .errors import Unusable
 from .world import World
 
@@ -35,20 +35,20 @@ class Shares(Sampler[list[tuple[int, int]]]):
         return (self.steps - self.start) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = Generator().manual_seed(mixed(self.seed, self.epoch))
+        generator = Generator().manual_seed(mixed(ORDER, self.seed, self.epoch))
         order = torch.randperm(self.images, generator=generator)[: self.steps * self.batch_size]
         for batch in order.view(self.steps, self.accumulate, self.world.size, -1)[self.start :, :, self.world.rank]:
             yield from ([(self.epoch, number) for number in share] for share in batch.tolist())
 
 
-def test_shares(images: int, size: int, world: World) -> list[list[tuple[int, int]]]:
-    """One process's images of a test, at most `size` at a time: as often as in any other, at the end maybe none."""
+def shares_of_test(images: int, size: int, world: World) -> list[list[tuple[int, int]]]:
+    """One process's batches of a test, of at most `size` images; every process has as many, the last may be empty."""
     rounds = range(world.rank * size, images + world.rank * size, world.size * size)
     return [[(0, number) for number in range(start, min(start + size, images))] for start in rounds]
 
 
 def collate(samples: list[Any]) -> Batch | Unusable | None:
-    """A batch, the error of an image that could not be read, or None of no images."""
+    """A batch; the error of an image that could not be read; None where there are no images."""
     errors = (sample for sample in samples if isinstance(sample, Unusable))
     return next(errors, None) or (tuple(default_collate(samples)) if samples else None)
 
@@ -60,7 +60,7 @@ def stand_by(worker: int) -> None:
 
 
 def end_loading() -> None:
-    """End what still loads images: multiprocessing would, at exit, by the SIGTERM that they ignore, and wait."""
+    """Kill the processes that load images: multiprocessing would, at exit, by the SIGTERM that they ignore."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own takes their end for an error
     for child in multiprocessing.active_children():
         child.kill()
@@ -87,6 +87,6 @@ def loader(
 def loaders(data: Data, options: argparse.Namespace, world: World) -> tuple[Shares, DataLoader, DataLoader]:
     """The shares of training, and the loaders of both parts."""
     shares = Shares(len(data.train), options.batch_size, options.accumulate, world, options.seed)
-    tested = test_shares(len(data.test), options.batch_size // (world.size * options.accumulate), world)
+    tested = shares_of_test(len(data.test), options.batch_size // (world.size * options.accumulate), world)
     train = loader(data.train, shares, options, world.device, persistent=True)
     return shares, train, loader(data.test, tested, options, world.device, persistent=False)

@@ -1,6 +1,7 @@
 """The data sets, opened and checked, and what is done to an image before the network sees it."""
 
 import argparse
+import errno
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -32,9 +33,13 @@ CIFAR100_COLOURS = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 IMAGENET_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+ORDER, IMAGE, STEP = range(3)  # what a seed is for
+
+
 def mixed(*numbers: int) -> int:
-    """A seed that depends on all the numbers and is unlike that of their neighbours."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    """A seed that depends on all the numbers, of 64 bits each, and is unlike that of their neighbours."""
+    words = [word for number in numbers for word in (number % 2**32, number >> 32)]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Prepared(Dataset):
@@ -58,7 +63,7 @@ class Prepared(Dataset):
         except Unusable as error:
             return error
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mixed(self.seed, epoch, number))
+            torch.default_generator.manual_seed(mixed(IMAGE, self.seed, epoch, number))
             return self.transform(image), int(label)
 
 
@@ -89,7 +94,10 @@ def _training(first: list[v2.Transform], floats: list[v2.Transform], options: ar
 
 def _cifar(kind: type[CIFAR10], colours: tuple[Sequence[float], Sequence[float]], options: argparse.Namespace) -> Data:
     root, floats = options.data, _floats(colours)
-    lost = _lost(kind, root)
+    try:
+        lost = _lost(kind, root)
+    except OSError as error:
+        raise Unusable(f"{error.filename} cannot be read: {error.strerror}; name another folder with --data") from error
     if lost is not None and not options.download:
         state = "is damaged" if lost.exists() else "is not there"
         raise Unusable(f"{lost} {state}: name torchvision's folder with --data, or fetch it with --download")
@@ -117,6 +125,12 @@ def _read(path: str) -> Any:
     try:
         return default_loader(path)
     except Exception as error:  # whatever a decoder raises, it is the file that is wrong
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in (
+            errno.EMFILE,
+            errno.ENFILE,
+            errno.ENOMEM,
+        ):
+            raise
         raise Unusable(
             f"{path} cannot be read as an image: {one_line(error)}; mend it and --resume, or remove it and begin again"
         ) from error
@@ -156,8 +170,10 @@ def _shipped(images: data.Images, usual: list[v2.Transform], options: argparse.N
 
 def _digits(options: argparse.Namespace) -> Data:
     images = data.digits()
-    background = images.train[0].amin().item()
-    return _shipped(images, [v2.RandomAffine(25, (1 / 8, 1 / 8), (0.75, 1.25), fill=background)], options)
+    background, smooth = images.train[0].amin().item(), v2.InterpolationMode.BILINEAR
+    # As `random_affine` moves them, without its noise.
+    moved = v2.RandomAffine(25, (1 / 8, 1 / 8), (0.75, 1.25), interpolation=smooth, fill=background)
+    return _shipped(images, [moved], options)
 
 
 def _crops(options: argparse.Namespace) -> Data:

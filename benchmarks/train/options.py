@@ -172,7 +172,7 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
     """What one option demands of another."""
     if not options.model.startswith("whitened_"):
         given = vars(_transform_parser().parse_args([]))
-        named = [name for name in [*given, "psi"] if getattr(options, name) not in (None, False)]
+        named = [name for name, default in [*given.items(), ("psi", None)] if getattr(options, name) is not default]
         if named:
             parser.error(f"--{named[0].replace('_', '-')}: {options.model} is not whitened; --model whitened_… is")
     for name, applies, where in (
@@ -184,7 +184,7 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
         ("download", options.dataset in ("cifar10", "cifar100"), "--dataset cifar10 and cifar100"),
         ("auto_augment", options.dataset not in ("digits", "crops"), "--dataset cifar10, cifar100 and imagenet"),
     ):
-        if getattr(options, name) not in (None, False) and not applies:
+        if getattr(options, name) is not None and getattr(options, name) is not False and not applies:
             parser.error(f"--{name.replace('_', '-')}: only for {where}")
     try:
         transform_from(options)

@@ -31,6 +31,7 @@ COLUMNS: dict[str, tuple[str, str]] = {  # of the table: the head and the format
     "ema_accuracy": ("acc.", ".4f"),
     "images_per_second": ("images/s", ".0f"),
     "skipped": ("skipped", "d"),
+    "failed": ("failed", "d"),
 }
 
 
@@ -91,7 +92,11 @@ def check_unused(folder: Path) -> None:
     """Raise `Unusable` where a folder holds a run already; one that took no step is none."""
     for name in (CHECKPOINT, RESULTS):
         path = folder / name
-        if path.exists() and not (name == CHECKPOINT and _is_untouched(path)):
+        try:
+            used = path.exists() and not (name == CHECKPOINT and _is_untouched(path))
+        except OSError as error:
+            raise Unusable(f"{path} cannot be looked at: {error.strerror}; give another --out") from error
+        if used:
             raise Unusable(f"{folder} holds a run already ({name}): go on with it by --resume, or give another --out")
 
 

@@ -20,7 +20,7 @@ from whiten_layers import follow_learning_rate
 from whiten_layers.covariance import Moments
 
 from .batches import Batch, loaders
-from .datasets import Data, mixed
+from .datasets import STEP, Data, mixed
 from .errors import Unusable
 from .network import averages, bad_batches, make_average, make_network, plain_view, wrap
 from .optimizing import make_optimizer, set_rate
@@ -48,7 +48,7 @@ class Run:
     def __init__(self, options: argparse.Namespace, data: Data, world: World) -> None:
         self.options, self.world, self.path = options, world, options.out / CHECKPOINT
         self.about = {"training images": len(data.train), "test images": len(data.test), "classes": data.num_classes}
-        self.layout = torch.channels_last if options.channels_last else torch.preserve_format
+        self.layout = torch.channels_last if options.channels_last else torch.contiguous_format
         torch.manual_seed(options.seed)
         network = make_network(data.num_classes, options).to(world.device)
         network.to(memory_format=self.layout)
@@ -189,7 +189,7 @@ class Run:
     def _step(self, parts: list[Batch]) -> Tensor:
         """Take a step of the optimizer; return the loss of its last part."""
         number = self.epoch * self.shares.steps + self.step
-        torch.manual_seed(mixed(self.options.seed, number, self.world.rank))
+        torch.manual_seed(mixed(STEP, self.options.seed, number, self.world.rank))
         set_rate(self.optimizer, number, self.shares.steps, self.options)
         self.optimizer.zero_grad()
         loss = torch.zeros(())

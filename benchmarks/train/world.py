@@ -75,26 +75,26 @@ class World:
 
 @contextmanager
 def join_world(options: argparse.Namespace) -> Iterator[World]:
-    """Take part in what torchrun started."""
+    """Take part in what torchrun started.
+
+    The group is left where all leave it. A process that fails alone must not wait for the others, which torchrun ends.
+    """
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in _PLACE.items())
+    started = {"MASTER_ADDR", *_PLACE} <= os.environ.keys()
+    rank, local_rank, size = (int(os.environ[name]) if started else alone for name, alone in _PLACE.items())
     if not on_gpu:
         device = torch.device("cpu")
     else:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    started = "WORLD_SIZE" in os.environ
     if started:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    try:
-        yield World(rank, local_rank, size, device)
-    finally:
-        if started:
-            dist.destroy_process_group()
+    yield World(rank, local_rank, size, device)
+    if started:
+        dist.destroy_process_group()
 
 
-_PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-FAILED = 1  # beside the numbers of the signals
+_PLACE = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
 
 
 class Stop:
@@ -126,9 +126,10 @@ class Stop:
         if self.world.size == 1:
             self.world.fail_together(error)
             return self.signal != 0
-        told = torch.tensor([self.signal, FAILED if error else 0])
+        told = torch.tensor([self.signal, error is not None])
         dist.all_reduce(told, dist.ReduceOp.MAX)
         if told[1]:
             self.world.fail_together(error)
-        self.signal = int(told[0])
-        return self.signal != 0
+        agreed = int(told[0])
+        self.signal = agreed or self.signal  # one that came in the meantime is for the next step
+        return agreed != 0

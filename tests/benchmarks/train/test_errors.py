@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.train import datasets
 from benchmarks.train.__main__ import main
 from benchmarks.train.run import Run
 from benchmarks.train.world import Stop
@@ -59,6 +60,8 @@ def copied(tree, tmp_path):
         (["--seed", str(2**63)], "argument --seed: invalid int of at least 0 value"),
         (["--power", "2"], "power=2.0 is not possible: give a number in [0, 1]"),
         (["--model", "resnet20", "--power", "1"], "--power: resnet20 is not whitened; --model whitened_… is"),
+        (["--model", "resnet20", "--no-center"], "--center: resnet20 is not whitened; --model whitened_… is"),
+        (["--optimizer", "adam", "--momentum", "0"], "--momentum: only for --optimizer sgd and rmsprop"),
         (["--model", "resnet20", "--psi"], "--psi: resnet20 is not whitened; --model whitened_… is"),
         (["--model", "resnet20", "--exact"], "--exact: resnet20 is not whitened"),
         (["--batch-size", "10", "--accumulate", "4"], "--batch-size 10: has to be twice as many as processes × --acc"),
@@ -238,6 +241,26 @@ def test_a_full_disk_on_the_way(data, tmp_path, capsys):
         assert_same_run(disk / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("write", range(1, 7))
+def test_a_full_disk_at_any_write(write, data, tmp_path, capsys, monkeypatch):
+    """Of an epoch's six, without a disk of its own: checkpoint, figures, checkpoint, weights, curves, figures."""
+    root, writes, sync = data("cifar10"), [], os.fsync
+    arguments = options("cifar10", root, tmp_path / "run", "--epochs", "1")
+
+    def full(file):
+        writes.append(file)
+        if len(writes) == write:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert "cannot be written: No space left on device; make it possible and --resume" in fails(arguments, capsys)
+    assert main([*arguments, "--resume"] if write > 1 else arguments) == 0
+    assert main(options("cifar10", root, tmp_path / "whole", "--epochs", "1")) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_a_folder_that_cannot_be_made(data, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     message = fails(options("cifar10", data("cifar10"), tmp_path / "file" / "run"), capsys)
@@ -252,7 +275,17 @@ def test_a_folder_without_permission(data, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:  # root may enter any
         patch.setattr(Path, "exists", exists)
         message = fails(arguments, capsys)
-    assert message == f"{tmp_path}/run/checkpoint.pt: Permission denied"
+    assert message == f"{tmp_path}/run/checkpoint.pt cannot be looked at: Permission denied; give another --out"
+
+
+def test_a_file_without_permission(data, tmp_path, capsys, monkeypatch):
+    def check_integrity(path, digest):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    arguments = options("cifar10", data("cifar10"), tmp_path / "run")
+    monkeypatch.setattr(datasets, "check_integrity", check_integrity)
+    message = fails(arguments, capsys)
+    assert message.endswith("data_batch_1 cannot be read: Permission denied; name another folder with --data")
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import whiten_layers.models
 
 import benchmarks.data
 from benchmarks.train.__main__ import main
-from benchmarks.train.batches import Shares
-from benchmarks.train.batches import test_shares as shares_of_a_test
+from benchmarks.train.batches import Shares, shares_of_test
 from benchmarks.train.datasets import open_data
 from benchmarks.train.options import parse
 from benchmarks.train.world import World
@@ -103,7 +102,7 @@ def test_tensorboard_gets_every_figure_of_an_epoch(data, tmp_path):
 
 @pytest.mark.parametrize("images, size, processes", [(12, 4, 1), (12, 5, 2), (3, 2, 4), (9, 3, 2)])
 def test_each_test_image_is_one_process_s_and_all_take_as_many_turns(images, size, processes):
-    shares = [shares_of_a_test(images, size, place(rank, processes)) for rank in range(processes)]
+    shares = [shares_of_test(images, size, place(rank, processes)) for rank in range(processes)]
     assert len({len(share) for share in shares}) == 1
     numbers = [number for share in shares for part in share for _, number in part]
     assert sorted(numbers) == list(range(images))
