@@ -37,9 +37,8 @@ from .training import (
 )
 
 PLAIN = [name for name in whiten_layers.models.__all__ if not name.startswith("whitened_")]
-MODELS = [
-    name for name in PLAIN if getattr(whiten_layers.models, name).__module__.endswith("cifar")
-]  # for small images
+# Those for images as small as the data sets'.
+MODELS = [name for name in PLAIN if getattr(whiten_layers.models, name).__module__.endswith("resnet_cifar")]
 EPOCHS = {"digits": 20, "crops": 5}
 Runs = dict[tuple[str, float, int], Curve]  # by variant, learning rate, seed
 

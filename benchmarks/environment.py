@@ -18,6 +18,11 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def device_name(device: torch.device) -> str:
+    """What a GPU is called; "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def environment() -> dict[str, str | int]:
     """Machine and versions, to stand beside every figure."""
     return {

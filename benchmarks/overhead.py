@@ -26,7 +26,7 @@ from tqdm import tqdm
 from whiten_layers import FeatureWhitening, GradientTransform, OptimalInputGain, whiten
 
 from .convergence import PLAIN
-from .environment import describe, environment
+from .environment import describe, device_name, environment
 from .output import aligned, write
 from .timing import steady_allocator
 from .training import OPTIMIZERS, add_transform_options, positive, transform_from, transform_options
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         mode: [w / p for w, p in zip(stretches(f"whitened {mode}"), stretches(f"plain {mode}"), strict=True)]
         for mode in MODES[options.compile]
     }
-    hardware = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "cpu"
+    hardware = device_name(options.device)
     print(f"\n{options.model}, {classes} classes, batch {options.batch_size}, {options.size}×{options.size}", end=", ")
     print(
         f"{options.precision}{', channels_last' if options.channels_last else ''}, {hardware},",

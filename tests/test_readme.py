@@ -3,7 +3,6 @@
 import ast
 import os
 import re
-import socket
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 from whiten_layers.factor import WhiteningFactor
 
-from .distributed.world import needs_fsdp2, run
+from .distributed.world import free_port, needs_fsdp2, run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,10 +40,7 @@ def in_two_processes(rank, block, port):
 
 @pytest.mark.parametrize("block", [pytest.param(b, marks=needs_fsdp2 if "fsdp" in b else ()) for b in PARALLEL])
 def test_a_block_of_the_readme_runs_in_several_processes(block):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    run(in_two_processes, 2, block, port)
+    run(in_two_processes, 2, block, free_port())
 
 
 def test_every_line_of_what_it_works_with_names_a_test_that_there_is():

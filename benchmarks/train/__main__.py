@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from ..environment import describe
+from ..environment import describe, device_name
 from .batches import end_loading
 from .datasets import open_data
 from .errors import Unusable
@@ -36,7 +36,7 @@ def train(options: argparse.Namespace, world: World, stop: Stop) -> int:
         run.restore()
     else:
         run.save()  # what cannot be written is found out before anything has been computed
-    about = {**run.about, "processes": world.size, "device": name_of(world.device)}
+    about = {**run.about, "processes": world.size, "device": device_name(world.device)}
     make = partial(Record, options.out, options, about, len(run.rows))
     record = world.together(lambda: make() if world.rank == 0 else None)
     if record:
@@ -49,11 +49,6 @@ def train(options: argparse.Namespace, world: World, stop: Stop) -> int:
         name = signal.Signals(stop.signal).name
         print(f"{name}: stopped and saved in {path}, {run.progress()}; --resume goes on with it")
     return 130 if not finished and stop.signal == signal.SIGINT else 0
-
-
-def name_of(device: torch.device) -> str:
-    """What a GPU is called."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Real processes that run a test together, and a clock over them: one that hangs is killed, and the test fails."""
 
 import multiprocessing
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,13 @@ needs_fsdp2 = pytest.mark.skipif(
 # A process that has imported everything and has run nothing forks the others: a fraction of a second, not many.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", __name__])
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 class Ended(NamedTuple):

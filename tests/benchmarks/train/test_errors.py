@@ -5,7 +5,6 @@ import http.server
 import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -19,9 +18,8 @@ import torch
 from benchmarks.train import datasets
 from benchmarks.train.__main__ import main
 from benchmarks.train.run import Run
-from benchmarks.train.world import Stop
 
-from .test_resume import assert_same_run, interrupt_at
+from .test_resume import assert_same_run, at_turn, interrupt_at
 from .tiny import know, options
 
 PROGRAM = "python -m benchmarks.train: "
@@ -89,7 +87,7 @@ def test_a_wrong_option(arguments, message, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_no_gpu(capsys):
     assert fails(["--device", "cuda"], capsys).startswith("--device cuda: there is none; take --device cpu")
 
@@ -181,15 +179,7 @@ def test_a_damaged_image_is_named_and_the_run_goes_on_when_it_is_mended(part, wo
 
 
 def test_a_worker_that_is_killed(data, tmp_path, capsys, monkeypatch):
-    look, turns = Stop.agreed, []
-
-    def agreed(self, error=None):
-        turns.append(1)
-        if len(turns) == 3:
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        return look(self, error)
-
-    monkeypatch.setattr(Stop, "agreed", agreed)
+    at_turn(monkeypatch, 3, lambda: multiprocessing.active_children()[0].kill())
     arguments = options("cifar10", data("cifar10"), tmp_path / "run", "--workers", "1", "--epochs", "50")
     assert "a process that loads images has died" in fails(arguments, capsys)
     assert multiprocessing.active_children() == []

@@ -2,11 +2,9 @@
 
 import contextlib
 import io
-import json
 import os
 import re
 import signal
-import socket
 import time
 from tempfile import TemporaryDirectory
 
@@ -19,9 +17,9 @@ from benchmarks.train import world
 from benchmarks.train.__main__ import main
 from benchmarks.train.record import Record
 from benchmarks.train.run import Run
-from tests.distributed.world import run
+from tests.distributed.world import free_port, run
 
-from .tiny import know, options, start
+from .tiny import know, options, results, scalars, start
 
 MEASURED = re.compile("seconds|images_per_second")
 
@@ -39,24 +37,29 @@ def assert_same_run(out, whole):
     for name, leaf in ours.items():
         same = torch.equal(leaf, theirs[name]) if isinstance(leaf, torch.Tensor) else leaf == theirs[name]
         assert same, name
-    results = [json.loads((folder / "results.json").read_text()) for folder in (out, whole)]
-    figures = [[{k: v for k, v in row.items() if not MEASURED.search(k)} for row in r["epochs"]] for r in results]
-    assert figures[0] == figures[1] and results[0]["finished"]
+    both = [results(folder) for folder in (out, whole)]
+    figures = [[{k: v for k, v in row.items() if not MEASURED.search(k)} for row in r["epochs"]] for r in both]
+    assert figures[0] == figures[1] and both[0]["finished"]
     weights = [torch.load(folder / "weights.pt", weights_only=True) for folder in (out, whole)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
-def interrupt_at(monkeypatch, turn, number=signal.SIGTERM):
-    """Send this process a signal at the program's `turn`-th look for one."""
+def at_turn(monkeypatch, turn, action):
+    """Do something at the program's `turn`-th look for a signal."""
     look, turns = world.Stop.agreed, []
 
     def agreed(self, error=None):
         turns.append(1)
         if len(turns) == turn:
-            os.kill(os.getpid(), number)
+            action()
         return look(self, error)
 
     monkeypatch.setattr(world.Stop, "agreed", agreed)
+
+
+def interrupt_at(monkeypatch, turn, number=signal.SIGTERM):
+    """Send this process a signal at the program's `turn`-th look for one."""
+    at_turn(monkeypatch, turn, lambda: os.kill(os.getpid(), number))
 
 
 RECIPES = {
@@ -101,27 +104,21 @@ def test_killed_between_what_is_written_at_the_end(what, data, tmp_path, monkeyp
     class Killed(BaseException):
         pass
 
-    def kill(self, *arguments):
-        if what[1] != "save" or (self.epoch == 3):
+    def at_the_end(self, *arguments):
+        rows = arguments[0] if arguments else self.rows
+        if len(rows) == 3:
             raise Killed
         return done(self, *arguments)
 
-    def at_the_end(self, rows):
-        if len(rows) == 3:
-            raise Killed
-        return done(self, rows)
-
     done = getattr(*what)
     with monkeypatch.context() as patch:
-        patch.setattr(*what, at_the_end if what[1] == "epoch" else kill)
+        patch.setattr(*what, at_the_end)
         with pytest.raises(Killed):
             main(options("cifar10", root, out, "--tensorboard"))
-    assert not json.loads((out / "results.json").read_text())["finished"]
+    assert not results(out)["finished"]
     assert main(options("cifar10", root, out, "--tensorboard", "--resume")) == 0
     assert_same_run(out, tmp_path / "whole")
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(out / "tensorboard")).Reload()
-    assert [scalar.step for scalar in events.Scalars("train/loss")] == [1, 2, 3]
+    assert [step for step, _ in scalars(out, "train/loss")] == [1, 2, 3]
 
 
 def test_with_another_number_of_processes(data, tmp_path, monkeypatch):
@@ -177,7 +174,7 @@ def test_a_signal_that_comes_while_processes_ask_one_another_is_for_the_next_ste
 def test_what_was_seen_is_in_the_checkpoint_and_not_drawn_again(data, tmp_path):
     """Two epochs of one run see other orders and other augmentations: the equality above is not one of constants."""
     assert main(options("cifar10", data("cifar10"), tmp_path, "--lr", "1e-30", "--model", "resnet20")) == 0
-    rows = json.loads((tmp_path / "results.json").read_text())["epochs"]
+    rows = results(tmp_path)["epochs"]
     assert len({row["train_loss"] for row in rows}) == 3
 
 
@@ -185,14 +182,14 @@ def test_another_seed_is_another_run(data, tmp_path):
     losses = []
     for seed in ("0", "1"):
         assert main(options("cifar10", data("cifar10"), tmp_path / seed, "--seed", seed, "--epochs", "1")) == 0
-        losses.append(json.loads((tmp_path / seed / "results.json").read_text())["epochs"][0]["train_loss"])
+        losses.append(results(tmp_path / seed)["epochs"][0]["train_loss"])
     assert losses[0] != losses[1]
 
 
 def wait_for(process, out, epochs):
     """Until a run has written the figures of so many epochs."""
     path, end = out / "results.json", time.monotonic() + 120
-    while not path.exists() or len(json.loads(path.read_text())["epochs"]) < epochs:
+    while not path.exists() or len(results(out)["epochs"]) < epochs:
         if process.poll() is not None or time.monotonic() > end:
             process.kill()
             pytest.fail(str(process.communicate()))
@@ -246,11 +243,7 @@ def as_torchrun(rank, commands, tree, folder, ports):
 
 def two_processes(tree, *commands, timeout=120):
     """How each command ends: a status and what is said, in each of two processes."""
-    with contextlib.ExitStack() as stack:
-        free = [stack.enter_context(socket.socket()) for _ in commands]
-        for one in free:
-            one.bind(("localhost", 0))
-        ports = [one.getsockname()[1] for one in free]
+    ports = [free_port() for _ in commands]
     with TemporaryDirectory() as folder:
         return list(zip(*run(as_torchrun, 2, commands, tree, folder, ports, timeout=timeout), strict=True))
 
@@ -288,11 +281,10 @@ def test_two_processes_follow_one(data, tmp_path):
     assert not (tmp_path / "run").exists()
     assert [status for status, _ in ended] == [0, 0]
     for out in (tmp_path / "one", tmp_path / "two"):
-        results = json.loads((out / "results.json").read_text())
-        losses.append([(row["train_loss"], row["test_loss"]) for row in results["epochs"]])
+        losses.append([(row["train_loss"], row["test_loss"]) for row in results(out)["epochs"]])
     # Float32 rounding, amplified by ten steps of training (6e-5 was seen); other images would be off by parts in ten.
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=5e-4, atol=0)
-    assert results["processes"] == 2
+    assert results(tmp_path / "two")["processes"] == 2
 
 
 @pytest.mark.slow
@@ -302,7 +294,7 @@ def test_two_processes_compiled(data, tmp_path):
     assert [status for status, _ in ended] == [0, 0], ended
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="of a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(data, tmp_path, monkeypatch):
     more = [
         "--device",

@@ -91,6 +91,19 @@ def know(root: Path, address: str | None = None) -> None:
                 kind.url = f"{address}/{kind.filename}"
 
 
+def results(out: Path) -> dict[str, Any]:
+    """What a run has written of itself."""
+    return json.loads((out / "results.json").read_text())
+
+
+def scalars(out: Path, name: str) -> list[tuple[int, float]]:
+    """What a run has told TensorBoard: steps and values."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    return [(scalar.step, scalar.value) for scalar in events.Scalars(name)]
+
+
 def options(dataset: str, root: Path, out: Path, *more: str) -> list[str]:
     """A short run: five steps of eight images an epoch."""
     given = ["--dataset", dataset, "--data", str(root), "--out", str(out), "--device", "cpu", "--workers", "0"]
