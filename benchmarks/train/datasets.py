@@ -27,6 +27,7 @@ AUTO_AUGMENT: dict[str, Callable[[v2.AutoAugmentPolicy], v2.Transform]] = {
     "trivialaugment": lambda policy: v2.TrivialAugmentWide(),
     "augmix": lambda policy: v2.AugMix(),
 }
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of what a process may have, not of the file
 # Means and deviations of the training images' colours.
 CIFAR10_COLOURS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_COLOURS = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -125,11 +126,7 @@ def _read(path: str) -> Any:
     try:
         return default_loader(path)
     except Exception as error:  # whatever a decoder raises, it is the file that is wrong
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in (
-            errno.EMFILE,
-            errno.ENFILE,
-            errno.ENOMEM,
-        ):
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in SHORTAGES:
             raise
         raise Unusable(
             f"{path} cannot be read as an image: {one_line(error)}; mend it and --resume, or remove it and begin again"

@@ -40,11 +40,11 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def real(low: float, high: float = math.inf, *, named: str) -> Callable[[str], float]:
-    """An argparse type: a number of at least `low` and below `high`."""
+def within(kind: type, low: float, high: float, *, named: str) -> Callable[[str], Any]:
+    """An argparse type: an int or float of at least `low` and below `high`."""
 
-    def parse(text: str) -> float:
-        value = float(text)
+    def parse(text: str) -> Any:
+        value = kind(text)
         if not low <= value < high:
             raise ValueError
         return value
@@ -53,23 +53,13 @@ def real(low: float, high: float = math.inf, *, named: str) -> Callable[[str], f
     return parse
 
 
-not_negative = real(0, named="number of at least 0")
-fraction = real(0, 1, named="number in [0, 1)")
-
-
-def count(text: str) -> int:
-    """An argparse type: an int of at least 0, of 63 bits."""
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise ValueError
-    return value
-
-
-count.__name__ = "int of at least 0"
+not_negative = within(float, 0, math.inf, named="number of at least 0")
+fraction = within(float, 0, 1, named="number in [0, 1)")
+count = within(int, 0, 2**63, named="int of at least 0")
 
 
 def _parser() -> Parser:
-    models = [name for name in whiten_layers.models.__all__ if "resn" in name]
+    models = whiten_layers.models.__all__
     parser = Parser(
         prog=PROGRAM,
         usage=f"{PROGRAM} [--preset NAME] [--dataset NAME] [--model NAME] [options]",
