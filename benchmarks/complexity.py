@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from whiten_layers.factor import WhiteningFactor
+from whiten_layers._torch.precision import full_precision
 from whiten_layers.inverse import METHODS, supports
-from whiten_layers.numerics import full_precision
-from whiten_layers.refresh import refresh
+from whiten_layers.refresh.update import refresh
+from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .environment import describe, environment
 from .output import aligned, write

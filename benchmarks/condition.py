@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from whiten_layers import FeatureWhitening, whiten
-from whiten_layers.factor import WhiteningFactor
+from whiten_layers._torch.precision import full_precision
 from whiten_layers.inverse import METHODS, Inverse
-from whiten_layers.numerics import full_precision
+from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .data import DATASETS
 from .environment import describe, environment

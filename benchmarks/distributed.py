@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from whiten_layers import FeatureWhitening, distributed, refresh, whiten
-from whiten_layers.factor import WhiteningFactor
+from whiten_layers import FeatureWhitening, whiten
+from whiten_layers.refresh import collectives as distributed
+from whiten_layers.refresh import update as refresh
+from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .environment import describe, environment
 from .output import aligned, write

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from whiten_layers import FeatureWhitening, GradientTransform, WhitenedLinear, whiten
-from whiten_layers.clock import is_due, last_due
+from whiten_layers.refresh.schedule import is_due, last_due
 
 
 def test_what_is_due_comes_early_and_then_at_the_interval():

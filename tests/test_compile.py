@@ -9,7 +9,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from whiten_layers import FeatureWhitening, refresh, whiten
+from whiten_layers import FeatureWhitening, whiten
+from whiten_layers.refresh import update as refresh
 
 from .cases import everywhere
 from .test_autograd import batch, buffers, each_transform, network

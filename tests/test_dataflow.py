@@ -9,8 +9,8 @@ import torchvision
 from torch import nn
 
 from whiten_layers import WhitenedConv2d, models, whiten
-from whiten_layers.convert import PLAIN, TWINS
-from whiten_layers.dataflow import followed_by
+from whiten_layers.conversion.tracing import followed_by
+from whiten_layers.conversion.whiten import PLAIN, TWINS
 
 LAYERS = (*TWINS, *PLAIN)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)

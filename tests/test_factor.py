@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from whiten_layers import FeatureWhitening, WhitenedLinear
-from whiten_layers.covariance import moments
-from whiten_layers.factor import WhiteningFactor, transformed_trace
 from whiten_layers.inverse import METHODS
-from whiten_layers.refresh import refresh
+from whiten_layers.refresh.update import refresh
+from whiten_layers.statistics.covariance import moments
+from whiten_layers.statistics.whitening_factor import WhiteningFactor, transformed_trace
 
 from . import reference
 

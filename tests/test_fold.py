@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from whiten_layers import GradientTransform, WhitenedConv2d, convert_batchnorm, fold, whiten
-from whiten_layers.convert import NORMS
+from whiten_layers.conversion.whiten import NORMS
 from whiten_layers.norm.base import WhiteningNorm
 
 from .norm.cases import KINDS, any_kind, draw

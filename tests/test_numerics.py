@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from whiten_layers.numerics import _fp32_precisions, full_precision
+from whiten_layers._torch.precision import _fp32_precisions, full_precision
 
 by_backend = pytest.mark.skipif(
     None in _fp32_precisions(), reason="torch has one precision for all backends before 2.9"

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from whiten_layers.convert import TWINS
-from whiten_layers.patches import channel_rows, linear_rows, patch_rows, tap_autocovariance
+from whiten_layers.conversion.whiten import TWINS
+from whiten_layers.statistics.patches import channel_rows, linear_rows, patch_rows, tap_autocovariance
 
 from . import reference
 from .cases import CASES

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from whiten_layers.factor import WhiteningFactor
+from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .distributed.world import free_port, needs_fsdp2, run
 

@@ -5,9 +5,10 @@ import threading
 import torch
 from torch import nn
 
-from whiten_layers import FeatureWhitening, WhitenedLinear, refresh, whiten
-from whiten_layers.covariance import moments
+from whiten_layers import FeatureWhitening, WhitenedLinear, whiten
 from whiten_layers.inverse import METHODS
+from whiten_layers.refresh import update as refresh
+from whiten_layers.statistics.covariance import moments
 
 
 def test_matrices_of_one_size_are_inverted_in_one_call(monkeypatch):

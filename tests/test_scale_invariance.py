@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from whiten_layers import Chain, FeatureWhitening, PSIScaling, models, whiten
-from whiten_layers.convert import TWINS
-from whiten_layers.scale_invariance import SCALE_INVARIANT
+from whiten_layers.conversion.scale_invariance import SCALE_INVARIANT
+from whiten_layers.conversion.whiten import TWINS
 
 
 def scaled(model):

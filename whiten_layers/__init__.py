@@ -1,7 +1,7 @@
 """Drop-in whitening layers for PyTorch: swap them in, change nothing else, converge in fewer steps."""
 
-from .convert import convert_batchnorm, unwhiten, whiten
-from .fold import fold
+from .conversion.fold import fold
+from .conversion.whiten import convert_batchnorm, unwhiten, whiten
 from .layers import (
     WhitenedConv1d,
     WhitenedConv2d,

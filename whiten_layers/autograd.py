@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .beneath import beneath
-from .numerics import without_autocast
+from ._torch.function_transforms import beneath
+from ._torch.precision import without_autocast
 from .transforms.base import GradientTransform
 
 NO_VMAP_OVER_PARAMETERS = (

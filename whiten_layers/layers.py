@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ._torch.precision import autocast_dtype
 from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, observe_output
 from .inverse import METHODS
-from .numerics import autocast_dtype
 from .options import check
-from .patches import Geometry
+from .statistics.patches import Geometry
 from .transforms import FeatureWhitening, GradientTransform, OptimalInputGain
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .convert import reasons_left
-from .factor import WhiteningFactor
+from .conversion.whiten import reasons_left
+from .statistics.whitening_factor import WhiteningFactor
 from .transforms import GradientTransform
 
 

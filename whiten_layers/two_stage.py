@@ -35,10 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .covariance import moments
+from ._torch.precision import full_precision
 from .inverse import cholesky
-from .numerics import full_precision
 from .options import check, is_count, is_real
+from .statistics.covariance import moments
 
 # A function, and its derivative by the function's value.
 ACTIVATIONS = {

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from whiten_layers import convert_batchnorm, unwhiten, whiten
-from whiten_layers.covariance import FeatureCovariance
+from whiten_layers.statistics.covariance import FeatureCovariance
 
 from ..training import transform_from
 from .errors import Unusable, one_line

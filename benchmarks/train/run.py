@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from whiten_layers import follow_learning_rate
-from whiten_layers.covariance import Moments
+from whiten_layers.statistics.covariance import Moments
 
 from .batches import Batch, loaders
 from .datasets import STEP, Data, mixed

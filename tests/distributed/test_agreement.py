@@ -9,9 +9,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from whiten_layers import WhitenedLinear, distributed, refresh, whiten
-from whiten_layers.factor import WhiteningFactor
+from whiten_layers import WhitenedLinear, whiten
 from whiten_layers.inverse import METHODS
+from whiten_layers.refresh import collectives as distributed
+from whiten_layers.refresh import update as refresh
+from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .runs import digest, network, parallel, train
 from .world import needs_fsdp2, outcomes, run

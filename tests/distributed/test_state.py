@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from whiten_layers import FeatureWhitening, WhitenedLinear, distributed, whiten
+from whiten_layers import FeatureWhitening, WhitenedLinear, whiten
+from whiten_layers.refresh import collectives as distributed
 
 from .runs import batch, digest, distance, network, optimizer, parallel, plain, train, weights
 from .world import needs_fsdp2, outcomes, run

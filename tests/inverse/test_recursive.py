@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiten_layers.covariance import moments
-from whiten_layers.factor import WhiteningFactor
 from whiten_layers.inverse import recursive
-from whiten_layers.refresh import refresh
+from whiten_layers.refresh.update import refresh
+from whiten_layers.statistics.covariance import moments
+from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .. import reference
 from ..reference import condition, with_spectrum

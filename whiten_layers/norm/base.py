@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..clock import current_pass
-from ..numerics import WideBuffers, full_precision_outside_graphs, without_autocast
+from .._torch.precision import WideBuffers, full_precision_outside_graphs, without_autocast
 from ..options import check, is_count, is_real
 from ..processes import Processes
+from ..refresh.schedule import current_pass
 from .samples import BatchMoments, Whitening, batch_moments, columns, normalize_by_batch, normalized
 
 if TYPE_CHECKING:

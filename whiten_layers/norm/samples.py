@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..numerics import full_precision_outside_graphs, without_autocast
+from .._torch.precision import full_precision_outside_graphs, without_autocast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -9,11 +9,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from .. import refresh
-from ..clock import Clock, current_pass, is_within_another, last_due
-from ..covariance import FeatureCovariance, copied
-from ..factor import WhiteningFactor
-from ..patches import Geometry
+from ..refresh import update as refresh
+from ..refresh.schedule import Clock, current_pass, is_within_another, last_due
+from ..statistics.covariance import FeatureCovariance, copied
+from ..statistics.patches import Geometry
+from ..statistics.whitening_factor import WhiteningFactor
 
 _transforms: "weakref.WeakValueDictionary[int, GradientTransform]" = weakref.WeakValueDictionary()
 _handles = itertools.count(1)

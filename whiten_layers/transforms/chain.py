@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..patches import Geometry
+from ..statistics.patches import Geometry
 from .base import GradientTransform
 
 

@@ -44,13 +44,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import refresh
-from ..beneath import beneath
-from ..covariance import SettledCovariance, moments
-from ..factor import constant
-from ..numerics import full_precision
+from .._torch.function_transforms import beneath
+from .._torch.precision import full_precision
 from ..options import check, is_count, is_real
-from ..patches import Geometry, channel_rows, linear_rows, output_sizes, patch_rows
+from ..refresh import update as refresh
+from ..statistics.covariance import SettledCovariance, moments
+from ..statistics.patches import Geometry, channel_rows, linear_rows, output_sizes, patch_rows
+from ..statistics.whitening_factor import constant
 from .base import GradientTransform
 
 PATIENCE = 3  # exchanges of whole sets that may bring nothing before one index at a time is exchanged

@@ -20,12 +20,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .. import refresh
-from ..covariance import Moments, moments
-from ..factor import WhiteningFactor
 from ..inverse import METHODS, resolve, supports
 from ..options import check, is_count, is_real
-from ..patches import Geometry, channel_rows, linear_rows, patch_rows, tap_autocovariance
+from ..refresh import update as refresh
+from ..statistics.covariance import Moments, moments
+from ..statistics.patches import Geometry, channel_rows, linear_rows, patch_rows, tap_autocovariance
+from ..statistics.whitening_factor import WhiteningFactor
 from .base import GradientTransform
 
 FEATURES = ("kronecker", "patch")

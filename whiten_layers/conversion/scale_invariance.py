@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from .dataflow import followed_by
-from .norm import StochasticWhiteningBatchNorm1d, StochasticWhiteningBatchNorm2d, StochasticWhiteningBatchNorm3d
+from ..norm import StochasticWhiteningBatchNorm1d, StochasticWhiteningBatchNorm2d, StochasticWhiteningBatchNorm3d
+from .tracing import followed_by
 
 # Normalise each channel for itself: not nn.LayerNorm and nn.GroupNorm, which take several together, nor what
 # decorrelates, since ZCA depends on the channels' scales.

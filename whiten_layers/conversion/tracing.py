@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import fx, nn
 
 # Where the classes are made that are not looked into, nor are what is made from them; and the classes that are.
-_WHOLE = ("torch.nn.", f"{__package__}.layers", f"{__package__}.norm")
+_LIBRARY = __name__.split(".")[0]
+_WHOLE = ("torch.nn.", f"{_LIBRARY}.layers", f"{_LIBRARY}.norm")
 _CONTAINERS = ("torch.nn.modules.module", "torch.nn.modules.container")
 
 

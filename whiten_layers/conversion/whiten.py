@@ -10,9 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from .clock import Clock
-from .data_parallel import take_again
-from .layers import (
+from ..layers import (
     WhitenedConv1d,
     WhitenedConv2d,
     WhitenedConv3d,
@@ -23,7 +21,7 @@ from .layers import (
     attach,
     make_transform,
 )
-from .norm import (
+from ..norm import (
     DecorrelatedBatchNorm1d,
     DecorrelatedBatchNorm2d,
     DecorrelatedBatchNorm3d,
@@ -34,9 +32,11 @@ from .norm import (
     StochasticWhiteningBatchNorm2d,
     StochasticWhiteningBatchNorm3d,
 )
-from .options import check
+from ..options import check
+from ..refresh.schedule import Clock
+from ..transforms import Chain, GradientTransform, PSIScaling
+from .ddp import take_again
 from .scale_invariance import scale_invariant
-from .transforms import Chain, GradientTransform, PSIScaling
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -28,8 +28,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .covariance import FeatureCovariance, Moments, zero_moments
-from .factor import Outcome, WhiteningFactor
+from ..statistics.covariance import FeatureCovariance, Moments, zero_moments
+from ..statistics.whitening_factor import Outcome, WhiteningFactor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from .processes import Processes
+from ..processes import Processes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from .transforms.base import GradientTransform
+    from ..transforms.base import GradientTransform
 
 
 class Clock:

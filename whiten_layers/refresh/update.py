@@ -14,18 +14,18 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from . import distributed
-from .beneath import beneath
-from .clock import Clock, current_pass, is_due, last_due
-from .covariance import FeatureCovariance, SettledCovariance
-from .factor import Outcome, WhiteningFactor
-from .inverse import METHODS, Inverse
-from .numerics import full_precision, without_autocast
+from .._torch.function_transforms import beneath
+from .._torch.precision import full_precision, without_autocast
+from ..inverse import METHODS, Inverse
+from ..statistics.covariance import FeatureCovariance, SettledCovariance
+from ..statistics.whitening_factor import Outcome, WhiteningFactor
+from . import collectives as distributed
+from .schedule import Clock, current_pass, is_due, last_due
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from .transforms.base import GradientTransform
+    from ..transforms.base import GradientTransform
 
 # The clocks of the passes that are running. A pass that ends in an error never calls back; weak
 # references keep nothing alive for it.

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..inverse import METHODS, Inverse, resolve
 from .covariance import FeatureCovariance, Moments
-from .inverse import METHODS, Inverse, resolve
 
 PROBES = 16
 

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from . import distributed
-from .norm.base import WhiteningNorm
-from .transforms.base import GradientTransform
+from ..norm.base import WhiteningNorm
+from ..refresh import collectives as distributed
+from ..transforms.base import GradientTransform
 
 _wrappers: WeakSet[DistributedDataParallel] = WeakSet()
 

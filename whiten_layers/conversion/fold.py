@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from .convert import NORMS, PLAIN, TWINS, unwhiten
-from .dataflow import followed_by
-from .norm.base import WhiteningNorm
-from .norm.samples import scaled
+from ..norm.base import WhiteningNorm
+from ..norm.samples import scaled
+from .tracing import followed_by
+from .whiten import NORMS, PLAIN, TWINS, unwhiten
 
 M = TypeVar("M", bound=nn.Module)
 

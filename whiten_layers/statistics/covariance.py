@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .numerics import WideBuffers, full_precision
+from .._torch.precision import WideBuffers, full_precision
 
 
 class Moments(NamedTuple):

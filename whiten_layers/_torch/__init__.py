@@ -1,0 +1,5 @@
+"""What the library needs of PyTorch beyond its documented interface, each behind a function with a plain name.
+
+A private name of torch stands in this folder and nowhere else; `tests/_torch` has a test for each, whose message says
+what to look at when a new version of torch breaks it.
+"""
