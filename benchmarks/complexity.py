@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from whiten_layers._torch.precision import full_precision
 from whiten_layers.inverse import METHODS, supports
-from whiten_layers.refresh.update import refresh
+from whiten_layers.refresh.update import refresh_factors
 from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .environment import describe, environment
@@ -107,16 +108,17 @@ def refreshes(size: int, power: float, rank: int, largest: int) -> dict[str, dic
         factor = WhiteningFactor(1, size, **options)
         factor.running_covariance = covariance
         for _ in range(10 if method.is_approximate else 1):
-            refresh([factor])
-        last = factor.last()
+            refresh_factors([factor])
+        warm_start = factor.warm_start()
         factor.running_covariance = moved
         damped = factor.damped()
 
         def whole(factor: WhiteningFactor = factor) -> None:
             factor.running_covariance = covariance if factor.running_covariance is moved else moved
-            refresh([factor])
+            refresh_factors([factor])
 
-        alone = lambda method=method, damped=damped, last=last: method.inverse(damped, power, last, rank)  # noqa: E731
+        arguments = (damped, power, warm_start, rank)[: method.arguments]
+        alone = partial(method.inverse, *arguments)
         calls[name] = (alone, whole)
     taken = iter(median_seconds(*(call for pair in calls.values() for call in pair), budget=5.0))
     for name in calls:

@@ -77,12 +77,12 @@ def condition(matrix: Tensor, covariance: Tensor) -> float:
 
 def refreshed(name: str, covariance: Tensor, power: float, rank: int, refreshes: int) -> dict[str, Any]:
     """Refresh as often as is asked; an exact method has no more to tell after a few."""
-    inverse = textbook if name == "textbook" else METHODS[name].inverse
-    inverse(covariance, power, None, rank)  # to warm up
+    inverse, arguments = (textbook, 4) if name == "textbook" else METHODS[name][:2]
+    inverse(*(covariance, power, None, rank)[:arguments])  # to warm up
     last, seconds, conditions, total = None, [], {}, 0.0
     for number in range(1, (refreshes if name in ("recursive", "textbook") else 3) + 1):
         start = time.perf_counter()
-        last = inverse(covariance, power, last, rank)
+        last = inverse(*(covariance, power, last, rank)[:arguments])
         seconds.append(time.perf_counter() - start)
         total += seconds[-1]
         if number in SHOWN:

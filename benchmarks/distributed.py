@@ -26,8 +26,7 @@ from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from whiten_layers import FeatureWhitening, whiten
-from whiten_layers.refresh import collectives as distributed
-from whiten_layers.refresh import update as refresh
+from whiten_layers.refresh import collectives, schedule, update
 from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .environment import describe, environment
@@ -72,19 +71,23 @@ def steps(options: argparse.Namespace, ranks: int, is_whitened: bool) -> list[di
         work = kept[0]["all_reduce"](bucket.buffer().div_(ranks), async_op=True)
         return work.get_future().then(lambda done: done.value()[0])
 
-    kept = {name: getattr(dist, name) for name in ("all_reduce", "broadcast")}, refresh.update, refresh.inverted
+    kept = (
+        {name: getattr(dist, name) for name in ("all_reduce", "broadcast")},
+        schedule.refresh_transforms,
+        update.invert,
+    )
     wrapped = DistributedDataParallel(model)
     wrapped.register_comm_hook(None, gradients)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
-    def timed(transforms: Any) -> None:
+    def timed(due: Any, group: Any) -> None:
         begun = time.perf_counter()
-        kept[1](transforms)
-        count["refresh_seconds"] += time.perf_counter() - begun if transforms else 0  # type: ignore[assignment]
+        kept[1](due, group)
+        count["refresh_seconds"] += time.perf_counter() - begun  # type: ignore[assignment]
 
-    def inverted(factors: Any) -> Any:
+    def invert(factors: Any) -> Any:
         factors = list(factors)
-        count["operations"] += sum(refresh.cost(factor) for factor in factors)
+        count["operations"] += sum(update.cost(factor) for factor in factors)
         begun = time.perf_counter()
         outcomes = list(kept[2](factors))
         count["inverse_seconds"] += time.perf_counter() - begun  # type: ignore[assignment]
@@ -92,7 +95,7 @@ def steps(options: argparse.Namespace, ranks: int, is_whitened: bool) -> list[di
 
     lines = []
     dist.all_reduce, dist.broadcast = (counted(call, name) for name, call in kept[0].items())
-    refresh.update, refresh.inverted = timed, inverted
+    schedule.refresh_transforms, update.invert = timed, invert
     try:
         for step in range(1, 21):
             count.clear()
@@ -104,7 +107,7 @@ def steps(options: argparse.Namespace, ranks: int, is_whitened: bool) -> list[di
             lines.append({"step": step, **count})
     finally:
         dist.all_reduce, dist.broadcast = kept[0].values()
-        refresh.update, refresh.inverted = kept[1:]
+        schedule.refresh_transforms, update.invert = kept[1:]
     return lines
 
 
@@ -167,12 +170,12 @@ def on_paper(model: nn.Module, options: argparse.Namespace, interval: int = 10) 
     gradients = sum(parameter.nbytes for parameter in model.parameters())
     means = sum(factor.running_count.nbytes + factor.mean.nbytes for factor in factors)
     triangles = sum(factor.running_covariance[:, 0].nbytes * (factor.mean.shape[1] + 1) // 2 for factor in factors)
-    outcomes = sum(4 * part.numel() for factor in factors for part in distributed.expected(factor))
-    costs = [refresh.cost(factor) for factor in factors]
+    outcomes = sum(4 * part.numel() for factor in factors for part in collectives.packed_shapes(factor))
+    costs = [update.cost(factor) for factor in factors]
     rows = []
     for processes in GPUS:
         ring = (processes - 1) / processes
-        owners = distributed.share(costs, processes)
+        owners = collectives.share(costs, processes)
         loads = [0] * processes
         for cost, owner in zip(costs, owners, strict=True):
             loads[owner] += cost

@@ -14,7 +14,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 from whiten_layers import FeatureWhitening, report, unwhiten, whiten
-from whiten_layers.conversion.whiten import PLAIN, TWINS
+from whiten_layers.layers import PLAIN, TWINS
 
 SMALL = {"img_size": 64, "num_classes": 5}
 ARCHITECTURES = {

@@ -4,39 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, whiten
+from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear
 
-EVERY_BATCH = {"update_interval": 1, "statistics_interval": 1}
-BOTH_SIDES = FeatureWhitening(output_power=0.5, **EVERY_BATCH)
-each_transform = pytest.mark.parametrize(
-    "transform", [FeatureWhitening(**EVERY_BATCH), BOTH_SIDES], ids=["input", "both"]
-)
-
-
-def network(transform, inplace=True):
-    torch.manual_seed(0)
-    return whiten(
-        nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1),
-            nn.ReLU(inplace=inplace),
-            nn.Conv2d(4, 4, 3, stride=2, bias=False),
-            nn.ReLU(inplace=inplace),
-            nn.Flatten(),
-            nn.Linear(36, 5),
-        ),
-        transform,
-    )
-
-
-def batch(seed):
-    return torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def buffers(model):
-    return {name: value.clone() for name, value in model.named_buffers()}
+from .helpers import batch, buffers, each_transform, network
 
 
 @each_transform

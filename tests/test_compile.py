@@ -10,10 +10,10 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from whiten_layers import FeatureWhitening, whiten
-from whiten_layers.refresh import update as refresh
+from whiten_layers.refresh import schedule
 
 from .cases import everywhere
-from .test_autograd import batch, buffers, each_transform, network
+from .helpers import batch, buffers, each_transform, network
 
 # The compilers of some versions warn of themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -198,11 +198,11 @@ def test_a_compiled_autograd(transform, forward):
     """Its passes call nobody back: a layer is refreshed at once, which is the same where it is met once in a pass."""
     eager, compiled = network(transform, inplace=False), network(transform, inplace=False)
     called = compiled if forward == "eager" else torch.compile(compiled, backend="aot_eager", fullgraph=True)
-    before = len(refresh._running)
+    before = len(schedule._open_passes)
     for seed in range(4):
         train((eager,), [batch(seed)])
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
             train((called,), [batch(seed)])
     assert_equal(compiled, eager)
     assert compiled[0].transform.channels.num_refreshes == eager[0].transform.channels.num_refreshes == 4
-    assert len(refresh._running) == before  # nobody waits for a callback
+    assert len(schedule._open_passes) == before  # nobody waits for a callback

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from whiten_layers import WhitenedConv2d, WhitenedLinear, whiten
 
 from .cases import everywhere
-from .test_autograd import each_transform
+from .helpers import each_transform
 
 
 def network(transform=None, device=None):

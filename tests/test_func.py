@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module
 
 from whiten_layers import FeatureWhitening, unwhiten, whiten
 
-from .test_autograd import buffers, each_transform
+from .helpers import buffers, each_transform
 
 # PyTorch itself does that in forward mode.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")

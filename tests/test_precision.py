@@ -8,7 +8,7 @@ from torch import nn
 from whiten_layers import WhitenedLinear, whiten
 
 from .cases import everywhere
-from .test_autograd import batch, buffers, each_transform, network
+from .helpers import batch, buffers, each_transform, network
 
 each_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 

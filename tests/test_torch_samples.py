@@ -7,7 +7,7 @@ import torch
 from torch.testing._internal.common_modules import module_db
 
 from whiten_layers import whiten
-from whiten_layers.conversion.whiten import TWINS
+from whiten_layers.layers import TWINS
 
 
 def samples():

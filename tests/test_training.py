@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 from whiten_layers import FeatureWhitening, report, unwhiten, whiten
 
 from .cases import everywhere
-from .test_autograd import batch, buffers, each_transform, network
+from .helpers import batch, buffers, each_transform, network
 
 
 def step(model, optimizer, seed):

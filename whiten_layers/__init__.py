@@ -1,7 +1,8 @@
 """Drop-in whitening layers for PyTorch: swap them in, change nothing else, converge in fewer steps."""
 
+from .conversion.convert_batchnorm import convert_batchnorm
 from .conversion.fold import fold
-from .conversion.whiten import convert_batchnorm, unwhiten, whiten
+from .conversion.whiten import unwhiten, whiten
 from .layers import (
     WhitenedConv1d,
     WhitenedConv2d,
@@ -26,6 +27,9 @@ from .norm import (
 from .report import Report, report
 from .transforms import Chain, FeatureWhitening, GradientTransform, OptimalInputGain, PSIScaling
 from .two_stage import TwoStageNetwork
+from .windows import load_window_state_dict, window_state_dict
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Chain",
@@ -54,7 +58,9 @@ __all__ = [
     "convert_batchnorm",
     "fold",
     "follow_learning_rate",
+    "load_window_state_dict",
     "report",
     "unwhiten",
     "whiten",
+    "window_state_dict",
 ]

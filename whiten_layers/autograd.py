@@ -6,11 +6,11 @@ between the plain gradient of the parameters and the parameters stands one linea
 
 The map's state is no tensor that autograd saves: later passes write to it in place, and two forward
 passes may precede a backward. A compiled graph, which can hold no Python object, has the map as one
-opaque operation that looks it up by its handle. The handle is a tensor, so that what is compiled for
-one layer serves its likes. Under `torch.func` the map is differentiated and batched as any function,
-but what is observed must be plain tensors: the batch is shown to it beneath all function transforms.
+opaque operation that looks it up by its handle. The handle is a tensor, so that one compiled graph
+serves all layers alike. Under `torch.func` the map is differentiated and batched as any function,
+but statistics need plain tensors: the batch is observed under all function transforms.
 
-The layer's weight is no such state. Where a map follows from it, and only there, autograd saves it: a graph
+The layer's weight is no such state. Where a map depends on it, and only there, autograd saves it: a graph
 that holds a weight cannot be run backward after that weight has been changed in place, by an optimizer for instance.
 """
 
@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ._torch.function_transforms import beneath
+from ._torch import function_transforms
+from ._torch.function_transforms import call_on_plain_tensors
+from ._torch.operations import NOT_IN_CUDA_GRAPHS, keep_order
 from ._torch.precision import without_autocast
 from .transforms.base import GradientTransform
+from .transforms.handles import TRANSFORMS
 
 NO_VMAP_OVER_PARAMETERS = (
     "vmap over the parameters of a whitened layer in training mode is not possible, since its statistics are those of "
@@ -31,47 +33,52 @@ NO_VMAP_OVER_PARAMETERS = (
 )
 
 
+def _transform_of(handle: Tensor) -> GradientTransform:
+    transform = TRANSFORMS.get(int(handle))
+    if transform is None:
+        raise RuntimeError("the layer of this backward pass is gone: keep a compiled model until it has ended")
+    return transform
+
+
 def _transform_gradient(
     gradients: list[Tensor], input: Tensor, weight: Tensor | None, transform: GradientTransform
 ) -> list[Tensor]:
     """Map ``[weight gradient]`` or ``[weight gradient, bias gradient]``, then observe the batch."""
-    if torch._C._functorch.is_legacy_batchedtensor(gradients[0]):
+    if function_transforms.is_mapped_by_autograd(gradients[0]):
         raise RuntimeError(
             "is_grads_batched=True (or vectorize=True) is not possible through a whitened layer: use torch.func"
         )
     with without_autocast(input.device):
         constant = None if weight is None else weight.detach()
         mapped = transform.transform(gradients[0], gradients[1] if len(gradients) > 1 else None, constant)
+        results = [gradient for gradient in mapped if gradient is not None]
         _observe(transform, input, gradients[0])
-    return [gradient for gradient in mapped if gradient is not None]
+    return results
 
 
 def _observe_output(grad_output: Tensor, transform: GradientTransform) -> Tensor:
     with without_autocast(grad_output.device):
-        beneath(transform.observe_output, _dense(grad_output))
+        call_on_plain_tensors(transform.observe_output, _dense(grad_output))
     return grad_output
 
 
 def _observe(transform: GradientTransform, input: Tensor, grad_weight: Tensor) -> None:
+    input = _dense(input)
+    if not function_transforms.are_active():
+        with torch.no_grad():
+            transform.observe(input, grad_weight)
+        return
     dims = grad_weight.dim()
-    # `torch.vmap` over samples has a gradient for each of them, and one batch all the same.
-    beneath(
-        lambda input, grad: transform.observe(input, grad.sum_to_size(grad.shape[-dims:])), _dense(input), grad_weight
-    )
+
+    def observe(input: Tensor, grad_weight: Tensor) -> None:
+        # `torch.vmap` over samples has a gradient for each of them, and one batch all the same.
+        transform.observe(input, grad_weight.sum_to_size(grad_weight.shape[-dims:]))
+
+    call_on_plain_tensors(observe, input, grad_weight)
 
 
 def _dense(tensor: Tensor) -> Tensor:
     return tensor.values() if tensor.is_nested else tensor  # the rows of a jagged one
-
-
-# Both operations have effects that a recorded CUDA graph would not repeat. Older versions know no such tag.
-_TAGS: dict[str, Any] = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
-
-
-def _keep_order(operation: Any) -> None:
-    """Let a compiler run every call, in the order of the calls: it would merge equal ones, and move others about."""
-    if hasattr(operation, "register_effect"):  # older versions cannot
-        operation.register_effect(torch.library.EffectType.ORDERED)
 
 
 @torch.library.custom_op(
@@ -79,12 +86,12 @@ def _keep_order(operation: Any) -> None:
     mutates_args=(),
     # torch 2.6 cannot read list[Tensor]
     schema="(Tensor[] gradients, Tensor input, Tensor? weight, Tensor handle) -> Tensor[]",
-    **_TAGS,
+    **NOT_IN_CUDA_GRAPHS,
 )
 def _transform_gradient_op(
     gradients: list[Tensor], input: Tensor, weight: Tensor | None, handle: Tensor
 ) -> list[Tensor]:
-    transformed = _transform_gradient(gradients, input, weight, GradientTransform.from_handle(handle))
+    transformed = _transform_gradient(gradients, input, weight, _transform_of(handle))
     # The graph counts on new tensors of the gradients' strides.
     return [torch.empty_like(old).copy_(new) for old, new in zip(gradients, transformed, strict=True)]
 
@@ -94,13 +101,13 @@ def _(gradients: list[Tensor], input: Tensor, weight: Tensor | None, handle: Ten
     return [torch.empty_like(gradient) for gradient in gradients]
 
 
-_keep_order(_transform_gradient_op)
+keep_order(_transform_gradient_op)
 
 
-@torch.library.custom_op("whiten_layers::observe_output", mutates_args=(), **_TAGS)
+@torch.library.custom_op("whiten_layers::observe_output", mutates_args=(), **NOT_IN_CUDA_GRAPHS)
 def _observe_output_op(grad_output: Tensor, handle: Tensor) -> Tensor:
     # An operation may not return its argument, and one whose result nobody uses is dropped: hence a copy.
-    return _observe_output(grad_output, GradientTransform.from_handle(handle)).clone()
+    return _observe_output(grad_output, _transform_of(handle)).clone()
 
 
 @_observe_output_op.register_fake
@@ -108,11 +115,11 @@ def _(grad_output: Tensor, handle: Tensor) -> Tensor:
     return torch.empty_like(grad_output)
 
 
-_keep_order(_observe_output_op)
+keep_order(_observe_output_op)
 
 
 class TransformGradient(torch.autograd.Function):
-    """``(input, handle, reads_weight, weight[, bias]) -> (weight[, bias])``.
+    """The identity ``(input, handle, reads_weight, weight[, bias]) -> (weight[, bias])``, a transform in backward.
 
     Saves the input, as the operation does that follows, unless that one makes a copy for itself; and the weight
     where the transform reads it. The weight is a constant of the map: a second derivative is the mapped derivative
@@ -150,7 +157,7 @@ class TransformGradient(torch.autograd.Function):
 
 
 class ObserveOutput(torch.autograd.Function):
-    """``(output, handle) -> output``, showing the gradient of the output to a transform that observes it."""
+    """The identity ``(output, handle) -> output`` that shows the gradient of the output to a transform."""
 
     @staticmethod
     def forward(output: Tensor, handle: Tensor) -> Tensor:
@@ -192,21 +199,21 @@ class ObserveOutputFunctional(torch.autograd.Function):
 
 
 def observe_output(output: Tensor, handle: Tensor) -> Tensor:
-    """`ObserveOutput`, or its functional form where a Function may not work in place."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    """Apply `ObserveOutput`, or its functional form where a Function may not work in place."""
+    if function_transforms.are_active() or function_transforms.is_forward_mode():
         return ObserveOutputFunctional.apply(output, handle)
     return ObserveOutput.apply(output, handle)
 
 
 def _keep(ctx: Any, handle: Tensor, *tensors: Tensor) -> None:
-    """Keep tensors and the handle for a graph, which can hold no object; else the object, lest it go with its model."""
+    """Save tensors, and the handle for a compiled graph; elsewhere the transform, which so outlives its model."""
     if torch.compiler.is_compiling():
         ctx.save_for_backward(*tensors, handle)
     else:
         ctx.save_for_backward(*tensors)
-        ctx.transform = GradientTransform.from_handle(handle)
+        ctx.transform = _transform_of(handle)
 
 
 def _handle(ctx: Any, saved: Sequence[Tensor]) -> Tensor:
-    """The handle that a compiled forward pass kept; of one that was not, with a compiled autograd, the object's."""
+    """Return the handle that a compiled forward pass saved, or the transform's, where only the autograd is compiled."""
     return saved[0] if saved else ctx.transform.handle

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ._torch import function_transforms
+from ._torch.convolutions import AnyConvolution, AnyTransposedConvolution, output_padding_of, padding_of
+from ._torch.modules import StatefulModule, own_parameter
 from ._torch.precision import autocast_dtype
 from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, observe_output
 from .inverse import METHODS
@@ -41,7 +43,7 @@ def make_transform(transform: GradientTransform | str | None) -> GradientTransfo
     raise TypeError(f"transform={transform!r} is not possible: give a GradientTransform, a name, or None")
 
 
-def attach(layer: nn.Linear | _ConvNd, geometry: Geometry, transform: GradientTransform | str | None) -> None:
+def attach(layer: nn.Linear | AnyConvolution, geometry: Geometry, transform: GradientTransform | str | None) -> None:
     """Give a layer its own copy of a transform, with state on the weight's device and of its precision."""
     if layer.weight.is_complex():
         raise ValueError(f"dtype={layer.weight.dtype} is not possible: give a real floating-point type")
@@ -59,8 +61,8 @@ def _cast(input: Tensor) -> Tensor:
     return input.to(dtype)
 
 
-class _Whitened(nn.Module):
-    """What any whitened layer does beside its plain self."""
+class _Whitened(StatefulModule):
+    """The part of a whitened layer that is the same for all: parameters that pass through a transform."""
 
     transform: GradientTransform
 
@@ -74,7 +76,7 @@ class _Whitened(nn.Module):
         """
         weight: Any = self.weight
         bias: Any = self.bias
-        if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(weight):
+        if not torch.compiler.is_compiling() and function_transforms.is_mapped(weight):
             raise RuntimeError(NO_VMAP_OVER_PARAMETERS)  # such a weight says of itself that it needs no gradient
         if not weight.requires_grad:
             return operation(input, weight, bias, *options)
@@ -82,7 +84,7 @@ class _Whitened(nn.Module):
         # Nothing absorbs a shift of the inputs where there is no bias, or a frozen one.
         shifted = bias is not None and bias.requires_grad
         parameters = (weight, bias) if shifted else (weight,)
-        # Detached, lest autograd take this for a way to the input's gradient and compute the weight's for it.
+        # Detached: autograd would take this for a way to the input's gradient, and compute the weight's for it.
         parameters = TransformGradient.apply(input.detach(), handle, self.transform.reads_weight, *parameters)
         output = operation(input, *(parameters if shifted else (*parameters, bias)), *options)
         return observe_output(output, handle) if self.transform.observes_output else output
@@ -90,14 +92,13 @@ class _Whitened(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise the parameters as the plain layer does, and forget what was observed."""
         super().reset_parameters()  # type: ignore[misc]
-        if "transform" in self._modules:  # not yet, where the plain layer's __init__ calls
+        if hasattr(self, "transform"):  # not yet, where the plain layer's __init__ calls
             self.transform.reset_state()
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        weight = self._parameters.get("weight")
-        # A checkpoint that is assigned brings its own device and type, and may be what takes the layer off meta.
-        if local_metadata.get("assign_to_params_buffers") and weight is not None and not weight.is_meta:
+    def after_loading(self, assigned: bool) -> None:
+        weight = own_parameter(self, "weight")
+        # An assigned checkpoint brings its own device and type, and may be what takes the layer off the meta device.
+        if assigned and weight is not None and not weight.is_meta:
             self.transform.follow(weight)
 
 
@@ -133,7 +134,7 @@ class WhitenedLinear(_Whitened, nn.Linear):
         return super().forward(input) if self._is_plain() else self._transformed(F.linear, input)
 
 
-class _WhitenedConv(_Whitened, _ConvNd):
+class _WhitenedConv(_Whitened, AnyConvolution):
     """What the whitened convolutions share: the plain class's signature, `transform`, and one operation."""
 
     def __init__(
@@ -157,7 +158,7 @@ class _WhitenedConv(_Whitened, _ConvNd):
         attach(self, self.geometry(self), transform)
 
     @staticmethod
-    def geometry(layer: _ConvNd) -> Geometry:
+    def geometry(layer: AnyConvolution) -> Geometry:
         return Geometry(
             layer.in_channels // layer.groups,
             layer.out_channels // layer.groups,
@@ -165,19 +166,18 @@ class _WhitenedConv(_Whitened, _ConvNd):
             layer.kernel_size,
             layer.stride,
             layer.dilation,
-            tuple(layer._reversed_padding_repeated_twice) if layer.padding_mode == "zeros" else (),
+            padding_of(layer) if layer.padding_mode == "zeros" else (),
         )
 
     def forward(self, input: Tensor) -> Tensor:
         if self._is_plain():
             return super().forward(input)
         plain: Any = self  # whose attributes have, to the type checker, the types of every convolution at once
-        if plain.padding_mode == "zeros":
-            return self._transformed(plain._conv_forward, input)
-        # What is padded with its own values is the layer's input, and what the operation keeps.
-        input = F.pad(input, plain._reversed_padding_repeated_twice, mode=plain.padding_mode)
-        operation = (F.conv1d, F.conv2d, F.conv3d)[len(plain.kernel_size) - 1]
-        return self._transformed(operation, input, plain.stride, 0, plain.dilation, plain.groups)
+        operation, padding = (F.conv1d, F.conv2d, F.conv3d)[len(plain.kernel_size) - 1], plain.padding
+        if plain.padding_mode != "zeros":
+            # What is padded with its own values is the layer's input, and what the operation keeps.
+            input, padding = F.pad(input, padding_of(plain), mode=plain.padding_mode), 0
+        return self._transformed(operation, input, plain.stride, padding, plain.dilation, plain.groups)
 
 
 class WhitenedConv1d(_WhitenedConv, nn.Conv1d):
@@ -213,7 +213,7 @@ class WhitenedConv3d(_WhitenedConv, nn.Conv3d):
     """
 
 
-class _WhitenedConvTranspose(_Whitened, _ConvTransposeNd):
+class _WhitenedConvTranspose(_Whitened, AnyTransposedConvolution):
     """What the whitened transposed convolutions share.
 
     A transposed convolution is a convolution, with the kernel turned round, of the input with
@@ -273,11 +273,8 @@ class _WhitenedConvTranspose(_Whitened, _ConvTransposeNd):
         if self._is_plain():
             return super().forward(input, output_size)
         plain: Any = self  # whose attributes have, to the type checker, the types of every convolution at once
-        dims = len(plain.kernel_size)
-        sizes = plain._output_padding(
-            input, output_size, plain.stride, plain.padding, plain.kernel_size, dims, plain.dilation
-        )
-        operation = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        sizes = output_padding_of(plain, input, output_size)
+        operation = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(plain.kernel_size) - 1]
         return self._transformed(operation, input, plain.stride, plain.padding, sizes, plain.groups, plain.dilation)
 
 
@@ -312,3 +309,15 @@ class WhitenedConvTranspose3d(_WhitenedConvTranspose, nn.ConvTranspose3d):
 
     Shape: ``(N, in_channels, D, H, W)`` or ``(in_channels, D, H, W)``, as for `nn.ConvTranspose3d`.
     """
+
+
+TWINS: dict[type[nn.Module], Any] = {
+    nn.Linear: WhitenedLinear,
+    nn.Conv1d: WhitenedConv1d,
+    nn.Conv2d: WhitenedConv2d,
+    nn.Conv3d: WhitenedConv3d,
+    nn.ConvTranspose1d: WhitenedConvTranspose1d,
+    nn.ConvTranspose2d: WhitenedConvTranspose2d,
+    nn.ConvTranspose3d: WhitenedConvTranspose3d,
+}
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {whitened: plain for plain, whitened in TWINS.items()}

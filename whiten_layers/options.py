@@ -1,20 +1,28 @@
-"""Checking what a layer or a transform is asked for."""
+"""Checks of the options of layers and transforms."""
 
 import math
 import numbers
 
 
 def check(name: str, value: object, allowed: bool, choices: str) -> None:
-    """Raise the ValueError of an option that is not allowed; it names the option, its value and the choices."""
+    """Raise a ValueError that names the option, its value and the choices, unless the value is allowed."""
     if not allowed:
         raise ValueError(f"{name}={value!r} is not possible: give {choices}")
 
 
 def is_real(value: object) -> bool:
-    """Whether a value is a finite number."""
+    """Tell whether a value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_count(value: object) -> bool:
-    """Whether a value is an integer of at least 1."""
+    """Tell whether a value is an integer of at least 1."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def check_statistics(decay: object, update_interval: object, statistics_interval: object, max_rows: object) -> None:
+    """Check the options that every transform with running statistics has."""
+    check("decay", decay, is_real(decay) and 0 <= decay < 1, "a number in [0, 1)")  # type: ignore[operator]
+    for name, value in [("update_interval", update_interval), ("statistics_interval", statistics_interval)]:
+        check(name, value, is_count(value), "an integer of at least 1")
+    check("max_rows", max_rows, max_rows is None or is_count(max_rows), "an integer of at least 1, or None")

@@ -1,38 +1,45 @@
 """Which processes share statistics, where there are several."""
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch.distributed as dist
 
-if TYPE_CHECKING:
+if dist.is_available():
     from torch.distributed import ProcessGroup
+else:
+
+    class ProcessGroup:  # type: ignore[no-redef]
+        """Stands for torch's class, of which there are no objects where PyTorch was built without distribution."""
+
+
+__all__ = ["ProcessGroup", "Processes"]
 
 
 class Processes:
-    """Those that were asked for, or those of the wrapper that took the model, or all.
+    """The processes of a group that was given, or of the wrapper that took the model, or all.
 
-    A copy has the same; pickling, which groups do not bear, forgets them.
+    A copy has the same group; pickling forgets it, since groups cannot be pickled.
     """
 
-    def __init__(self, given: "ProcessGroup | None" = None) -> None:
+    def __init__(self, given: ProcessGroup | None = None) -> None:
         self.given = given
         self.wrapper: ProcessGroup | None = None
 
-    def group(self) -> "ProcessGroup | None":
-        """Their group; None where this process is alone."""
+    def group(self) -> ProcessGroup | None:
+        """Return the processes' group; None where this process is alone."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = self.given or self.wrapper or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
 
-    def are_all_of(self, group: "ProcessGroup") -> bool:
-        """Whether every process of a group is among them, if that is the wrapper's."""
+    def include(self, group: ProcessGroup) -> bool:
+        """Tell whether every process of the wrapper's group is among these."""
         if self.given is None:
             return True
         return set(dist.get_process_group_ranks(group)) <= set(dist.get_process_group_ranks(self.given))
 
     def default_to(self, other: "Processes") -> None:
-        """Take from others what is not known here."""
+        """Take the groups that are not known here from others."""
         self.given, self.wrapper = self.given or other.given, self.wrapper or other.wrapper
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

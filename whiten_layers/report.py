@@ -98,7 +98,7 @@ def _conditions(factor: WhiteningFactor) -> tuple[float, float]:
 def _transforms(model: nn.Module) -> Iterator[tuple[str, GradientTransform]]:
     """Every transform, and every part of one, with the name of the layer whose it is."""
     for name, module in model.named_modules():
-        transform = module._modules.get("transform")
+        transform = dict(module.named_children()).get("transform")
         if isinstance(transform, GradientTransform):
             yield from ((name or "the model", part) for part in transform.parts())
 

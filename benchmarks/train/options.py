@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 import whiten_layers.models
 
-from whiten_layers.conversion.whiten import NORMS
+from whiten_layers.conversion.convert_batchnorm import NORMS
 
 from ..training import add_transform_options, positive, transform_from
 from .datasets import AUTO_AUGMENT, DATASETS

@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from whiten_layers import WhitenedLinear, whiten
 from whiten_layers.inverse import METHODS
-from whiten_layers.refresh import collectives as distributed
-from whiten_layers.refresh import update as refresh
+from whiten_layers.refresh import collectives
+from whiten_layers.refresh.update import cost
 from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .runs import digest, network, parallel, train
@@ -56,7 +56,7 @@ def disagreeing(rank):
     torch.manual_seed(0)
     trunk, branch = WhitenedLinear(4, 4), WhitenedLinear(4, 3)
     x = trunk(torch.randn(5, 4))
-    (branch(x) if rank == 0 else x).sum().backward()  # on clocks of their own
+    (branch(x) if rank == 0 else x).sum().backward()  # each on a schedule of its own
 
 
 def test_ranks_that_disagree_get_an_error_that_names_the_layers():
@@ -159,8 +159,8 @@ def test_a_quarter_of_the_work_of_a_resnet(name):
 
     with torch.device("meta"):
         model = whiten(getattr(torchvision.models, name)())
-    costs = [refresh.cost(factor) for factor in model.modules() if isinstance(factor, WhiteningFactor)]
-    owners = distributed.share(costs, 4)
+    costs = [cost(factor) for factor in model.modules() if isinstance(factor, WhiteningFactor)]
+    owners = collectives.share(costs, 4)
     loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(4)]
     assert max(loads) <= 1.2 * sum(costs) / 4 and min(loads) >= 0.8 * sum(costs) / 4
 
@@ -168,9 +168,9 @@ def test_a_quarter_of_the_work_of_a_resnet(name):
 def groups_beside(rank):
     timeouts = []
     for group in (dist.group.WORLD, dist.new_group([0, 1], timedelta(seconds=7))):
-        distributed.agree("see", ["one"], [rank == 1], group)
-        control = distributed._control_groups[group]
-        assert control is not group and distributed._control_group(group) is control
+        collectives.check_ranks_agree("see", ["one"], [rank == 1], group)
+        control = collectives._control_groups[group]
+        assert control is not group and collectives._control_group(group) is control
         timeouts.append(control._get_backend(torch.device("cpu")).options._timeout.total_seconds())
     return timeouts
 
@@ -198,6 +198,6 @@ def test_the_last_wrapper_decides_about_the_group(tmp_path):
 def test_a_triangle_is_a_symmetric_matrix(size):
     matrices = torch.randn(3, size, size, dtype=torch.float64)
     matrices = matrices + matrices.mT
-    packed = distributed.triangle(matrices)
+    packed = collectives.triangle(matrices)
     assert packed.shape == (3, size * (size + 1) // 2)
-    assert torch.equal(distributed.symmetric(packed), matrices)
+    assert torch.equal(collectives.symmetric(packed), matrices)

@@ -35,6 +35,6 @@ def test_gains_are_those_of_all_processes_rows():
     together.reset_state()
     together.window = merged(one, other)
     together.close_window()
-    together.settle()
+    together.solve_in_place()
     torch.testing.assert_close(torch.tensor(first, dtype=torch.float64), together.gains, rtol=1e-9, atol=1e-12)
     assert all((part.gains - together.gains).abs().max() > 0.01 for part in parts)

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel
 
 from whiten_layers import FeatureWhitening, WhitenedLinear, whiten
-from whiten_layers.refresh import collectives as distributed
+from whiten_layers.refresh import collectives
 
 from .runs import batch, digest, distance, network, optimizer, parallel, plain, train, weights
 from .world import needs_fsdp2, outcomes, run
@@ -121,7 +121,7 @@ def killed(rank, folder, during):
     for step in range(begun, 40):
         if rank == 1 and not begun and not file.with_name("whole").exists() and step == (19 if during else 23):
             if during:  # the refresh of the twentieth batch, when the others wait for what comes of a share
-                distributed.exchange = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+                collectives.exchange = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
             else:
                 os.kill(os.getpid(), signal.SIGKILL)
         train(wrapped, range(step, step + 1), optimiser)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from whiten_layers.inverse import METHODS, resolve, supports
+from whiten_layers.inverse import METHODS, Inverse, resolve, supports
 
 from .. import reference
 
@@ -16,9 +16,14 @@ def covariances(number: int, size: int, dtype: torch.dtype = torch.float64, cond
     return ((matrix + matrix.mT) / 2).to(dtype)
 
 
-def invert(name: str, matrices: torch.Tensor, power: float) -> torch.Tensor:
+def run(name: str, matrices: torch.Tensor, power: float, warm_start: Inverse | None = None) -> Inverse:
     """With as many directions as features the approximate method is exact, too."""
-    return METHODS[name].inverse(matrices, power, None, matrices.shape[-1]).matrix
+    method = METHODS[name]
+    return method.inverse(*(matrices, power, warm_start, matrices.shape[-1])[: method.arguments])
+
+
+def invert(name: str, matrices: torch.Tensor, power: float) -> torch.Tensor:
+    return run(name, matrices, power).matrix
 
 
 EVERY = [(name, power) for name in METHODS for power in (0.25, 0.5, 1.0) if supports(name, power)]
@@ -59,7 +64,7 @@ def test_a_matrix_without_an_inverse_gives_nan_and_spares_the_others(name, power
     assert not result[1].isfinite().all()
     torch.testing.assert_close(result[[0, 2]], invert(name, matrices[[0, 2]], power), rtol=1e-9, atol=1e-9)
     # The last result, with its NaN, is a start like any other.
-    again = METHODS[name].inverse(matrices, power, METHODS[name].inverse(matrices, power)).matrix
+    again = run(name, matrices, power, run(name, matrices, power)).matrix
     assert not again[1].isfinite().all()
     torch.testing.assert_close(again[[0, 2]], result[[0, 2]], rtol=1e-9, atol=1e-9)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whiten_layers.inverse import recursive
-from whiten_layers.refresh.update import refresh
+from whiten_layers.refresh.update import refresh_factors
 from whiten_layers.statistics.covariance import moments
 from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
@@ -106,7 +106,7 @@ def test_p_stays_positive_definite_over_ten_thousand_refreshes_in_float32():
             mix *= mix.norm().clamp(1e-3, 1e3) / mix.norm()
         factor.observe(moments(rows))
         factor.close_window()
-        refresh([factor])
+        refresh_factors([factor])
         if step % 100 == 99:
             # Each refresh adds a rounding of 6e-8, with no preferred sign: 1e-5 after 10,000.
             skew = (factor.precision - factor.precision.mT).norm() / factor.precision.norm()

@@ -64,7 +64,7 @@ class Recorded(GradientTransform):
         return self.reads
 
     def bind(self, geometry, *, device, dtype):
-        self._bind_counters(device)
+        self.bind_counters(device)
         return self
 
     def transform(self, grad_weight, grad_bias, weight):
@@ -72,11 +72,11 @@ class Recorded(GradientTransform):
         return grad_weight / 2, grad_bias
 
     def observe(self, input, grad_weight):
-        self._arrive()
+        self.schedule.begin_batch(self)
         self.calls.append(("observe", grad_weight.clone(), input))
 
     def reset_state(self):
-        self._reset_counters()
+        self.reset_counters()
 
 
 def test_in_order_each_with_the_plain_gradient_to_observe_and_the_weight_if_it_reads_it():
@@ -124,7 +124,7 @@ def test_copies_pickles_and_checkpoints_go_on_bit_for_bit():
     for other in others:
         assert_equal(other, model)
         parts = [part for layer in (other[0], other[5]) for part in layer.transform.parts()]
-        assert len({part.clock for part in parts}) == 1 and parts[0].clock is not model[0].transform.clock
+        assert len({part.schedule for part in parts}) == 1 and parts[0].schedule is not model[0].transform.schedule
     assert {"transform.0.channels.precision", "transform.0.outputs.mean", "transform.1._extra_state"} <= set(
         model[0].state_dict()
     )
@@ -157,7 +157,7 @@ def test_all_parts_keep_step_with_the_model_and_have_the_layers_name():
     whiten(model, Chain(FeatureWhitening(), PSIScaling()))
     parts = [*model[0].transform.parts(), *model[5].transform.parts()]
     assert [part.name for part in parts] == ["0", "0", "0", "5"]
-    assert len({part.clock for part in parts}) == 1
+    assert len({part.schedule for part in parts}) == 1
     train(model, range(3))
     model[5](torch.randn(2, 64).double()).sum().backward()  # a pass that does not reach the chain
     assert [part.num_batches_tracked for part in parts] == [3, 3, 3, 4]

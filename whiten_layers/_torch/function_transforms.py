@@ -1,7 +1,7 @@
-"""Plain tensors inside the function transforms of `torch.func`.
+"""The function transforms of `torch.func`, forward mode and `torch.vmap`: which is active, and how to get past them.
 
-A function that is transformed sees stand-ins for tensors, and may not write to a tensor from outside. What
-follows a training run, statistics and what is computed from them, is to see the real ones.
+A function that is transformed sees stand-ins for tensors, and may not write to a tensor from outside. The statistics
+of a training run, and all that is computed from them, need the real ones.
 """
 
 from collections.abc import Callable
@@ -9,23 +9,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+# Aliases, not functions around them: every step of every layer asks. Where one of the last two has gone from PyTorch,
+# a clear error message is lost and nothing else.
+are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Tell whether a transform of `torch.func` is running."""
+is_mapped: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_batchedtensor", lambda tensor: False)
+"""Tell whether `torch.vmap` maps over a tensor."""
+is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
+    torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False
+)
+"""Tell whether the older vmap behind ``is_grads_batched=True`` and ``vectorize=True`` maps over a tensor."""
 
 
-def beneath(call: Callable[..., None], *tensors: Tensor) -> None:
-    """Call with plain tensors, beneath all function transforms; where `torch.vmap` maps, with its dimension first."""
-    if torch._C._are_functorch_transforms_active():
-        _Beneath.apply(call, *tensors)
+def is_forward_mode() -> bool:
+    """Tell whether derivatives are being computed in forward mode (`torch.autograd.forward_ad`)."""
+    return forward_ad._current_level >= 0
+
+
+def call_on_plain_tensors(call: Callable[..., None], *tensors: Tensor) -> None:
+    """Call a function on the plain tensors under all function transforms, without recording gradients.
+
+    A tensor that `torch.vmap` maps over comes with the mapped dimension first.
+    """
+    if are_active():
+        _CallOnPlainTensors.apply(call, *tensors)
     else:
         with torch.no_grad():
             call(*tensors)
 
 
-class _Beneath(torch.autograd.Function):
-    """Function transforms hand a Function on to the next one beneath, and the last to PyTorch."""
+class _CallOnPlainTensors(torch.autograd.Function):
+    """Passes through one function transform after the other: each hands a Function on, the last one to PyTorch."""
 
     @staticmethod
     def forward(call: Callable[..., None], *tensors: Tensor) -> Tensor:
-        beneath(call, *tensors)
+        call_on_plain_tensors(call, *tensors)
         return torch.empty(0)
 
     @staticmethod
@@ -36,7 +56,7 @@ class _Beneath(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple, call: Callable[..., None], *tensors: Tensor) -> tuple:  # type: ignore[override]
         pairs = zip(tensors, in_dims[1:], strict=True)
         first = [tensor if dim is None else tensor.movedim(dim, 0) for tensor, dim in pairs]
-        return _Beneath.apply(call, *first), None
+        return _CallOnPlainTensors.apply(call, *first), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:  # type: ignore[override]

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
 _BACKENDS = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
 
@@ -81,16 +80,3 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 def full_precision_outside_graphs() -> AbstractContextManager:
     """`full_precision`, but not in a graph that is compiled: its products are as precise as the setting says."""
     return nullcontext() if torch.compiler.is_compiling() else full_precision()
-
-
-class WideBuffers(nn.Module):
-    """A module whose own floating-point buffers keep 32 bits or more when it is cast to a narrower type."""
-
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.is_floating_point() and torch.finfo(new.dtype).bits < 32:
-                self._buffers[name] = old.to(new.device, torch.float32)
-        return self

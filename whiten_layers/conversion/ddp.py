@@ -1,7 +1,7 @@
-"""What `DistributedDataParallel` does not know of whitened layers and normalizations, told to it when it takes a model.
+"""Telling `DistributedDataParallel` about whitened layers and normalizations when it takes a model.
 
 By default it sends every buffer from rank 0 to all at every forward pass. Covariances and whitening matrices are the
-same everywhere already and larger than anything else that is sent, so they are kept out; once, when the
+same everywhere already and larger than anything else that is sent, so they are excluded; once, when the
 model is taken, rank 0's state goes to all, as its parameters do. Statistics of whitened layers are then shared in
 the wrapper's group of processes, unless `whiten` was given another.
 """
@@ -15,8 +15,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from .._torch.distributed import broadcast_in_buckets, exclude_from_ddp
+from .._torch.modules import buffer_names
 from ..norm.base import WhiteningNorm
-from ..refresh import collectives as distributed
+from ..processes import ProcessGroup
+from ..refresh.collectives import check_ranks_agree
+from ..refresh.schedule import running_statistics
 from ..transforms.base import GradientTransform
 
 _wrappers: WeakSet[DistributedDataParallel] = WeakSet()
@@ -25,52 +29,51 @@ _wrappers: WeakSet[DistributedDataParallel] = WeakSet()
 def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     if isinstance(parent, DistributedDataParallel) and name == "module" and module is not None:
         _wrappers.add(parent)
-        _take(parent, module)
+        _exclude(parent, module)
 
 
-def take_again(transforms: Iterable[GradientTransform]) -> None:
-    """Tell the wrappers that took a model before its layers were whitened."""
+def exclude_from_wrappers(transforms: Iterable[GradientTransform]) -> None:
+    """Exclude the state of transforms from wrappers that took a model before its layers were whitened."""
     whitened = set(transforms)
     for wrapper in list(_wrappers):
         if not whitened.isdisjoint(wrapper.module.modules()):
-            _take(wrapper, wrapper.module)
+            _exclude(wrapper, wrapper.module)
 
 
-def _take(wrapper: DistributedDataParallel, module: nn.Module) -> None:
+def _exclude(wrapper: DistributedDataParallel, module: nn.Module) -> None:
     group = wrapper.process_group
-    kept = {name: child for name, child in module.named_modules() if _keeps_itself_equal(child, group)}
-    for prefix, one in kept.items():
+    excluded = {name: child for name, child in module.named_modules() if _keeps_itself_equal(child, group)}
+    for prefix, one in excluded.items():
         if isinstance(one, GradientTransform):
-            one.clock.processes.wrapper = group
+            one.schedule.processes.wrapper = group
         elif isinstance(one, WhiteningNorm):
             one.processes.wrapper = group
-        for name, child in one.named_modules(prefix=prefix):  # a window is None now, and will not always be
-            wrapper.parameters_to_ignore |= {f"{name}.{buffer}" for buffer in child._buffers}
-        for buffer in one.buffers():
-            buffer._ddp_ignored = True  # type: ignore[attr-defined]  # nor is it cast by DDP's mixed precision
-    if kept and dist.get_world_size(group) > 1:
-        _broadcast(kept, group)
+        # With the buffers of a window, which are None now and will not always be.
+        names = [f"{name}.{own}" for name, child in one.named_modules(prefix=prefix) for own in buffer_names(child)]
+        exclude_from_ddp(wrapper, names, one.buffers())
+    if excluded and dist.get_world_size(group) > 1:
+        _broadcast(excluded, group)
 
 
-def _keeps_itself_equal(module: nn.Module, group: "dist.ProcessGroup") -> bool:
-    """Whether a module's buffers are the same in every process of a group by its own doing."""
+def _keeps_itself_equal(module: nn.Module, group: ProcessGroup) -> bool:
+    """Tell whether a module keeps its buffers the same in every process of a group by its own means."""
     if isinstance(module, WhiteningNorm):
-        return module.synchronize and module.processes.are_all_of(group)
+        return module.synchronize and module.processes.include(group)
     return isinstance(module, GradientTransform)
 
 
 @torch.no_grad()
-def _broadcast(kept: dict[str, nn.Module], group: "dist.ProcessGroup") -> None:
+def _broadcast(excluded: dict[str, nn.Module], group: ProcessGroup) -> None:
     """Give every process the state that the first has."""
-    transforms = [one for one in kept.values() if isinstance(one, GradientTransform)]
+    transforms = [one for one in excluded.values() if isinstance(one, GradientTransform)]
     for transform in transforms:
-        for average in transform.averages():
-            average.window = None  # what one process alone has observed
-    distributed.agree("take on", [f"{name} ({_described(one)})" for name, one in kept.items()], [], group)
-    state = list({id(buffer): buffer for one in kept.values() for buffer in one.buffers()}.values())
+        for statistics in running_statistics(transform):
+            statistics.window = None  # which one process alone has observed
+    check_ranks_agree("take on", [f"{name} ({_described(one)})" for name, one in excluded.items()], [], group)
+    state = list({id(buffer): buffer for one in excluded.values() for buffer in one.buffers()}.values())
     if transforms:
         state.append(torch.stack([one.get_extra_state() for one in transforms]).to(state[0].device))
-    dist._broadcast_coalesced(group, state, 250 * 2**20, 0)  # in buckets, as DDP does it
+    broadcast_in_buckets(state, group)
     if transforms:
         for transform, count in zip(transforms, state[-1].cpu(), strict=True):
             transform.set_extra_state(count)
@@ -78,7 +81,7 @@ def _broadcast(kept: dict[str, nn.Module], group: "dist.ProcessGroup") -> None:
 
 def _described(one: nn.Module) -> str:
     if isinstance(one, GradientTransform):
-        return ", ".join(map(str, one.averages()))
+        return ", ".join(map(str, running_statistics(one)))
     return f"{type(one).__name__}, {', '.join(str(tuple(buffer.shape)) for buffer in one.buffers())}"
 
 

@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
+from .._torch.convolutions import AnyTransposedConvolution
+from .._torch.modules import become, has_forward_hooks, holds_parameter
+from ..layers import PLAIN, TWINS
 from ..norm.base import WhiteningNorm
 from ..norm.samples import scaled
-from .tracing import followed_by
-from .whiten import NORMS, PLAIN, TWINS, unwhiten
+from .convert_batchnorm import NORMS
+from .tracing import sole_consumers
+from .whiten import unwhiten
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,7 +58,7 @@ def fold(model: M) -> M:
             why = "has no running statistics"
         if why:
             raise ValueError(f"{name or 'the model'} cannot be folded: it {why}")
-    layers = {norm: layer for layer, norm in followed_by(model, (*TWINS, *PLAIN), kinds).items()} if norms else {}
+    layers = {norm: layer for layer, norm in sole_consumers(model, (*TWINS, *PLAIN), kinds).items()} if norms else {}
     modules: dict[str, Any] = dict(model.named_modules())
     fronts = {name: modules[layers[name]] for name in norms if name in layers}
     takers = {name: layer for name, layer in fronts.items() if _takes(layer, norms[name])}
@@ -71,9 +74,9 @@ def fold(model: M) -> M:
         matrix, moved = _map(norm)
         if name in takers:
             _fold_into(takers[name], matrix, moved)
-            _become(norm, nn.Identity().eval())
+            become(norm, nn.Identity().eval())
         else:
-            _become(norm, _convolution(norm, matrix, moved, dtype))
+            become(norm, _convolution(norm, matrix, moved, dtype))
     return model
 
 
@@ -92,8 +95,8 @@ def _map(norm: WhiteningNorm) -> tuple[Tensor, Tensor]:
 
 def _takes(layer: Any, norm: WhiteningNorm) -> bool:
     """Whether the layer's outputs are the norm's channels, and no two that the norm mixes are of different groups."""
-    computed = [name for name in ("weight", "bias") if name not in layer._parameters]
-    if computed or any(one._forward_hooks or one._forward_pre_hooks for one in (layer, norm)):
+    is_computed = not (holds_parameter(layer, "weight") and holds_parameter(layer, "bias"))
+    if is_computed or has_forward_hooks(layer) or has_forward_hooks(norm):
         return False
     if isinstance(layer, nn.Linear):
         return layer.out_features == norm.num_features and 2 in norm.dims
@@ -109,7 +112,7 @@ def _fold_into(layer: Any, matrix: Tensor, moved: Tensor) -> None:
     size = len(matrix) // groups
     blocks = _blocks(matrix, size)
     weight = layer.weight.double()
-    if isinstance(layer, _ConvTransposeNd):  # (inputs, outputs of a group, *kernel)
+    if isinstance(layer, AnyTransposedConvolution):  # (inputs, outputs of a group, *kernel)
         folded = torch.einsum("gts,gisk->gitk", blocks, weight.view(groups, -1, size, weight[0, 0].numel()))
     else:  # (outputs, inputs of a group, *kernel)
         folded = blocks @ weight.view(groups, size, -1)
@@ -135,11 +138,3 @@ def _convolution(norm: WhiteningNorm, matrix: Tensor, moved: Tensor, dtype: torc
     assert layer.bias is not None
     layer.bias.copy_(moved)
     return layer.eval()
-
-
-def _become(old: nn.Module, new: nn.Module) -> None:
-    """Turn a module into another, with its own hooks: whatever refers to it goes on doing so."""
-    hooks = {name: value for name, value in vars(old).items() if "hook" in name}
-    vars(old).clear()
-    vars(old).update({**vars(new), **hooks})
-    old.__class__ = type(new)

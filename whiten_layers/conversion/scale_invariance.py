@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from ..norm import StochasticWhiteningBatchNorm1d, StochasticWhiteningBatchNorm2d, StochasticWhiteningBatchNorm3d
-from .tracing import followed_by
+from .tracing import sole_consumers
 
 # Normalise each channel for itself: not nn.LayerNorm and nn.GroupNorm, which take several together, nor what
 # decorrelates, since ZCA depends on the channels' scales.
@@ -36,7 +36,7 @@ def scale_invariant(model: nn.Module, layers: tuple[type[nn.Module], ...]) -> se
         ValueError: the model cannot be traced.
     """
     modules: dict[str, Any] = dict(model.named_modules())
-    pairs = followed_by(model, layers, SCALE_INVARIANT)
+    pairs = sole_consumers(model, layers, SCALE_INVARIANT)
     return {name for name, norm in pairs.items() if _forgets_scale(modules[norm], modules[name])}
 
 

@@ -16,7 +16,7 @@ _WHOLE = ("torch.nn.", f"{_LIBRARY}.layers", f"{_LIBRARY}.norm")
 _CONTAINERS = ("torch.nn.modules.module", "torch.nn.modules.container")
 
 
-def followed_by(
+def sole_consumers(
     model: nn.Module, layers: tuple[type[nn.Module], ...], followers: tuple[type[nn.Module], ...]
 ) -> dict[str, str]:
     """The layers whose output goes to one follower and nowhere else: the layer's name, then the follower's.

@@ -1,75 +1,25 @@
-"""Turning a model's layers into their whitened twins, and back, and its normalizations into ones that whiten."""
+"""Turning a model's layers into their whitened twins, and back."""
 
-import fnmatch
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from ..layers import (
-    WhitenedConv1d,
-    WhitenedConv2d,
-    WhitenedConv3d,
-    WhitenedConvTranspose1d,
-    WhitenedConvTranspose2d,
-    WhitenedConvTranspose3d,
-    WhitenedLinear,
-    attach,
-    make_transform,
-)
-from ..norm import (
-    DecorrelatedBatchNorm1d,
-    DecorrelatedBatchNorm2d,
-    DecorrelatedBatchNorm3d,
-    IterNorm1d,
-    IterNorm2d,
-    IterNorm3d,
-    StochasticWhiteningBatchNorm1d,
-    StochasticWhiteningBatchNorm2d,
-    StochasticWhiteningBatchNorm3d,
-)
-from ..options import check
-from ..refresh.schedule import Clock
+from .._torch.modules import own_parameter
+from ..layers import PLAIN, TWINS, attach, make_transform
+from ..processes import ProcessGroup
+from ..refresh.schedule import Schedule
 from ..transforms import Chain, GradientTransform, PSIScaling
-from .ddp import take_again
+from .ddp import exclude_from_wrappers
+from .patterns import check_patterns, chosen_layers, matches, pattern_list
 from .scale_invariance import scale_invariant
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("whiten_layers")
 
 M = TypeVar("M", bound=nn.Module)
-
-BATCHNORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-NORMS: dict[str, dict[type[nn.Module], Any]] = {
-    "iter_norm": {nn.BatchNorm1d: IterNorm1d, nn.BatchNorm2d: IterNorm2d, nn.BatchNorm3d: IterNorm3d},
-    "decorrelated": {
-        nn.BatchNorm1d: DecorrelatedBatchNorm1d,
-        nn.BatchNorm2d: DecorrelatedBatchNorm2d,
-        nn.BatchNorm3d: DecorrelatedBatchNorm3d,
-    },
-    "swbn": {
-        nn.BatchNorm1d: StochasticWhiteningBatchNorm1d,
-        nn.BatchNorm2d: StochasticWhiteningBatchNorm2d,
-        nn.BatchNorm3d: StochasticWhiteningBatchNorm3d,
-    },
-}
-
-TWINS: dict[type[nn.Module], Any] = {
-    nn.Linear: WhitenedLinear,
-    nn.Conv1d: WhitenedConv1d,
-    nn.Conv2d: WhitenedConv2d,
-    nn.Conv3d: WhitenedConv3d,
-    nn.ConvTranspose1d: WhitenedConvTranspose1d,
-    nn.ConvTranspose2d: WhitenedConvTranspose2d,
-    nn.ConvTranspose3d: WhitenedConvTranspose3d,
-}
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {whitened: plain for plain, whitened in TWINS.items()}
 
 
 def whiten(
@@ -79,7 +29,7 @@ def whiten(
     include: str | Iterable[str] | None = None,
     skip: str | Iterable[str] | None = None,
     psi: bool | str | Iterable[str] = False,
-    process_group: "ProcessGroup | None" = None,
+    process_group: ProcessGroup | None = None,
 ) -> M:
     """Turn every linear and (transposed) convolutional layer of a model into its whitened twin, in place.
 
@@ -117,12 +67,12 @@ def whiten(
         ValueError: a pattern matches no layer that could be converted; or, with ``psi=True``, the model cannot be
             traced, or has no such layer. Nothing has been converted then.
     """
-    psi = psi if isinstance(psi, bool) else _patterns(psi) or []
+    psi = psi if isinstance(psi, bool) else pattern_list(psi) or []
     modules = model.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in modules if type(module) in TWINS or type(module) in PLAIN}
-    chosen = _chosen(layers, _patterns(include), _patterns(skip), "layer that can be whitened")
+    chosen = chosen_layers(layers, pattern_list(include), pattern_list(skip), "layer that can be whitened")
     if not isinstance(psi, bool):
-        _check_patterns("psi", psi, layers, "layer that can be whitened")
+        check_patterns("psi", psi, layers, "layer that can be whitened")
     scaled = _scaled(model, layers, psi)
     for module in layers.values():
         # Whitened before, or shared and converted under another name; not asked for; without any feature.
@@ -138,8 +88,8 @@ def whiten(
     }
     for part, name in transforms.items():
         part.name = name
-    Clock(process_group).join(transforms)
-    take_again(transforms)
+    Schedule(process_group).join(transforms)
+    exclude_from_wrappers(transforms)
     for name, reason in reasons_left(model).items():
         logger.info("left %s: %s", name, reason)
     return model
@@ -165,79 +115,10 @@ def unwhiten(model: M) -> M:
     return model
 
 
-def convert_batchnorm(
-    model: M,
-    kind: str,
-    *,
-    include: str | Iterable[str] | None = None,
-    skip: str | Iterable[str] | None = None,
-    **options: Any,
-) -> M:
-    """Turn every `nn.BatchNorm1d`, 2d and 3d of a model into a normalization that whitens, in place.
-
-    A layer stays the same object with the same parameters, and keeps its momentum, eps, mode, device and dtype. Its
-    running statistics are taken over, so that a trained model evaluates as before: its channels' covariance is
-    taken for diagonal until a batch tells.
-
-    Args:
-        model: any module; a single layer is one too.
-        kind: "iter_norm", "decorrelated" or "swbn".
-        include: names to convert, as glob patterns of `model.named_modules()`; None for all.
-        skip: names to leave as they are.
-        options: what is the class's own: ``group_size=32``, ``criterion="frobenius"``.
-
-    Returns:
-        `model`. Subclasses and `nn.SyncBatchNorm`, which does not know its dimensions, stay as they are: what was left
-        goes to the logger "whiten_layers" at level INFO. A plain network's checkpoint is to be loaded before.
-
-    Raises:
-        ValueError: there is no such kind, or a pattern matches no batch normalization.
-    """
-    check("kind", kind, kind in NORMS, f"one of {', '.join(NORMS)}")
-    modules = model.named_modules(remove_duplicate=False)
-    layers = {name: module for name, module in modules if type(module) in NORMS[kind]}
-    chosen = _chosen(layers, _patterns(include), _patterns(skip), "batch normalization")
-    shared = {id(layer): layer for layer in layers.values() if id(layer) in chosen}  # each once
-    made = [(layer, NORMS[kind][type(layer)].like(layer, **options)) for layer in shared.values()]
-    for layer, ours in made:
-        state = {name: value for name, value in vars(ours).items() if name not in vars(layer)}
-        foreign = {name: buffer for name, buffer in layer._buffers.items() if name not in BATCHNORM_BUFFERS}
-        vars(layer).update(state, _buffers={**ours._buffers, **foreign})
-        layer.__class__ = type(ours)
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            asked = type(module) in NORMS[kind]
-            reason = "not asked for" if asked else "a subclass, or one that does not know its number of dimensions"
-            logger.info("left %s: %s, %s", name or "the model", type(module).__name__, reason)
-    return model
-
-
-def _patterns(patterns: str | Iterable[str] | None) -> list[str] | None:
-    return [patterns] if isinstance(patterns, str) else None if patterns is None else list(patterns)
-
-
-def _check_patterns(option: str, patterns: list[str], layers: Iterable[str], what: str) -> None:
-    for pattern in patterns:
-        if not fnmatch.filter(layers, pattern):
-            raise ValueError(f"{option}={pattern!r} matches no {what}: there are {', '.join(layers) or 'none'}")
-
-
-def _chosen(layers: dict[str, Any], include: list[str] | None, skip: list[str] | None, what: str) -> set[int]:
-    """The ids of the layers that are to be converted. One that is shared is skipped if any of its names is."""
-    _check_patterns("include", include or [], layers, what)
-    _check_patterns("skip", skip or [], layers, what)
-    included = {id(module) for name, module in layers.items() if include is None or _matches(name, include)}
-    return included - {id(module) for name, module in layers.items() if _matches(name, skip)}
-
-
-def _matches(name: str, patterns: list[str] | None) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns or [])
-
-
 def _scaled(model: nn.Module, layers: dict[str, Any], psi: bool | list[str]) -> set[int]:
     """The ids of the layers that are named, or of those in front of a normalization that forgets their scale."""
     if not isinstance(psi, bool):
-        return {id(module) for name, module in layers.items() if _matches(name, psi)}
+        return {id(module) for name, module in layers.items() if matches(name, psi)}
     if not psi:
         return set()
     cure = "name the layers, as in psi=['layer1.*']"
@@ -271,7 +152,7 @@ def _reason_left(module: Any) -> str | None:
         return "whose covariance is diagonal: what an adaptive optimizer does already"
     for plain in TWINS:
         if isinstance(module, plain):
-            lazy = isinstance(module._parameters.get("weight"), UninitializedParameter)
+            lazy = isinstance(own_parameter(module, "weight"), UninitializedParameter)
             return "not initialised yet" if lazy else f"a subclass of nn.{plain.__name__}, which may compute otherwise"
     names = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
     return f"which has parameters of its own: {', '.join(names)}" if names else None

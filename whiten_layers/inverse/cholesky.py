@@ -6,21 +6,17 @@ from torch import Tensor
 from .base import Inverse
 
 
-def cholesky(covariance: Tensor, power: float = 1.0, last: Inverse | None = None, rank: int = 16) -> Inverse:
-    """Return ``covariance⁻¹`` for n symmetric positive definite matrices.
+def cholesky(covariance: Tensor) -> Inverse:
+    """Compute ``covariance⁻¹`` for n symmetric positive definite matrices ``(n, M, M)``, already damped.
 
-    Args:
-        covariance: ``(n, M, M)``, already damped.
-        power: 1, the only power a Cholesky factor gives: ``L⁻¹`` is a root of the inverse, but
-            not the symmetric one, and only a symmetric positive P keeps a step a descent direction.
-        last: not looked at.
-        rank: not looked at.
+    It gives no other power: ``L⁻¹`` is a root of the inverse, but not the symmetric one, and only a symmetric
+    positive P keeps a step a descent direction.
 
     Returns:
-        ``matrix`` (n, M, M); one that is not positive definite comes back as NaN.
+        ``matrix`` (n, M, M); NaN for one that is not positive definite.
     """
     factor, info = torch.linalg.cholesky_ex(covariance)
     succeeded = (info == 0)[:, None, None]
-    # cholesky_inverse raises where a factor is singular: it must not see one.
+    # cholesky_inverse raises where a factor is singular, so it gets the identity there.
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     return Inverse(torch.where(succeeded, torch.cholesky_inverse(torch.where(succeeded, factor, identity)), torch.nan))

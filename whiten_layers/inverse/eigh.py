@@ -7,7 +7,7 @@ from .base import Inverse
 
 
 def decompose(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues ``(n, M)``, ascending, and eigenvectors ``(n, M, M)``; NaN for a matrix that does not converge."""
+    """Compute eigenvalues ``(n, M)``, ascending, and eigenvectors ``(n, M, M)``; NaN where that does not converge."""
     try:
         return torch.linalg.eigh(symmetric)
     except torch.linalg.LinAlgError:
@@ -19,23 +19,16 @@ def decompose(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse_power(values: Tensor, power: float) -> Tensor:
-    """``values^(-power)``, ascending eigenvalues ``(n, M)``; NaN for those that are zero to rounding, or negative."""
+    """Compute ``values^(-power)``, ascending eigenvalues ``(n, M)``; NaN for those that are 0 to rounding, or less."""
     rounding = torch.finfo(values.dtype).eps * values.shape[-1] * values[..., -1:]
     return torch.where(values > rounding, values, torch.nan).pow(-power)
 
 
-def eigh(covariance: Tensor, power: float, last: Inverse | None = None, rank: int = 16) -> Inverse:
-    """Return ``covariance^(-power)`` for n symmetric positive definite matrices.
-
-    Args:
-        covariance: ``(n, M, M)``, already damped.
-        power: any.
-        last: not looked at.
-        rank: not looked at.
+def eigh(covariance: Tensor, power: float) -> Inverse:
+    """Compute ``covariance^(-power)``, any power, for n symmetric positive definite matrices ``(n, M, M)``.
 
     Returns:
-        ``matrix`` (n, M, M); one that is singular to rounding, or whose decomposition does not
-        converge, comes back as NaN.
+        ``matrix`` (n, M, M); NaN for one that is singular to rounding, or whose decomposition does not converge.
     """
     values, vectors = decompose(covariance)
     return Inverse((vectors * inverse_power(values, power).unsqueeze(-2)) @ vectors.mT)

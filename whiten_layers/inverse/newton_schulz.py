@@ -18,21 +18,20 @@ ITERATIONS = 50  # what a condition number of 1e12 takes, and some: each multipl
 SAFE = 1.7  # below 2 by more than a power iteration underestimates
 
 
-def newton_schulz(covariance: Tensor, power: float, last: Inverse | None = None, rank: int = 16) -> Inverse:
-    """Return ``covariance^(-power)`` for n symmetric positive definite matrices.
+def newton_schulz(covariance: Tensor, power: float, warm_start: Inverse | None = None) -> Inverse:
+    """Compute ``covariance^(-power)`` for n symmetric positive definite matrices.
 
     Args:
         covariance: ``(n, M, M)``, already damped.
         power: 1 or ½.
-        last: where to start from, with power 1; otherwise, and where the largest eigenvalue of ``P C``
-            is not well below 2, the start is the identity, divided by a bound of the largest eigenvalue.
-        rank: not looked at.
+        warm_start: the last result, to start from with power 1; otherwise, and where the largest eigenvalue of
+            ``P C`` is not well below 2, the start is the identity divided by a bound of the largest eigenvalue.
 
     Returns:
-        ``matrix`` (n, M, M), NaN where it did not converge; ``restarted`` where `last` was of no use.
+        ``matrix`` (n, M, M), NaN where it did not converge; ``restarted`` where `warm_start` could not be used.
     """
     if power == 1:
-        return warm_started(_inverse, covariance, last, _cold, _is_safe)
+        return warm_started(_inverse, covariance, warm_start, _cold, _is_safe)
     return Inverse(_coupled(covariance))
 
 

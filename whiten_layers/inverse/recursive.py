@@ -40,29 +40,29 @@ STEPS = 2  # quasi-Newton steps at each refresh
 START_BLOCKS = 4  # blocks of the Lanczos run at the start
 
 
-def recursive(covariance: Tensor, power: float, last: Inverse | None = None, rank: int = 16) -> Inverse:
+def recursive(covariance: Tensor, power: float, warm_start: Inverse | None = None, rank: int = 16) -> Inverse:
     """Bring ``P ≈ covariance^(-power)`` nearer, for n symmetric positive definite matrices; exact where M ≤ rank.
 
     Args:
         covariance: ``(n, M, M)``, already damped.
         power: any; 1 converges to the inverse, another to what the leading `rank` eigenvectors and the
             mean of the other eigenvalues give.
-        last: the last result, to go on from; where it is None, not finite, or has lost its positive
+        warm_start: the last result, to continue from; where it is None, not finite, or has lost its positive
             definiteness to rounding, the start is a multiple of the identity.
-        rank: directions that a step clears, where it starts; then `last` says how many.
+        rank: directions that a step clears, without a warm start; with one, `warm_start` says how many.
 
     Returns:
-        ``matrix`` (n, M, M), NaN where the covariance shows itself not to be positive definite;
-        ``directions`` (n, M, min(rank, M)); ``restarted`` where `last` was of no use.
+        ``matrix`` (n, M, M), NaN where the covariance proves not to be positive definite;
+        ``directions`` (n, M, min(rank, M)); ``restarted`` where `warm_start` could not be used.
 
     Raises:
-        ValueError: `last` is another method's result.
+        ValueError: `warm_start` is another method's result.
     """
     columns = min(rank, covariance.shape[-1])
-    if last is not None:
-        if last.directions is None:
-            raise ValueError("last has no directions: give a result of `recursive`, or None")
-        columns = last.directions.shape[-1]
+    if warm_start is not None:
+        if warm_start.directions is None:
+            raise ValueError("warm_start has no directions: give a result of `recursive`, or None")
+        columns = warm_start.directions.shape[-1]
 
     def cold(covariance: Tensor) -> Inverse:
         return _start(covariance, columns)
@@ -70,7 +70,7 @@ def recursive(covariance: Tensor, power: float, last: Inverse | None = None, ran
     def run(covariance: Tensor, start: Inverse) -> Inverse:
         return _quasi_newton(covariance, start) if power == 1 else _leading_eigenvectors(covariance, power, start)
 
-    return warm_started(run, covariance, last, cold)
+    return warm_started(run, covariance, warm_start, cold)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

@@ -2,20 +2,18 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._torch.precision import WideBuffers, full_precision_outside_graphs, without_autocast
+from .._torch.engine import current_pass
+from .._torch.modules import WideBuffers
+from .._torch.precision import full_precision_outside_graphs, without_autocast
 from ..options import check, is_count, is_real
-from ..processes import Processes
-from ..refresh.schedule import current_pass
+from ..processes import Processes, ProcessGroup
 from .samples import BatchMoments, Whitening, batch_moments, columns, normalize_by_batch, normalized
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class Part(NamedTuple):
@@ -73,7 +71,7 @@ class WhiteningNorm(WideBuffers, ABC):
         bias: bool,
         group_size: int | None,
         synchronize: bool,
-        process_group: "ProcessGroup | None",
+        process_group: ProcessGroup | None,
     ) -> None:
         super().__init__()
         check("num_features", num_features, is_count(num_features), "an integer of at least 1")

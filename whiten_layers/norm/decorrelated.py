@@ -9,17 +9,13 @@ has no difference of eigenvalues in a denominator, as the derivative of an eigen
 are equal, where K_ii = −½ λ_i^(-3/2).
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..inverse.eigh import decompose
+from ..processes import ProcessGroup
 from .base import Part, WhiteningNorm, stacked, unbiased
 from .samples import BatchMoments, Whitening
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def zca(covariance: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +51,7 @@ class _DecorrelatedBatchNorm(WhiteningNorm):
         bias: bool = True,
         group_size: int | None = 16,
         synchronize: bool = True,
-        process_group: "ProcessGroup | None" = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             num_features,

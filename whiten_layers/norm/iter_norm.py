@@ -17,17 +17,14 @@ The steps are computed again in backward: nothing of them is kept.
 """
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..options import check, is_count
+from ..processes import ProcessGroup
 from .base import Part, WhiteningNorm, stacked
 from .samples import BatchMoments, Whitening
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def newton_root(covariance: Tensor, iterations: int) -> Tensor:
@@ -83,7 +80,7 @@ class _IterNorm(WhiteningNorm):
         group_size: int | None = 64,
         iterations: int = 5,
         synchronize: bool = True,
-        process_group: "ProcessGroup | None" = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         check("iterations", iterations, is_count(iterations), "an integer of at least 1")
         super().__init__(

@@ -17,7 +17,7 @@ In several processes m and Σ are those of all samples, and n, ``δ 1`` and ``δ
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._torch.precision import full_precision_outside_graphs, without_autocast
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from ..processes import ProcessGroup
 
 
 class BatchMoments(NamedTuple):
@@ -69,9 +67,7 @@ def samples(columns: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(channels_first.transpose(0, 1))
 
 
-def batch_moments(
-    input: Tensor, groups: int, process_group: "ProcessGroup | None" = None
-) -> tuple[BatchMoments, Tensor]:
+def batch_moments(input: Tensor, groups: int, process_group: ProcessGroup | None = None) -> tuple[BatchMoments, Tensor]:
     """Moments of samples ``(N, G D, …)``, of all processes of the group together, and the samples' centred columns."""
     dtype = torch.promote_types(input.dtype, torch.float32)
     by_sample = input.unsqueeze(-1).flatten(2)
@@ -117,7 +113,7 @@ class NormalizeByBatch(torch.autograd.Function):
         mean: Tensor,
         matrix: Tensor,
         adjoint: Callable[..., Tensor],
-        process_group: "ProcessGroup | None",
+        process_group: ProcessGroup | None,
         *kept: Tensor,
     ) -> Tensor:
         return normalized(centred, matrix, weight, bias, input)
@@ -168,7 +164,7 @@ def normalize_by_batch(
     centred: Tensor,
     moments: BatchMoments,
     whitening: Whitening,
-    process_group: "ProcessGroup | None" = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Normalize samples, given as centred columns too, by their own moments and the whitening that they come to."""
     rows, mean, _ = moments

@@ -10,18 +10,16 @@ and is made symmetric, W ← ½ (W + Wᵀ). To backpropagation W is constant. So
 ``V (x − m)`` with V = W s⁻¹, and of ∂L/∂Σ only the diagonal is not zero: ``∂L/∂Σ_jj = −½ s_j⁻² Σ_k V_kj ∂L/∂V_kj``.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..options import check, is_real
+from ..processes import ProcessGroup
 from .base import Part, WhiteningNorm, unbiased
 from .samples import BatchMoments, Whitening
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 CRITERIA = ("kl", "frobenius")
 
@@ -65,7 +63,7 @@ class _StochasticWhiteningBatchNorm(WhiteningNorm):
         step_size: float = 1e-5,
         group_size: int | None = None,
         synchronize: bool = True,
-        process_group: "ProcessGroup | None" = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         check("criterion", criterion, criterion in CRITERIA, f"one of {', '.join(CRITERIA)}")
         check("step_size", step_size, is_real(step_size) and step_size >= 0, "a number of at least 0")

@@ -1,4 +1,4 @@
-"""Processes that train one model: statistics in common, and every process a share of the inverses.
+"""Refreshing in several processes: statistics in common, and every process a share of the inverses.
 
 Process r has a window of nᵣ rows with mean mᵣ and covariance Cᵣ. With N = Σ nᵣ the rows of all have
 
@@ -6,12 +6,10 @@ Process r has a window of nᵣ rows with mean mᵣ and covariance Cᵣ. With N =
 
 which takes one sum of ``nᵣ`` and ``nᵣ mᵣ``, and, once m is known, one of triangles: rounding is that of a
 mean, never of a square about zero. Every process closes the same window, so all have the same
-statistics, in the same bits. Then each inverts its share of the matrices and sends what came of it to the others.
+statistics, in the same bits. Then each inverts its share of the matrices and sends the results to the others.
 
-Nothing is sent in other passes. What is due follows from a clock that all processes have in common.
+Nothing is sent in other passes: what is due follows from a number that all processes count alike (`schedule`).
 """
-
-from __future__ import annotations
 
 import functools
 import hashlib
@@ -20,7 +18,7 @@ import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,22 +26,27 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._torch.distributed import timeout_of
+from ..processes import ProcessGroup
 from ..statistics.covariance import FeatureCovariance, Moments, zero_moments
-from ..statistics.whitening_factor import Outcome, WhiteningFactor
+from ..statistics.whitening_factor import RefreshResult, WhiteningFactor
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-A = TypeVar("A", bound=FeatureCovariance)
+S = TypeVar("S", bound=FeatureCovariance)
 
 _control_groups: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
 
 
-def agree(doing: str, labels: Sequence[str], wanted: Sequence[bool], group: ProcessGroup) -> list[bool]:
-    """What any process wants of the things that all are about to do something with, if they are the same everywhere.
+def check_ranks_agree(doing: str, labels: Sequence[str], wanted: Sequence[bool], group: ProcessGroup) -> list[bool]:
+    """Check that all processes are about to do something with the same things; return which of them any wants.
+
+    Args:
+        doing: a verb, for messages.
+        labels: names of the things.
+        wanted: which of them this process wants; the others may be left out if no process wants them.
+        group: the processes.
 
     Raises:
-        RuntimeError: on every process, if they are not the same; on the others, if a process does not
+        RuntimeError: on every process, if the things are not the same; on the others, if a process does not
             come within the group's timeout. The message names the things.
     """
     digest = int.from_bytes(hashlib.sha256("\n".join(labels).encode()).digest()[:7])
@@ -72,7 +75,7 @@ def _disagreement(doing: str, labels: Sequence[str], group: ProcessGroup) -> str
     listed = "; ".join(f"rank {rank}: {_listed(own)}" for rank, own in enumerate(others))
     return (
         f"the ranks are to {doing} different things, beside {common.total()} that all have in common: {listed}. "
-        "In every backward pass each rank is to reach a whitened layer of the model; the others keep step after "
+        "In every backward pass each rank is to reach a whitened layer of the model; the others stay in sync after "
         "whiten(model). Ranks that train models of their own need a process_group each"
     )
 
@@ -83,23 +86,22 @@ def _listed(labels: Sequence[str]) -> str:
 
 
 def _control_group(group: ProcessGroup) -> ProcessGroup:
-    """A group beside a group, for what is agreed upon: numbers on the CPU, to be read at once.
+    """Return a group beside a group, for agreements: numbers on the CPU, to be read at once.
 
-    A process that has gone on to send something else, gradients for instance, must not be taken for one that agrees.
+    A process that has gone on to send something else, gradients for instance, must not be mistaken for one that agrees.
     """
     if group not in _control_groups:
-        timeout = group._get_backend(group._device_types[0]).options._timeout
         is_whole = group == dist.group.WORLD
         ranks = None if is_whole else dist.get_process_group_ranks(group)
-        beside: Any = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=not is_whole)
+        beside: Any = dist.new_group(ranks, timeout_of(group), "gloo", use_local_synchronization=not is_whole)
         _control_groups[group] = beside
     return _control_groups[group]
 
 
-def merge_windows(averages: Iterable[FeatureCovariance], group: ProcessGroup) -> None:
-    """Give every average, on every process, the window of all their rows."""
-    for bucket in _alike(averages):
-        windows = [average.window or zero_moments(average.running_mean) for average in bucket]
+def merge_windows(statistics: Iterable[FeatureCovariance], group: ProcessGroup) -> None:
+    """Give all statistics, on every process, the window of all processes' rows."""
+    for bucket in _alike(statistics):
+        windows = [one.window or zero_moments(one.running_mean) for one in bucket]
         sums = _flat([part for window in windows for part in (window.rows, window.rows[:, None] * window.mean)])
         dist.all_reduce(sums, group=group)
         totals = _cut(sums, [part for window in windows for part in (window.rows, window.mean)])
@@ -113,12 +115,12 @@ def merge_windows(averages: Iterable[FeatureCovariance], group: ProcessGroup) ->
         flat = _flat(triangles)
         dist.all_reduce(flat, group=group)
         covariances = _cut(flat, triangles)
-        for average, rows, mean, covariance in zip(bucket, totals[::2], totals[1::2], covariances, strict=True):
-            average.window = Moments(rows, mean, symmetric(covariance))
+        for one, rows, mean, covariance in zip(bucket, totals[::2], totals[1::2], covariances, strict=True):
+            one.window = Moments(rows, mean, symmetric(covariance))
 
 
 def share(costs: Sequence[float], processes: int) -> list[int]:
-    """Who does what: the costliest first, each to the process that has least to do. The same on every process."""
+    """Deal out work: the costliest first, each to the process with the least to do. The same on every process."""
     owners, loads = [0] * len(costs), [(0.0, process) for process in range(processes)]  # a heap
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         load, owners[index] = loads[0]
@@ -127,39 +129,40 @@ def share(costs: Sequence[float], processes: int) -> list[int]:
 
 
 def exchange(
-    outcomes: dict[WhiteningFactor, Outcome], owners: dict[WhiteningFactor, int], group: ProcessGroup
-) -> Iterator[tuple[WhiteningFactor, Outcome]]:
-    """Every factor with its outcome, in the same bits on every process; `outcomes` has those that this one owns.
+    results: dict[WhiteningFactor, RefreshResult], owners: dict[WhiteningFactor, int], group: ProcessGroup
+) -> Iterator[tuple[WhiteningFactor, RefreshResult]]:
+    """Send and receive results; yield every factor with its own, in the same bits on every process.
 
-    One message for each owner (and type of numbers), all under way at once.
+    `results` has those of the factors that this process owns. One message is sent for each owner (and type of
+    numbers), all at the same time.
     """
     rank, sent = dist.get_rank(group), []
     for owner in sorted(set(owners.values())):
         for bucket in _alike(factor for factor in owners if owners[factor] == owner):
             if owner == rank:
-                flat = _flat([part for factor in bucket for part in _packed(outcomes[factor])])
+                flat = _flat([part for factor in bucket for part in _packed(results[factor])])
             else:
                 example = bucket[0].running_covariance
-                flat = example.new_empty(sum(part.numel() for factor in bucket for part in expected(factor)))
+                flat = example.new_empty(sum(part.numel() for factor in bucket for part in packed_shapes(factor)))
             source = dist.get_global_rank(group, owner)
             work: Any = dist.broadcast(flat, source, group=group, async_op=True)
             sent.append((bucket, flat, work))
     for bucket, flat, work in sent:
         work.wait()
-        wanted = [expected(factor) for factor in bucket]
+        wanted = [packed_shapes(factor) for factor in bucket]
         parts = iter(_cut(flat, [part for shapes in wanted for part in shapes]))
         for factor, shapes in zip(bucket, wanted, strict=True):
             yield factor, _unpacked([next(parts) for _ in shapes])
 
 
-def _packed(outcome: Outcome) -> list[Tensor]:
-    flags = [flag.to(outcome.scale.dtype) for flag in (outcome.valid, outcome.restarted)]
-    directions = [] if outcome.directions is None else [outcome.directions]
-    return [*flags, outcome.scale, triangle(outcome.precision), *directions]
+def _packed(result: RefreshResult) -> list[Tensor]:
+    flags = [flag.to(result.scale.dtype) for flag in (result.valid, result.restarted)]
+    directions = [] if result.directions is None else [result.directions]
+    return [*flags, result.scale, triangle(result.precision), *directions]
 
 
-def expected(factor: WhiteningFactor) -> list[Tensor]:
-    """Tensors, without memory, of the shapes of a factor's packed outcome."""
+def packed_shapes(factor: WhiteningFactor) -> list[Tensor]:
+    """Make tensors, without memory, of the shapes in which a factor's result is sent."""
     matrices, size = factor.mean.shape
     shapes: list[tuple[int, ...]] = [(matrices,)] * 3 + [(matrices, size * (size + 1) // 2)]
     if factor.directions is not None:
@@ -167,18 +170,18 @@ def expected(factor: WhiteningFactor) -> list[Tensor]:
     return [torch.empty(shape, device="meta") for shape in shapes]
 
 
-def _unpacked(parts: list[Tensor]) -> Outcome:
+def _unpacked(parts: list[Tensor]) -> RefreshResult:
     valid, restarted, scale, precision, *directions = parts
-    return Outcome(valid.bool(), restarted.bool(), scale, symmetric(precision), *directions)
+    return RefreshResult(valid.bool(), restarted.bool(), scale, symmetric(precision), *directions)
 
 
 # A symmetric matrix of M = m + n features, n = m or m + 1, falls into A (m, m), B (m, n), D (n, n). The upper triangle
 # of A and the lower one of D, each with its diagonal, fit together into (n, m + 1): with B, M (M + 1) / 2 numbers, all
-# moved in blocks. To pick them one by one, by their indices, is slower by a multiple.
+# moved in blocks. Picking them one by one, by their indices, is slower by a multiple.
 
 
 def triangle(matrices: Tensor) -> Tensor:
-    """The triangles of symmetric matrices: ``(n, M, M) -> (n, M (M + 1) / 2)``."""
+    """Pack the triangles of symmetric matrices: ``(n, M, M) -> (n, M (M + 1) / 2)``."""
     half, number = matrices.shape[-1] // 2, len(matrices)
     rest = matrices.shape[-1] - half
     both = F.pad(matrices[:, half:, half:].tril(), (0, half + 1 - rest))
@@ -187,7 +190,7 @@ def triangle(matrices: Tensor) -> Tensor:
 
 
 def symmetric(triangle: Tensor) -> Tensor:
-    """The inverse of `triangle`, symmetric to the last bit."""
+    """Unpack a `triangle` into matrices that are symmetric to the last bit."""
     size = int((2 * triangle.shape[1]) ** 0.5)  # M² < M (M + 1) < (M + 1)²
     half, number = size // 2, len(triangle)
     rest = size - half
@@ -202,11 +205,11 @@ def symmetric(triangle: Tensor) -> Tensor:
     return matrices
 
 
-def _alike(averages: Iterable[A]) -> list[list[A]]:
-    """Those whose numbers fit into one bucket, in their order."""
+def _alike(statistics: Iterable[S]) -> list[list[S]]:
+    """Sort statistics into buckets of one type of numbers and one device, keeping their order."""
     buckets = defaultdict(list)
-    for average in averages:
-        buckets[average.running_mean.dtype, average.running_mean.device].append(average)
+    for one in statistics:
+        buckets[one.running_mean.dtype, one.running_mean.device].append(one)
     return list(buckets.values())
 
 

@@ -1,56 +1,195 @@
-"""Which backward pass this is, for layers that keep step.
+"""Which backward pass of a model this is, which of its layers have come to it, and what is due in it.
 
-What is due in a pass, statistics or a refresh, is decided by the number of the pass. Layers that are
-trained together count on one clock, so that a layer that some passes leave out keeps step with the
-others, and processes that train one model together agree about what is due without asking each other.
+A *pass* is one run of autograd's engine. All layers of a model that come in one pass bring one *batch*, and share its
+number, however often each is called: statistics or a refresh are *due* at batches 1, 2, 4, 8, … and then at the
+multiples of an interval. Since the number alone decides, layers that some passes skip stay in sync with the others,
+and processes that train one model together agree about what is due without asking each other.
+
+Nothing that a gradient is multiplied by may change in the middle of a pass. A layer's backward therefore tells the
+schedule when its batch begins (`begin_batch`) and when it has been observed (`end_batch`), and the refresh follows when
+the engine calls back at the end of the pass; at once only where no pass runs that could call back.
 """
 
 import copy
-import sys
+import threading
 import weakref
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Self
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Protocol, Self
 
-import torch
+from torch import Tensor, nn
 
-from ..processes import Processes
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from ..transforms.base import GradientTransform
+from .._torch.engine import call_at_end_of_pass, current_pass, is_nested_pass
+from ..processes import Processes, ProcessGroup
+from ..statistics.covariance import FeatureCovariance
+from .update import DueTransform, refresh_transforms
 
 
-class Clock:
-    """The number of the pass for the transforms that joined, and the processes that they are trained in.
+def last_due(batch: int, interval: int) -> int:
+    """Return the last batch, up to this one, at which something with this interval was due; 0 for none.
 
-    `batch` counts backward passes from 1, however many of the transforms a pass reaches, and however often.
+    Due are batches 1, 2, 4, 8, … below the interval, where statistics change fast, and then its multiples.
+    """
+    return batch // interval * interval if batch >= interval else (1 << batch.bit_length()) >> 1
+
+
+def is_due(batch: int, interval: int) -> bool:
+    """Tell whether something that happens every `interval` batches is due after the `batch`-th, counted from 1."""
+    return last_due(batch, interval) == batch
+
+
+class Arrival(Enum):
+    """How a layer's batch comes to the schedule."""
+
+    IN_KNOWN_PASS = auto()  # the layer, or another of the model's, came in this pass before
+    IN_NEW_PASS = auto()  # the first layer of the model in a pass that calls back at its end
+    IN_NESTED_PASS = auto()  # in a pass inside another, as of a reentrant checkpoint, or without any pass
+
+
+@dataclass
+class Attendance:
+    """What a schedule notes about one layer: the numbers of batches, and the engine's number of the last pass."""
+
+    batch: int = 0  # at which the layer last came
+    observed: int = 0  # the last of which it took, or was to take, statistics
+    engine_pass: int | None = None
+    is_announced: bool = False  # outside of a pass: the output's gradient has come, the weight's will follow
+
+    def leave_pass(self) -> None:
+        """Forget the pass: its number means nothing in another process, or after a reset."""
+        self.engine_pass, self.is_announced = None, False
+
+
+class Scheduled(Protocol):
+    """What a schedule needs of a layer's gradient transform."""
+
+    name: str
+    handle: Tensor  # a number by which transforms have the same order on every process
+    schedule: "Schedule"
+    attendance: Attendance
+    update_interval: int
+    statistics_interval: int
+
+    def children(self) -> Iterator[nn.Module]:
+        """Iterate over the transform's child modules, among them its statistics."""
+
+
+def running_statistics(transform: Scheduled) -> list[FeatureCovariance]:
+    """List the children of a transform that a refresh renews."""
+    return [child for child in transform.children() if isinstance(child, FeatureCovariance)]
+
+
+_arriving = threading.Lock()  # layers of a model that is spread over several devices come in several threads
+# The schedules that the running passes will refresh. A pass that ends in an error never calls back: weak
+# references keep nothing alive for it.
+_open_passes: dict[int, "weakref.WeakSet[Schedule]"] = {}
+
+
+class Schedule:
+    """Counts a model's backward passes, and refreshes the layers' transforms when they are due.
+
+    Attributes:
+        batch: number of the current batch, counted from 1; 0 before the first.
+        processes: the processes that train the model together.
     """
 
-    def __init__(self, process_group: "ProcessGroup | None" = None) -> None:
+    def __init__(self, process_group: ProcessGroup | None = None) -> None:
         self.batch = 0
         self.processes = Processes(process_group)
-        self.running: int | None = None  # the pass that has not ended yet
-        self._transforms: weakref.WeakSet[GradientTransform] = weakref.WeakSet()
+        self._open_pass: int | None = None  # the engine's number of the pass that this batch comes in
+        self._members: weakref.WeakSet[Scheduled] = weakref.WeakSet()
 
-    def join(self, transforms: "Iterable[GradientTransform]") -> None:
-        """Let transforms keep step from now on, at the greatest number that any of them has reached.
+    def join(self, members: Iterable[Scheduled]) -> None:
+        """Count for these transforms from now on, starting at the greatest number that any of them has reached.
 
-        Without a group of processes of its own the clock takes theirs.
+        Without a group of processes of its own the schedule takes theirs.
         """
-        for transform in transforms:
-            self.batch = max(self.batch, transform.clock.batch)
-            self.processes.default_to(transform.clock.processes)
-            transform.clock._transforms.discard(transform)
-            transform.clock = self
-            self._transforms.add(transform)
+        for member in members:
+            self.batch = max(self.batch, member.schedule.batch)
+            self.processes.default_to(member.schedule.processes)
+            member.schedule._members.discard(member)
+            member.schedule = self
+            self._members.add(member)
 
-    def transforms(self) -> "list[GradientTransform]":
-        """Those that joined, in no order."""
-        return list(self._transforms)
+    def members(self) -> list[Scheduled]:
+        """List the transforms that joined, in no order."""
+        return list(self._members)
+
+    def begin_batch(self, member: Scheduled, announced: bool = False) -> int:
+        """Note that a batch has come to a layer, and return the batch's number.
+
+        Args:
+            member: the layer's transform.
+            announced: whether it is the gradient of the layer's output that has come, ahead of the weight's.
+        """
+        attendance = member.attendance
+        with _arriving:
+            arrival, number = self._arrival(attendance)
+            if arrival is Arrival.IN_NEW_PASS and number is not None:
+                self.batch, self._open_pass = self.batch + 1, number
+                _open_passes.setdefault(number, weakref.WeakSet()).add(self)
+                call_at_end_of_pass(number, _end_pass)
+            elif arrival is Arrival.IN_NESTED_PASS and self._open_pass is None and attendance.batch == self.batch:
+                self.batch += 1  # the layer has been at the current batch already, so this is another one
+            attendance.batch, attendance.engine_pass = self.batch, number
+            attendance.is_announced = announced and number is None
+            return self.batch
+
+    def _arrival(self, attendance: Attendance) -> tuple[Arrival, int | None]:
+        """Tell how a layer's batch comes, and in which of the engine's passes; None where none calls back."""
+        number = current_pass()
+        if attendance.is_announced or (number is not None and number in (attendance.engine_pass, self._open_pass)):
+            return Arrival.IN_KNOWN_PASS, number
+        if number is None or is_nested_pass():
+            return Arrival.IN_NESTED_PASS, number
+        return Arrival.IN_NEW_PASS, number
+
+    def statistics_are_due(self, member: Scheduled) -> bool:
+        """Tell whether a layer observes the current batch: statistics are due, or it has missed the last time.
+
+        The answer stays the same at every further call of the layer in one pass.
+        """
+        attendance = member.attendance
+        # Later than now: the number was set back, by the reset or the checkpoint of a layer that shares it.
+        if not last_due(self.batch, member.statistics_interval) <= attendance.observed <= self.batch:
+            attendance.observed = self.batch
+        return attendance.observed == self.batch
+
+    def end_batch(self, member: Scheduled) -> None:
+        """Note that a layer has observed its batch: its refresh, if due, follows at the end of the pass, or at once."""
+        if not is_due(self.batch, member.update_interval):
+            return
+        number = current_pass()
+        if number is None:
+            _refresh([member])
+        elif self._open_pass is None:  # nested, and the pass around it is not known
+            _open_passes.setdefault(number, weakref.WeakSet()).add(self)
+            call_at_end_of_pass(number, _end_pass)
+
+    def close_pass(self, number: int) -> list[Scheduled]:
+        """End a pass; return the members whose refresh is due: of a pass around which another may run, those it met."""
+        is_known, self._open_pass = self._open_pass is not None, None
+        together = [one for one in self._members if is_known or one.attendance.engine_pass == number]
+        return [one for one in together if is_due(self.batch, one.update_interval)]
+
+    def reset(self, member: Scheduled) -> None:
+        """Count from the start again, as a layer asks when its state is reset."""
+        self.restore(member, [0, 0, 0])
+
+    def state(self, member: Scheduled) -> list[int]:
+        """Return what a checkpoint keeps for a layer, for `restore`."""
+        return [self.batch, member.attendance.batch, member.attendance.observed]
+
+    def restore(self, member: Scheduled, state: list[int]) -> None:
+        """Set a layer's numbers, and the schedule's own, to a `state`."""
+        self.batch, member.attendance.batch, member.attendance.observed = state
+        self._open_pass = None
+        member.attendance.leave_pass()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A clock of its own at the same number; the copied transforms join it themselves."""
+        """Make a schedule at the same number; the copied transforms join it themselves."""
         copied = type(self)()
         copied.batch, copied.processes = self.batch, copy.deepcopy(self.processes)
         return copied
@@ -63,35 +202,18 @@ class Clock:
         self.batch = state["batch"]
 
 
-def last_due(batch: int, interval: int) -> int:
-    """The last batch up to this one after which something is due that is to happen every `interval` batches.
-
-    Due are the batches 1, 2, 4, 8, … below the interval, so that the first steps are whitened too, and its multiples.
-    """
-    return (1 << batch.bit_length()) >> 1 if batch < interval else batch // interval * interval
+def _end_pass(number: int) -> None:
+    _refresh([member for schedule in _open_passes.pop(number) for member in schedule.close_pass(number)])
 
 
-def is_due(batch: int, interval: int) -> bool:
-    """Whether something that is to happen every `interval` batches is due after the `batch`-th, counted from 1."""
-    return last_due(batch, interval) == batch
-
-
-def current_pass() -> int | None:
-    """The number of the backward pass that is running; None where there is none that calls back at its end."""
-    compiled = sys.modules.get("torch._dynamo.compiled_autograd")  # whoever uses it has imported it
-    if compiled is not None and compiled.in_compiled_autograd_region:
-        return None  # it drops callbacks that it has not seen when it was compiled
-    task = torch._C._current_graph_task_id()
-    return None if task == -1 else task
-
-
-def is_within_another() -> bool:
-    """Whether the pass that is running was started by a Function in another's backward: a reentrant checkpoint."""
-    frame, functions = sys._getframe(), 0
-    while frame is not None and functions < 2:  # ours is the first
-        functions += frame.f_code is _BACKWARD
-        frame = frame.f_back  # type: ignore[assignment]
-    return functions == 2
-
-
-_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__  # what the engine calls of a Function
+def _refresh(members: Sequence[Scheduled]) -> None:
+    """Refresh transforms together, those of one group of processes at a time, in the same order on every process."""
+    together: dict[ProcessGroup | None, list[DueTransform]] = defaultdict(list)
+    for member in sorted(members, key=lambda member: int(member.handle)):
+        batch = member.schedule.batch
+        elapsed = batch - last_due(batch - 1, member.update_interval)
+        name = member.name or f"a {type(member).__name__} without a name"
+        due = DueTransform(name, batch, elapsed, running_statistics(member))
+        together[member.schedule.processes.group()].append(due)
+    for group, due_transforms in together.items():
+        refresh_transforms(due_transforms, group)

@@ -1,157 +1,116 @@
-"""Bringing what is in force up to the statistics when a backward pass has ended, of all layers that are due together.
+"""The refresh itself: close windows of statistics, and compute from them what gradients are multiplied by.
 
-Nothing may change in the middle of a pass: a layer that is due only asks for a refresh here. The autograd
-engine calls back when the pass is over, and then the windows are closed, matrices of one size are
-inverted in one batched call and written in place, in force from the next pass on. Processes that train
-one model do it together, each its share.
+All transforms that are due are refreshed together: matrices of one size are inverted in one batched call, and the
+results are written in place. Processes that train one model do it together, each its share (`collectives`).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
-from weakref import WeakSet
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from .._torch.function_transforms import beneath
 from .._torch.precision import full_precision, without_autocast
 from ..inverse import METHODS, Inverse
-from ..statistics.covariance import FeatureCovariance, SettledCovariance
-from ..statistics.whitening_factor import Outcome, WhiteningFactor
-from . import collectives as distributed
-from .schedule import Clock, current_pass, is_due, last_due
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from ..transforms.base import GradientTransform
-
-# The clocks of the passes that are running. A pass that ends in an error never calls back; weak
-# references keep nothing alive for it.
-_running: dict[int, WeakSet[Clock]] = {}
+from ..processes import ProcessGroup
+from ..statistics.covariance import FeatureCovariance, SolvedStatistics
+from ..statistics.whitening_factor import RefreshResult, WhiteningFactor
+from . import collectives
 
 
-def at_end(number: int, clock: Clock) -> None:
-    """When the pass of this number has ended, update what is due at the clock's batch."""
-    if number not in _running:
-        _running[number] = WeakSet()
-        _call_last(lambda: beneath(lambda: _end(number)), others=2)
-    _running[number].add(clock)
+class DueTransform(NamedTuple):
+    """A transform that is to be refreshed: its layer's name, the batch's number, and the batches since the last one."""
 
-
-def _call_last(function: Callable[[], None], others: int) -> None:
-    """Call at the end of the pass, after other callbacks, even if so many of them are each queued by the one before.
-
-    DDP's own send and await the gradients: with a static graph two, the second queued by the first. On every process
-    what is sent here comes after them.
-    """
-    callback = function if others == 0 else lambda: _call_last(function, others - 1)
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-
-def _end(number: int) -> None:
-    together = []
-    for clock in _running.pop(number):
-        # Of a pass within one that is not known only what it has reached: others may still come.
-        together += [one for one in clock.transforms() if clock.running is not None or one.is_in(number)]
-        clock.running = None
-    update([transform for transform in together if is_due(transform.clock.batch, transform.update_interval)])
-
-
-def request(transform: "GradientTransform") -> None:
-    """Update a transform at once where nothing calls back when the pass ends; else then, if not asked for already."""
-    if is_due(transform.clock.batch, transform.update_interval):
-        number = current_pass()
-        if number is None:
-            update([transform])
-        elif transform.clock.running is None:
-            at_end(number, transform.clock)
+    name: str
+    batch: int
+    elapsed: int
+    statistics: Sequence[FeatureCovariance]
 
 
 @torch.no_grad()
-def update(transforms: "Iterable[GradientTransform]") -> None:
-    """Close the windows of the transforms' statistics, and refresh what follows, with the processes that share them.
+def refresh_transforms(due: Iterable[DueTransform], group: ProcessGroup | None = None) -> None:
+    """Close the windows of transforms that are due, and refresh what follows, with the processes of a group.
 
-    What of which nothing is new anywhere stays as it is, unless its method comes nearer at every refresh.
+    Statistics of which no process has observed anything new stay as they are, unless their method gets nearer to
+    the exact result at every refresh.
     """
-    together: dict[ProcessGroup | None, list[tuple[GradientTransform, FeatureCovariance]]] = defaultdict(list)
-    for transform in sorted(transforms, key=lambda transform: int(transform.handle)):
-        for average in transform.averages():
-            together[transform.clock.processes.group()].append((transform, average))
-    for group, due in together.items():
-        is_wanted = [average.window is not None or average.is_approximate for _, average in due]
-        if group is not None:
-            is_wanted = distributed.agree("refresh", [_label(*pair) for pair in due], is_wanted, group)
-        wanted = [pair for pair, flag in zip(due, is_wanted, strict=True) if flag]
-        if group is not None:
-            distributed.merge_windows([average for _, average in wanted], group)
-        for transform, average in wanted:
-            batch = transform.clock.batch
-            average.close_window(batch - last_due(batch - 1, transform.update_interval))
-        refresh([average for _, average in wanted if isinstance(average, WhiteningFactor)], group)
-        for _, average in wanted:
-            if isinstance(average, SettledCovariance):
-                average.settle()
+    pairs = [(transform, statistics) for transform in due for statistics in transform.statistics]
+    if group is not None:
+        labels = [_label(*pair) for pair in pairs]
+        is_wanted = [one.window is not None or one.is_approximate for _, one in pairs]
+        is_wanted = collectives.check_ranks_agree("refresh", labels, is_wanted, group)
+        pairs = [pair for pair, flag in zip(pairs, is_wanted, strict=True) if flag]
+        collectives.merge_windows([one for _, one in pairs], group)
+    devices = {one.running_mean.device for _, one in pairs}
+    renewed: list[FeatureCovariance] = []
+    with full_precision(), ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(without_autocast(device))
+        for transform, one in pairs:
+            if one.close_window(transform.elapsed) or one.is_approximate:
+                renewed.append(one)
+        refresh_factors([one for one in renewed if isinstance(one, WhiteningFactor)], group)
+        for one in renewed:
+            if isinstance(one, SolvedStatistics):
+                one.solve_in_place()
 
 
-def _label(transform: "GradientTransform", average: FeatureCovariance) -> str:
-    """What a message calls an average, and what has to be the same on all processes."""
-    name = transform.name or f"a {type(transform).__name__} without a name"
-    number, features = average.running_mean.shape
-    kind = type(average).__name__.lower()
-    if isinstance(average, WhiteningFactor):
-        features, kind = average.features, average.method
+def _label(transform: DueTransform, statistics: FeatureCovariance) -> str:
+    """Describe statistics for messages, with everything that has to be the same on all processes."""
+    number, features = statistics.running_mean.shape
+    kind = type(statistics).__name__.lower()
+    if isinstance(statistics, WhiteningFactor):
+        features, kind = statistics.features, statistics.method
     groups = f"{number} × " if number > 1 else ""
-    return f"{name} ({groups}{features} features, {kind}) at batch {transform.clock.batch}"
+    return f"{transform.name} ({groups}{features} features, {kind}) at batch {transform.batch}"
 
 
 @torch.no_grad()
-def refresh(factors: Iterable[WhiteningFactor], group: "ProcessGroup | None" = None) -> None:
-    """Bring what is in force up to the running covariance of every factor, in a group each process its share."""
-    factors = list(factors)
+def refresh_factors(factors: Sequence[WhiteningFactor], group: ProcessGroup | None = None) -> None:
+    """Compute every factor's precision from its running covariance, in a group of processes each its share.
+
+    Products are only as precise as the current settings say: see `full_precision`.
+    """
     if group is None:
-        for factor, outcome in inverted(factors):
-            factor.install(outcome)
+        for factor, result in invert(factors):
+            factor.commit(result)
         return
-    owners = dict(zip(factors, distributed.share([cost(factor) for factor in factors], group.size()), strict=True))
-    own = dict(inverted(factor for factor in factors if owners[factor] == group.rank()))
-    for factor, outcome in distributed.exchange(own, owners, group):
-        factor.install(outcome)
+    owners = dict(zip(factors, collectives.share([cost(one) for one in factors], group.size()), strict=True))
+    own = dict(invert([factor for factor in factors if owners[factor] == group.rank()]))
+    for factor, result in collectives.exchange(own, owners, group):
+        factor.commit(result)
 
 
 def cost(factor: WhiteningFactor) -> int:
-    """Operations of a factor's inverses, roughly."""
-    matrices, size = factor.mean.shape
+    """Estimate the operations of a factor's inverses, roughly."""
+    matrices, size = factor.running_mean.shape
     return METHODS[factor.method].operations * matrices * size**2 * (factor.rank if factor.is_approximate else size)
 
 
-def inverted(factors: Iterable[WhiteningFactor]) -> Iterator[tuple[WhiteningFactor, Outcome]]:
-    """What each factor's covariance comes to, with one batched call for each matrix size."""
+def invert(factors: Iterable[WhiteningFactor]) -> Iterator[tuple[WhiteningFactor, RefreshResult]]:
+    """Compute each factor's new precision, with one batched call for each size of matrix."""
     alike = defaultdict(list)
     for factor in factors:
         covariance = factor.running_covariance
         size, rank = covariance.shape[-1], factor.rank if factor.is_approximate else None
         alike[factor.method, factor.power, size, rank, covariance.dtype, covariance.device].append(factor)
-    for (name, power, *_, device), group in alike.items():
+    for (name, power, *_), chosen in alike.items():
         method = METHODS[name]
-        with full_precision(), without_autocast(device):
-            covariances = _together([factor.damped() for factor in group])
-            warm = method.warm_powers is None or power in method.warm_powers
-            last = _gathered([factor.last() for factor in group]) if warm else None
-            inverses = method.inverse(covariances, power, last, group[0].rank)
-            parts = _dealt(inverses, [len(factor.scale) for factor in group])
-            outcomes = [factor.outcome(part) for factor, part in zip(group, parts, strict=True)]
-        yield from zip(group, outcomes, strict=True)
-
-
-def _together(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)  # of one large matrix no copy
+        damped = list(map(WhiteningFactor.damped, chosen))
+        covariances = damped[0] if len(chosen) == 1 else torch.cat(damped)  # without copying one large matrix
+        is_warm = method.warm_powers is None or power in method.warm_powers
+        warm_start = _gathered(list(map(WhiteningFactor.warm_start, chosen))) if is_warm else None
+        inverses = method.inverse(*(covariances, power, warm_start, chosen[0].rank)[: method.arguments])
+        parts = [inverses] if len(chosen) == 1 else _dealt(inverses, [len(factor.scale) for factor in chosen])
+        yield from zip(chosen, map(WhiteningFactor.scale_inverse, chosen, parts), strict=True)
 
 
 def _gathered(parts: list[Inverse]) -> Inverse:
+    if len(parts) == 1:
+        return parts[0]
     directions = [part.directions for part in parts if part.directions is not None]
-    return Inverse(_together([part.matrix for part in parts]), _together(directions) if directions else None)
+    return Inverse(torch.cat([part.matrix for part in parts]), torch.cat(directions) if directions else None)
 
 
 def _dealt(inverses: Inverse, counts: list[int]) -> list[Inverse]:

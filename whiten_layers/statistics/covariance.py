@@ -1,12 +1,16 @@
-"""The running mean and covariance of a set of features."""
+"""The mean and the covariance of rows of features, of one batch and as a running average."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from .._torch.precision import WideBuffers, full_precision
+from .._torch.modules import WideBuffers
+from .._torch.precision import full_precision
 
 
 class Moments(NamedTuple):
@@ -21,16 +25,16 @@ class Moments(NamedTuple):
 
 
 def zero_moments(mean: Tensor) -> Moments:
-    """Those of no rows, of the groups and features of a mean ``(groups, M)``."""
+    """Moments of no rows, for the groups and features of a mean ``(groups, M)``."""
     groups, features = mean.shape
     return Moments(mean.new_zeros(groups), mean.new_zeros(groups, features), mean.new_zeros(groups, features, features))
 
 
 def moments(rows: Tensor, center: bool = True) -> Moments:
-    """Moments of rows ``(groups, n, M)``, n of which are to be at least 1.
+    """Compute the moments of rows ``(groups, n, M)``, at least one of each group.
 
     The covariance divides by n. With ``center=False`` the mean is zero and the covariance is the
-    second moment about zero. Rows of fewer than 32 bits are taken as float32.
+    second moment about zero. Rows of fewer than 32 bits are computed with as float32.
     """
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if center:
@@ -44,7 +48,7 @@ def moments(rows: Tensor, center: bool = True) -> Moments:
 
 
 def merged(first: Moments, second: Moments) -> Moments:
-    """Moments of the rows of both, with the covariance between them (Chan, Golub & LeVeque 1983)."""
+    """Merge the moments of two sets of rows into those of all rows (Chan, Golub & LeVeque 1983)."""
     total = first.rows + second.rows
     weight = torch.where(total > 0, second.rows / total, 0).unsqueeze(-1)
     shift = second.mean - first.mean
@@ -54,25 +58,33 @@ def merged(first: Moments, second: Moments) -> Moments:
 
 
 class FeatureCovariance(WideBuffers):
-    """A count-weighted running mean and covariance, one for each group.
+    """A running mean and covariance of features, one for each group, in which every row counts by its age.
 
-    What is observed is gathered in a window, in which every row counts alike, and comes into the average
-    when the window is closed: until then, processes that average together each gather their own
-    part. A window of n rows weighs n, and `decay` to the power of the batches that follow: the first one counts
-    in full, nothing is biased towards the initial zero, and batches of different sizes weigh as many
-    rows as they have.
+    Batches are gathered in a *window*, in which every row counts alike. Closing the window takes it into the running
+    average; until then each of several processes gathers its own part. A window of n rows enters with the weight n,
+    and each batch that follows multiplies the weight by `decay`. So the first window counts in full, nothing is
+    biased towards the initial zero, and batches of different sizes weigh as many rows as they have.
+
+    With `block_size` the covariance is block-diagonal: at most so many channels, each with all its taps, share a
+    *block*. The channels are dealt out in order, to blocks as equal as possible; features that are always zero
+    fill up the last one.
 
     Args:
-        groups, features: the shape of the statistics.
-        decay: what a row's weight is multiplied by at each later batch; in [0, 1).
+        groups, channels, taps: each group has ``channels · taps`` features, a channel's taps side by side.
+        decay: factor on a row's weight at each later batch, in [0, 1).
+        block_size: channels of a block at most; None for one block a group.
+        trace: what the trace of a group's window is scaled to before it counts, where only proportions matter;
+            None for no scaling. A window without any variance is then ignored.
         dtype: float32 or float64. Casting the module to a narrower type leaves its buffers in float32.
 
-    Buffers: ``running_count`` (groups,), ``running_mean`` (groups, M), ``running_covariance`` (groups, M, M); and, of
-    the same shapes, ``window_count``, ``window_mean`` and ``window_covariance`` while a window is open. A checkpoint
-    has no window, which is one process's: loading one forgets what was observed since the last was closed.
+    Buffers, for ``groups · blocks`` matrices of M features: ``running_count`` (groups·blocks,), ``running_mean``
+    (groups·blocks, M), ``running_covariance`` (groups·blocks, M, M); and, of the same shapes, ``window_count``,
+    ``window_mean`` and ``window_covariance`` while a window is open. A checkpoint has no window, which is one
+    process's: loading one drops what was observed since the last window was closed.
     """
 
-    is_approximate: bool = False  # whether what follows comes nearer at every refresh, with nothing new
+    is_approximate: bool = False  # whether a refresh gets nearer to the exact result even when nothing new was observed
+    keeps_its_tensors = True
     running_count: Tensor
     running_mean: Tensor
     running_covariance: Tensor
@@ -83,30 +95,54 @@ class FeatureCovariance(WideBuffers):
     def __init__(
         self,
         groups: int,
-        features: int,
+        channels: int,
+        taps: int = 1,
         *,
         decay: float,
+        block_size: int | None = None,
+        trace: float | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.decay = decay
-        self.register_buffer("running_count", torch.zeros(groups, device=device, dtype=dtype))
-        self.register_buffer("running_mean", torch.zeros(groups, features, device=device, dtype=dtype))
-        self.register_buffer("running_covariance", torch.zeros(groups, features, features, device=device, dtype=dtype))
+        self.blocks = math.ceil(channels / (block_size or channels))
+        size = math.ceil(channels / self.blocks) * taps
+        self.groups, self.features, self.decay, self.trace = groups, channels * taps, decay, trace
+        self._padding = self.blocks * size - self.features
+        matrices = groups * self.blocks
+        self.register_buffer("running_count", torch.zeros(matrices, device=device, dtype=dtype))
+        self.register_buffer("running_mean", torch.zeros(matrices, size, device=device, dtype=dtype))
+        self.register_buffer("running_covariance", torch.zeros(matrices, size, size, device=device, dtype=dtype))
         for name in ("window_count", "window_mean", "window_covariance"):
             self.register_buffer(name, None, persistent=False)
 
+    def split(self, rows: Tensor) -> Tensor:
+        """Deal the features out to the blocks: ``(groups, n, features) -> (groups·blocks, n, M)``."""
+        if self.blocks == 1:
+            return rows
+        rows = F.pad(rows, (0, self._padding))
+        return rearrange(rows, "g n (b m) -> (g b) n m", b=self.blocks)
+
+    def join(self, rows: Tensor) -> Tensor:
+        """Put the blocks' features together again: ``(groups·blocks, n, M) -> (groups, n, features)``."""
+        if self.blocks == 1:
+            return rows
+        return rearrange(rows, "(g b) n m -> g n (b m)", b=self.blocks)[..., : self.features]
+
+    def join_mean(self, mean: Tensor) -> Tensor:
+        """`join` for one row: ``(groups·blocks, M) -> (groups, features)``."""
+        return self.join(mean.unsqueeze(1)).squeeze(1)
+
     @torch.no_grad()
     def clear(self) -> None:
-        """Forget the window, and make every buffer zero."""
+        """Drop the window, and make every buffer zero."""
         self.window = None
         for buffer in self.buffers():
             buffer.zero_()
 
     @property
     def window(self) -> Moments | None:
-        """What was observed since the last window was closed."""
+        """What was observed since the last window was closed; None for nothing."""
         if self.window_count is None or self.window_mean is None or self.window_covariance is None:
             return None
         return Moments(self.window_count, self.window_mean, self.window_covariance)
@@ -115,9 +151,13 @@ class FeatureCovariance(WideBuffers):
     def window(self, window: Moments | None) -> None:
         self.window_count, self.window_mean, self.window_covariance = window or (None, None, None)
 
+    def observe_rows(self, rows: Tensor, center: bool = True, valid: Tensor | bool = True) -> Tensor:
+        """`observe` the moments of rows ``(groups, n, features)``."""
+        return self.observe(moments(self.split(rows), center), valid)
+
     @torch.no_grad()
     def observe(self, batch: Moments, valid: Tensor | bool = True) -> Tensor:
-        """Take a batch into the window, its groups that are `valid`, one flag for all or one each.
+        """Take a batch into the window: those of its groups that are `valid`, one flag for all or one each.
 
         Returns:
             Whether every group was taken, as a bool tensor on the buffers' device: nothing here waits
@@ -127,44 +167,50 @@ class FeatureCovariance(WideBuffers):
             window and no average of windows can be anything but finite: two means lie at most
             twice as far apart as the farther one from a third.
         """
-        batch = Moments(*(part.to(self.running_mean.dtype) for part in batch))
-        shift = batch.mean - self.running_mean
-        spread = batch.covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + 4 * torch.linalg.vecdot(shift, shift)
+        dtype = self.running_mean.dtype
+        rows, mean, covariance = batch.rows.to(dtype), batch.mean.to(dtype), batch.covariance.to(dtype)
+        shift = mean - self.running_mean
+        spread = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + 4 * torch.linalg.vecdot(shift, shift)
         valid = torch.as_tensor(valid, device=spread.device).expand_as(spread)
         valid = valid & (torch.isfinite(spread) | ~valid).all()
-        batch = Moments(*(torch.where(valid.view(-1, *[1] * (part.dim() - 1)), part, 0) for part in batch))
-        self.window = batch if self.window is None else merged(self.window, batch)
+        mean, covariance = torch.where(valid[:, None], mean, 0), torch.where(valid[:, None, None], covariance, 0)
+        batch = Moments(torch.where(valid, rows, 0), mean, covariance)
+        window = self.window
+        self.window = batch if window is None else merged(window, batch)
         return valid.all()
 
     @torch.no_grad()
-    def close_window(self, elapsed: int = 1) -> None:
-        """Take the window into the average, in place, `elapsed` batches after the last one was closed.
+    def close_window(self, elapsed: int = 1) -> bool:
+        """Take the window into the running average, in place, `elapsed` batches after the last one was closed.
 
-        A group of which there is nothing in the window does not age.
+        The average of a group with nothing in the window does not age.
+
+        Returns:
+            Whether there was a window.
         """
         window, self.window = self.window, None
         if window is None:
-            return
+            return False
+        if self.trace is not None:
+            traces = window.covariance.diagonal(dim1=-2, dim2=-1).sum(-1).view(self.groups, self.blocks).sum(1)
+            ratio = (self.trace / traces).repeat_interleave(self.blocks)
+            known = torch.isfinite(ratio)
+            covariance = torch.where(known, ratio, 0)[:, None, None] * window.covariance
+            window = Moments(torch.where(known, window.rows, 0), window.mean, covariance)
         aged = torch.where(window.rows > 0, self.decay**elapsed * self.running_count, self.running_count)
-        running = Moments(aged, self.running_mean, self.running_covariance)
-        count, mean, covariance = merged(running, window)
+        count, mean, covariance = merged(Moments(aged, self.running_mean, self.running_covariance), window)
         self.running_count.copy_(count)
         self.running_mean.copy_(mean)
         self.running_covariance.copy_(covariance)
+        return True
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
+    def before_loading(self, state_dict: dict, prefix: str) -> None:
         self.window = None
-        super()._load_from_state_dict(state_dict, prefix, copied(local_metadata), *args)
 
 
-class SettledCovariance(FeatureCovariance, ABC):
-    """Statistics from which follows, in every process for itself, what is in force: not a matrix's inverse."""
+class SolvedStatistics(FeatureCovariance, ABC):
+    """Statistics from which every process computes for itself what its transform needs: not a matrix's inverse."""
 
     @abstractmethod
-    def settle(self) -> None:
-        """Put in force, in place, what follows from the running statistics. Called when a window has been closed."""
-
-
-def copied(local_metadata: dict) -> dict:
-    """Metadata of a load that copies: an assigned tensor would bring its own device, and fewer digits than 32 bits."""
-    return {**local_metadata, "assign_to_params_buffers": False}
+    def solve_in_place(self) -> None:
+        """Bring what follows from the running statistics up to date, in place. Called when a window was closed."""

@@ -1,4 +1,4 @@
-"""Rows of features as a layer sees them: sampled positions, patches, and the autocovariance of taps.
+"""The rows of features that a layer sees: sampled positions, patches, and the autocovariance of a kernel's taps.
 
 A linear layer sees the rows of its input; a convolution sees a patch of its input at every output
 position. Statistics need only a sample of those rows, so everything here takes ``max_rows`` and a
@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a layer reads its input. Channels are counted within one group.
+    """Shape of a layer and the way it reads its input. Channels are counted within one group.
 
-    A linear layer has no kernel: ``kernel_size == ()``, and its features are its channels. Padding with
-    anything but zeros is not the geometry's: the layer's input is what has been padded so.
+    A linear layer has no kernel: ``kernel_size == ()``, and its features are its channels. Padding with anything but
+    zeros does not belong to the geometry: the layer's input has then been padded already.
     """
 
     in_channels: int
@@ -34,32 +35,57 @@ class Geometry:
     padding: tuple[int, ...] = ()  # as F.pad takes it: last dimension first, both sides
     upsampling: tuple[int, ...] = ()  # transposed: how far apart its input is spread. Its weight is (C, S)
 
-    @property
+    @cached_property
     def taps(self) -> int:
+        """Positions of the kernel; 1 for a linear layer."""
         return math.prod(self.kernel_size)
 
-    @property
+    @cached_property
     def spread(self) -> int:
-        """One in so many positions of the spread input is not a zero put in between."""
+        """One in so many positions of a transposed convolution's spread input is not a zero put in between."""
         return math.prod(self.upsampling)
 
+    @cached_property
+    def spatial_dims(self) -> int:
+        """Dimensions of the kernel; 0 for a linear layer."""
+        return len(self.kernel_size)
+
+    @cached_property
+    def displacements(self) -> tuple[list[tuple[int, ...] | None], list[int]]:
+        """The distinct displacements between two taps, and which of them belongs to each of taps × taps pairs.
+
+        In positions of the input. Two opposite displacements are one, since an autocovariance is even; None stands for
+        those at which one of the two positions is always a zero put in between.
+        """
+        steps = self.upsampling or (1,) * len(self.kernel_size)
+        taps = list(itertools.product(*map(range, self.kernel_size)))
+        places: dict[tuple[int, ...], int] = {}
+        pairs = []
+        for here, there in itertools.product(taps, taps):
+            displacement = tuple((b - a) * d for a, b, d in zip(here, there, self.dilation, strict=True))
+            displacement = max(displacement, tuple(-d for d in displacement))
+            pairs.append(places.setdefault(displacement, len(places)))
+        distinct = [
+            None
+            if any(d % step for d, step in zip(displacement, steps, strict=True))
+            else tuple(d // step for d, step in zip(displacement, steps, strict=True))
+            for displacement in places
+        ]
+        return distinct, pairs
+
     def matrix(self, weight: Tensor) -> Tensor:
-        """A weight, or its gradient, as ``(groups, S, C, taps)``."""
+        """View a weight, or its gradient, as ``(groups, S, C, taps)``."""
         if self.upsampling:
             return weight.reshape(self.groups, self.in_channels, self.out_channels, self.taps).transpose(1, 2)
         return weight.reshape(self.groups, self.out_channels, self.in_channels, self.taps)
 
     def weight(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """The inverse of `matrix`: the shape of the weight `like`."""
+        """Undo `matrix`: give it the shape of the weight `like`."""
         return (matrix.transpose(1, 2) if self.upsampling else matrix).reshape(like.shape)
-
-    @property
-    def spatial_dims(self) -> int:
-        return len(self.kernel_size)
 
 
 def _even_steps(batch: int, sizes: Sequence[int], max_rows: int | None, phase: int) -> tuple[slice, tuple[slice, ...]]:
-    """Slices of the batch and of each spatial dimension that leave at most `max_rows` positions.
+    """Choose slices of the batch and of each spatial dimension that leave at most `max_rows` positions.
 
     Space is thinned before the batch: two images tell more than two positions of one image do.
     """
@@ -75,7 +101,7 @@ def _even_steps(batch: int, sizes: Sequence[int], max_rows: int | None, phase: i
 
 
 def _batched(input: Tensor, spatial_dims: int) -> Tensor:
-    """One batch dimension for an input that has none, or (under `torch.vmap`) several."""
+    """Bring an input without a batch dimension, or (under `torch.vmap`) with several, to one."""
     return input.reshape(-1, *input.shape[-spatial_dims - 1 :])
 
 
@@ -91,7 +117,7 @@ def _spread(input: Tensor, upsampling: tuple[int, ...]) -> Tensor:
 
 
 def linear_rows(input: Tensor, max_rows: int | None = None, phase: int = 0) -> Tensor:
-    """Rows of a linear layer's input (or output gradient): ``(..., M) -> (1, rows, M)``."""
+    """Sample rows of a linear layer's input (or output gradient): ``(..., M) -> (1, rows, M)``."""
     rows = input.reshape(-1, input.shape[-1])
     every = 1 if max_rows is None else max(1, math.ceil(len(rows) / max_rows))
     # A step that shares a divisor with the sequence length would meet the same positions of every sequence.
@@ -102,14 +128,14 @@ def linear_rows(input: Tensor, max_rows: int | None = None, phase: int = 0) -> T
 
 
 def channel_rows(input: Tensor, groups: int, spatial_dims: int, max_rows: int | None = None, phase: int = 0) -> Tensor:
-    """The channels at sampled positions: ``(N, groups·C, *space) -> (groups, rows, C)``."""
+    """Take the channels at sampled positions: ``(N, groups·C, *space) -> (groups, rows, C)``."""
     input = _batched(input, spatial_dims)
     images, space = _even_steps(input.shape[0], input.shape[2:], max_rows, phase)
     return rearrange(input[(images, slice(None), *space)], "n (g c) ... -> g (n ...) c", g=groups)
 
 
 def output_sizes(geometry: Geometry, sizes: Sequence[int]) -> list[int]:
-    """How many positions `patch_rows` finds along each spatial dimension of an input of these sizes."""
+    """Count the positions that `patch_rows` finds along each spatial dimension of an input of these sizes."""
     padding = geometry.padding or (0, 0) * len(sizes)
     outputs = []
     for axis, size in enumerate(sizes):
@@ -121,7 +147,7 @@ def output_sizes(geometry: Geometry, sizes: Sequence[int]) -> list[int]:
 
 
 def patch_rows(input: Tensor, geometry: Geometry, max_rows: int | None = None, phase: int = 0) -> Tensor:
-    """Patches at sampled output positions: ``(N, groups·C, *space) -> (groups, rows, C·taps)``.
+    """Unfold the patches at sampled output positions: ``(N, groups·C, *space) -> (groups, rows, C·taps)``.
 
     Exact for every stride, padding, dilation and number of groups: ``rows @ weight.flatten(1).T``
     is the convolution's output at those positions.
@@ -145,17 +171,20 @@ def patch_rows(input: Tensor, geometry: Geometry, max_rows: int | None = None, p
 def tap_autocovariance(
     input: Tensor, geometry: Geometry, mean: Tensor, max_rows: int | None = None, phase: int = 0
 ) -> tuple[int, Tensor]:
-    """How the input varies together between the taps of a kernel: ``(N, groups·C, *space) -> (groups, taps, taps)``.
+    """Measure how the input varies together at the taps of a kernel: ``(N, groups·C, *space) -> (groups, taps, taps)``.
 
-    The entry of two taps is the autocovariance of the channels about `mean` ``(groups, C)``, summed over
-    channels, at the displacement from one tap to the other: a sum over positions, divided by their number, which
-    comes first in the result. So it is linear in the images, whichever process has which. Of a transposed
-    convolution, whose spread input is mostly zeros, the diagonal is that of the positions that are not.
-    The image counts as zero outside its borders, so the result is positive semidefinite. Whole images
-    are sampled, so that at least one is and otherwise at most `max_rows` positions are.
+    The entry of two taps is the autocovariance of the channels about `mean` ``(groups, C)``, summed over channels, at
+    the displacement from one tap to the other: a sum over positions, divided by their number. So it is linear in the
+    images, and several processes can add up theirs. For a transposed convolution, whose spread input is mostly zeros,
+    the diagonal is that of the positions in between which the zeros were put. The image counts as zero outside its
+    borders, so the result is positive semidefinite. Whole images are sampled: at least one, and otherwise at most
+    `max_rows` positions.
 
     No patch is unfolded. With zeros between the rows and between the images, a displacement is an
     offset in memory: its autocovariance is the inner product of the images with themselves, shifted.
+
+    Returns:
+        The number of positions, and the autocovariances.
     """
     input = _batched(input, geometry.spatial_dims)
     sizes = input.shape[2:]
@@ -172,28 +201,13 @@ def tap_autocovariance(
     strides = images.stride()[3:]
     line = images.flatten(1)
 
-    def autocovariance(displacement: tuple[int, ...]) -> Tensor:
-        if any(abs(d) >= size for d, size in zip(displacement, sizes, strict=True)):
+    def autocovariance(displacement: tuple[int, ...] | None) -> Tensor:
+        if displacement is None or any(abs(d) >= size for d, size in zip(displacement, sizes, strict=True)):
             return line.new_zeros(len(line))
         offset = sum(d * stride for d, stride in zip(displacement, strides, strict=True))
         return torch.linalg.vecdot(line[:, : line.shape[1] - offset], line[:, offset:])
 
-    def spread_autocovariance(displacement: tuple[int, ...]) -> Tensor:
-        steps = geometry.upsampling or (1,) * len(displacement)
-        if any(d % step for d, step in zip(displacement, steps, strict=True)):
-            return line.new_zeros(len(line))  # one of the two is a zero put in between
-        return autocovariance(tuple(d // step for d, step in zip(displacement, steps, strict=True)))
-
-    taps = list(itertools.product(*map(range, geometry.kernel_size)))
-    values: dict[tuple[int, ...], Tensor] = {}
-    rows = []
-    for here in taps:
-        row = []
-        for there in taps:
-            step = tuple((b - a) * d for a, b, d in zip(here, there, geometry.dilation, strict=True))
-            step = max(step, tuple(-s for s in step))  # the autocovariance is even
-            if step not in values:
-                values[step] = spread_autocovariance(step)
-            row.append(values[step])
-        rows.append(torch.stack(row, -1))
-    return positions, torch.stack(rows, -2) / positions
+    distinct, pairs = geometry.displacements
+    values = [autocovariance(displacement) for displacement in distinct]
+    table = torch.stack([values[pair] for pair in pairs], -1)
+    return positions, table.view(-1, geometry.taps, geometry.taps) / positions

@@ -1,90 +1,79 @@
-"""What may happen to a layer's gradient in backward: the one extension point."""
+"""The interface of what may happen to a layer's gradient in backward."""
 
-import itertools
-import threading
-import weakref
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..refresh import update as refresh
-from ..refresh.schedule import Clock, current_pass, is_within_another, last_due
-from ..statistics.covariance import FeatureCovariance, copied
+from .._torch.modules import StatefulModule
+from ..refresh.schedule import Attendance, Schedule
 from ..statistics.patches import Geometry
 from ..statistics.whitening_factor import WhiteningFactor
-
-_transforms: "weakref.WeakValueDictionary[int, GradientTransform]" = weakref.WeakValueDictionary()
-_handles = itertools.count(1)
-_arrival = threading.Lock()  # the layers of a model on several devices come in several threads
+from .handles import new_handle
 
 
-class GradientTransform(nn.Module, ABC):
-    """A linear map of a layer's weight and bias gradients, and the statistics it follows from.
+class GradientTransform(StatefulModule, ABC):
+    """A linear map of a layer's weight and bias gradients, and the statistics it is computed from.
 
     A layer owns one transform, bound to its geometry. In the layer's backward pass the transform
     first maps the gradient with its state as it is, then observes the batch. It must change what
     `transform` computes only when a whole backward pass is over (see `whiten_layers.refresh`), so
-    that a pass sees one linear map, whatever the number of layers that share a module.
+    that a pass sees one linear map, however many layers share a module.
 
-    Subclasses implement `bind`, `transform`, `observe` and `reset_state`; one that also follows the gradient of
-    the layer's output sets `observes_output` and implements `observe_output`, and one whose map follows from the
-    layer's weight sets `reads_weight`. Child modules that are a `WhiteningFactor` or a `SettledCovariance` are
-    refreshed together with those of other layers.
+    Subclasses implement `bind`, `transform`, `observe` and `reset_state`. One that also observes the gradient of
+    the layer's output sets `observes_output` and implements `observe_output`; one whose map depends on the
+    layer's weight sets `reads_weight`. An implementation of `observe` asks the schedule three things:
+    ``schedule.begin_batch(self)`` for the number of the batch, ``schedule.statistics_are_due(self)``, and at its end
+    ``schedule.end_batch(self)``. Child modules that are a `FeatureCovariance` are refreshed together with those of
+    other layers.
 
     Attributes:
-        clock: the number of the backward pass, which `whiten` lets the layers of a model share.
+        schedule: counts backward passes and knows what is due; `whiten` lets the layers of a model share one.
         name: the layer's, in the model that was given to `whiten`; for messages.
         update_interval, statistics_interval: batches between refreshes, and between statistics.
+        observes_output: whether `observe_output` is to be called.
+        reads_weight: whether `transform` is to be given the layer's weight.
 
     Buffer: ``num_batches_skipped``, the batches that were left out of the statistics because they held a NaN or
-    Inf, in this process. The extra state of a checkpoint is the clock's batch, the last batch that
+    Inf, in this process. The extra state of a checkpoint is the schedule's batch, the last batch that
     came to this layer, and the last of which it was to take statistics.
     """
 
     update_interval: int = 10
     statistics_interval: int = 10
+    observes_output: bool = False
+    reads_weight: bool = False
+    keeps_its_tensors = True
     num_batches_skipped: Tensor
     handle: Tensor
-    _pass: int | None  # in which the last batch came
 
     def __init__(self) -> None:
         super().__init__()
-        self.clock, self.name = Clock(), ""
-        self._reset_counts()
+        self.name = ""
+        self.schedule, self.attendance = Schedule(), Attendance()
         self._register()
 
     def _register(self) -> None:
-        # A compiled graph can hold a number, not a Python object. The number is this object's own: a
-        # copy that kept it would train the original's statistics. It is no buffer, which would be
-        # saved, moved to a device, and broadcast to other processes.
-        number = next(_handles)
-        self.handle = torch.tensor(number, device="cpu")
-        _transforms[number] = self
-        self.clock.join([self])
+        # The handle is this object's own: a copy that kept it would train the original's statistics. It is no buffer,
+        # which would be saved, moved to a device, and broadcast to other processes.
+        self.handle = new_handle(self)
+        self.schedule.join([self])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **self.pending()}
 
     def __setstate__(self, state: dict) -> None:  # where deepcopy, copy and unpickling end
         super().__setstate__(state)
-        self._forget_pass()  # another process numbers its passes anew
+        self.attendance.leave_pass()
         self._register()
 
-    @staticmethod
-    def from_handle(handle: Tensor) -> "GradientTransform":
-        transform = _transforms.get(int(handle))
-        if transform is None:
-            raise RuntimeError("the layer of this backward pass is gone: keep a compiled model until it has ended")
-        return transform
+    def pending(self) -> dict[str, Any]:
+        """Return the attributes that a batch leaves behind while it is observed, each with the value for none.
 
-    @property
-    def observes_output(self) -> bool:
-        """Whether `observe_output` is to be called."""
-        return False
-
-    @property
-    def reads_weight(self) -> bool:
-        """Whether `transform` is to be given the layer's weight."""
-        return False
+        A copy takes these values: the batch is the original's.
+        """
+        return {}
 
     @abstractmethod
     def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
@@ -108,98 +97,51 @@ class GradientTransform(nn.Module, ABC):
     def observe_output(self, grad_output: Tensor) -> None:
         """Take the gradient of the layer's output into the statistics. Called before `observe`."""
 
+    @abstractmethod
+    def reset_state(self) -> None:
+        """Set the state to what `bind` made, forgetting every batch. Implementations call `reset_counters`."""
+
     def parts(self) -> "list[GradientTransform]":
-        """The transform itself and those that it is made of."""
+        """List the transform itself and those that it is made of."""
         return [module for module in self.modules() if isinstance(module, GradientTransform)]
 
     def factors(self) -> list[WhiteningFactor]:
-        """The children that are refreshed by an inverse."""
+        """List the children that are refreshed by an inverse."""
         return [child for child in self.children() if isinstance(child, WhiteningFactor)]
 
-    def averages(self) -> list[FeatureCovariance]:
-        """The children that are refreshed every `update_interval` batches."""
-        return [child for child in self.children() if isinstance(child, FeatureCovariance)]
-
-    def _bind_counters(self, device: torch.device) -> None:
+    def bind_counters(self, device: torch.device) -> None:
+        """Register the buffer that counts skipped batches, and count batches from the start."""
         self.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device))
-        self._reset_counters()
+        self.reset_counters()
 
-    @abstractmethod
-    def reset_state(self) -> None:
-        """Forget what was observed: the state as `bind` made it. Implementations call `_reset_counters`."""
-
-    def _reset_counters(self) -> None:
+    def reset_counters(self) -> None:
+        """Count batches, and those that are skipped, from the start again."""
         self.num_batches_skipped.zero_()
-        self.clock.batch, self.clock.running = 0, None
-        self._reset_counts()
-
-    def _reset_counts(self) -> None:
-        self._last_batch = self._last_observed = 0
-        self._forget_pass()
-
-    def _forget_pass(self) -> None:
-        self._pass, self._is_announced = None, False
-
-    def is_in(self, number: int) -> bool:
-        """Whether the last batch that came to this layer came in the pass of this number."""
-        return self._pass == number
+        self.schedule.reset(self)
 
     @property
     def num_batches_tracked(self) -> int:
-        """The clock's number when a batch last came to this layer; 0 if none has come."""
-        return self._last_batch
-
-    def _arrive(self, announced: bool = False) -> int:
-        """Note that a batch has come, and return its number. `announced` by the gradient of the layer's output."""
-        clock, number = self.clock, current_pass()
-        with _arrival:
-            if self._is_announced or (number is not None and number in (self._pass, clock.running)):
-                is_new = False
-            elif number is not None and not is_within_another():
-                is_new, clock.running = True, number
-                refresh.at_end(number, clock)
-            else:  # the pass around this one may be unknown to all of the clock's layers, or there is none
-                is_new = clock.running is None and self._last_batch == clock.batch
-            clock.batch += is_new
-            self._last_batch, self._pass = clock.batch, number
-            self._is_announced = announced and number is None
-            return clock.batch
-
-    def _observes(self, batch: int) -> bool:
-        """Whether statistics are due at a batch, or have been since this layer last came to observe."""
-        # Later than now: the clock was set back, by the reset or the checkpoint of a layer that shares it.
-        if not last_due(batch, self.statistics_interval) <= self._last_observed <= batch:
-            self._last_observed = batch
-        return self._last_observed == batch  # also at every further call in the same pass
+        """The schedule's number when a batch last came to this layer; 0 if none has come."""
+        return self.attendance.batch
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.clock.batch, self._last_batch, self._last_observed], device="cpu")
+        return torch.tensor(self.schedule.state(self), device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.clock.batch, self._last_batch, self._last_observed = state.tolist()
-        self.clock.running = None
-        self._forget_pass()
+        self.schedule.restore(self, state.tolist())
 
     def follow(self, weight: Tensor) -> None:
-        """Be where a weight is, as wide as it is: what a layer asks when a checkpoint has been assigned to it."""
-        if self.is_meta:
+        """Move to a weight's device and precision, as a layer asks when a checkpoint has been assigned to it."""
+        if any(buffer.is_meta for buffer in self.buffers()):
             self.to_empty(device=weight.device)
         self.to(weight.device, weight.dtype)
 
-    @property
-    def is_meta(self) -> bool:
-        """Whether the state has no storage yet, as on the meta device."""
-        return any(buffer.is_meta for buffer in self.buffers())
+    def after_moving(self, before: dict[str, Tensor]) -> None:
+        was_meta = any(buffer.is_meta for buffer in before.values())
+        if was_meta and not any(buffer.is_meta for buffer in self.buffers()):
+            self.reset_state()  # what `to_empty` has made is not initialised
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        was_meta = self.is_meta
-        super()._apply(fn, recurse)
-        if was_meta and not self.is_meta:  # `to_empty`: what it has made is not initialised
-            self.reset_state()
-        return self
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
+    def before_loading(self, state_dict: dict[str, Any], prefix: str) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
             # A plain layer's checkpoint knows no transform: ours stays as it is, and nothing is missing.
             state_dict.update(self.state_dict(prefix=prefix))
-        super()._load_from_state_dict(state_dict, prefix, copied(local_metadata), *args)

@@ -1,4 +1,4 @@
-"""Several transforms of one gradient, one after the other."""
+"""Several transforms of one gradient, applied one after the other."""
 
 import copy
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from .base import GradientTransform
 class Chain(GradientTransform):
     """Apply transforms in order: ``Chain(FeatureWhitening(), PSIScaling())`` whitens, then scales.
 
-    Each maps what the one before has made of the gradient, and observes what it would alone: the layer's
-    input, the plain gradient, and the gradient of the layer's output. They count batches together.
+    Each maps the result of the one before it, and observes what it would alone: the layer's input, the plain
+    gradient, and the gradient of the layer's output. They count batches together.
 
     Args:
         transforms: at least one `GradientTransform`, of which the chain takes a copy.
@@ -24,7 +24,7 @@ class Chain(GradientTransform):
         ValueError: no transform is given.
         TypeError: something that is given is no `GradientTransform`; the message names it.
 
-    State: that of its members, by their place ("0.inputs.running_covariance"). The chain itself skips no batch.
+    State: that of its members, under their place ("0.inputs.running_covariance"). The chain itself skips no batch.
     """
 
     def __init__(self, *transforms: GradientTransform) -> None:
@@ -35,28 +35,22 @@ class Chain(GradientTransform):
             if not isinstance(transform, GradientTransform):
                 raise TypeError(f"transforms[{place}]={transform!r} is not possible: give a GradientTransform")
             self.add_module(str(place), copy.deepcopy(transform))
-        self.clock.join(self.parts())
+        self.schedule.join(self.parts())
+        self.observes_output = any(member.observes_output for member in self.members())
+        self.reads_weight = any(member.reads_weight for member in self.members())
 
     def members(self) -> Iterator[GradientTransform]:
-        """The transforms, in order."""
+        """Iterate over the transforms, in order."""
         return (child for child in self.children() if isinstance(child, GradientTransform))
 
-    @property
-    def observes_output(self) -> bool:
-        return any(member.observes_output for member in self.members())
-
-    @property
-    def reads_weight(self) -> bool:
-        return any(member.reads_weight for member in self.members())
-
     def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
-        self._bind_counters(device)
+        self.bind_counters(device)
         for member in self.members():
             member.bind(geometry, device=device, dtype=dtype)
         return self
 
     def reset_state(self) -> None:
-        self._reset_counters()
+        self.reset_counters()
         for member in self.members():
             member.reset_state()
 
@@ -69,12 +63,12 @@ class Chain(GradientTransform):
         return grad_weight, grad_bias
 
     def observe_output(self, grad_output: Tensor) -> None:
-        self._arrive(announced=True)
+        self.schedule.begin_batch(self, announced=True)
         for member in self.members():
             if member.observes_output:
                 member.observe_output(grad_output)
 
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:
-        self._arrive()
+        self.schedule.begin_batch(self)
         for member in self.members():
             member.observe(input, grad_weight)

@@ -44,13 +44,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch.function_transforms import beneath
+from .._torch.function_transforms import call_on_plain_tensors
 from .._torch.precision import full_precision
-from ..options import check, is_count, is_real
-from ..refresh import update as refresh
-from ..statistics.covariance import SettledCovariance, moments
+from ..options import check, check_statistics, is_real
+from ..statistics.covariance import SolvedStatistics, moments
 from ..statistics.patches import Geometry, channel_rows, linear_rows, output_sizes, patch_rows
-from ..statistics.whitening_factor import constant
+from ..statistics.whitening_factor import snapshot_for_graph
 from .base import GradientTransform
 
 PATIENCE = 3  # exchanges of whole sets that may bring nothing before one index at a time is exchanged
@@ -89,7 +88,7 @@ def nonnegative_minimum(matrix: Tensor, slope: Tensor) -> Tensor:
     return gains.clamp(min=0)
 
 
-class Gains(SettledCovariance):
+class Gains(SolvedStatistics):
     """Mean and covariance of the rows v of the module's docstring, and the gains in force that follow from them.
 
     Args:
@@ -142,7 +141,7 @@ class Gains(SettledCovariance):
         return curvature, slope + self.damping
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def solve_in_place(self) -> None:
         with full_precision():
             matrix, slope = self.model()
             known = torch.isfinite(slope).all(-1) & torch.isfinite(matrix).flatten(1).all(-1)
@@ -191,6 +190,7 @@ class OptimalInputGain(GradientTransform):
     """
 
     geometry: Geometry
+    observes_output = True
 
     def __init__(
         self,
@@ -203,10 +203,7 @@ class OptimalInputGain(GradientTransform):
     ) -> None:
         super().__init__()
         check("damping", damping, is_real(damping) and damping >= 0, "a number of at least 0")
-        check("decay", decay, is_real(decay) and 0 <= decay < 1, "a number in [0, 1)")
-        for name, value in [("update_interval", update_interval), ("statistics_interval", statistics_interval)]:
-            check(name, value, is_count(value), "an integer of at least 1")
-        check("max_rows", max_rows, max_rows is None or is_count(max_rows), "an integer of at least 1, or None")
+        check_statistics(decay, update_interval, statistics_interval, max_rows)
         self.damping, self.decay, self.max_rows = damping, decay, max_rows
         self.update_interval, self.statistics_interval = update_interval, statistics_interval
         self._forget()
@@ -216,13 +213,9 @@ class OptimalInputGain(GradientTransform):
         self._grad_output: Tensor | None = None
         self._direction: tuple[Tensor, ...] | None = None
 
-    @property
-    def observes_output(self) -> bool:
-        return True
-
     def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
         self.geometry = geometry
-        self._bind_counters(device)
+        self.bind_counters(device)
         self.slopes = Gains(
             geometry.groups,
             geometry.in_channels + 1,
@@ -233,12 +226,11 @@ class OptimalInputGain(GradientTransform):
         )
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Without what a pass has left that never came to the weight's gradient.
-        return {**self.__dict__, "_grad_output": None, "_direction": None}
+    def pending(self) -> dict[str, Any]:
+        return {"_grad_output": None, "_direction": None}
 
     def reset_state(self) -> None:
-        self._reset_counters()
+        self.reset_counters()
         self._forget()
         self.slopes.reset_state()
 
@@ -247,9 +239,9 @@ class OptimalInputGain(GradientTransform):
     ) -> tuple[Tensor, Tensor | None]:
         if self._grad_output is not None:
             # What comes here is the direction: the gradient, or what the transforms before have made of it.
-            beneath(self._take_direction, grad_weight, *([] if grad_bias is None else [grad_bias]))
+            call_on_plain_tensors(self._take_direction, grad_weight, *([] if grad_bias is None else [grad_bias]))
         dtype = torch.promote_types(grad_weight.dtype, torch.float32)
-        gains = constant(self.slopes.gains).to(dtype)
+        gains = snapshot_for_graph(self.slopes.gains).to(dtype)
         matrix = self.geometry.matrix(grad_weight).to(dtype) * gains[:, None, :-1, None]
         matrix = self.geometry.weight(matrix, grad_weight).to(grad_weight.dtype)
         if grad_bias is None:
@@ -264,14 +256,14 @@ class OptimalInputGain(GradientTransform):
         self._direction = tuple(part.detach().sum_to_size(part.shape[-dim:]).clone() for part, dim in pairs)
 
     def observe_output(self, grad_output: Tensor) -> None:
-        batch = self._arrive(announced=True)
+        self.schedule.begin_batch(self, announced=True)
         self._forget()
-        if grad_output.numel() > 0 and self._observes(batch):
+        if grad_output.numel() > 0 and self.schedule.statistics_are_due(self):
             # A copy: of a compiled graph the memory is another's when the operation has returned.
             self._grad_output = grad_output.detach().clone()
 
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:
-        batch = self._arrive()
+        batch = self.schedule.begin_batch(self)
         if input.numel() > 0:
             valid = torch.isfinite(grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32)))
             if self._grad_output is not None and self._direction is not None:
@@ -279,7 +271,7 @@ class OptimalInputGain(GradientTransform):
                 valid = self._observe_rows(rows, known, valid)
             self.num_batches_skipped.add_(valid.logical_not())
         self._forget()
-        refresh.request(self)
+        self.schedule.end_batch(self)
 
     def _observe_rows(self, rows: Tensor, known: Tensor, valid: Tensor) -> Tensor:
         batch = moments(rows)

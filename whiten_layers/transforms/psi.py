@@ -40,18 +40,15 @@ class PSIScaling(GradientTransform):
     """
 
     geometry: Geometry
-
-    @property
-    def reads_weight(self) -> bool:
-        return True
+    reads_weight = True
 
     def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
         self.geometry = geometry
-        self._bind_counters(device)
+        self.bind_counters(device)
         return self
 
     def reset_state(self) -> None:
-        self._reset_counters()
+        self.reset_counters()
 
     def transform(
         self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None
@@ -63,4 +60,4 @@ class PSIScaling(GradientTransform):
         return self.geometry.weight(matrix, grad_weight).to(grad_weight.dtype), grad_bias
 
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:
-        self._arrive()
+        self.schedule.begin_batch(self)

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from ..inverse import METHODS, resolve, supports
-from ..options import check, is_count, is_real
-from ..refresh import update as refresh
+from ..options import check, check_statistics, is_count, is_real
 from ..statistics.covariance import Moments, moments
 from ..statistics.patches import Geometry, channel_rows, linear_rows, patch_rows, tap_autocovariance
 from ..statistics.whitening_factor import WhiteningFactor
@@ -97,23 +96,22 @@ class FeatureWhitening(GradientTransform):
         check("method", method, method == "auto" or method in METHODS, f"one of {', '.join(['auto', *METHODS])}")
         check("features", features, features in FEATURES, f"one of {', '.join(FEATURES)}")
         check("damping", damping, is_real(damping) and 0 <= damping < math.inf, "a number of at least 0")
-        check("decay", decay, is_real(decay) and 0 <= decay < 1, "a number in [0, 1)")
+        check_statistics(decay, update_interval, statistics_interval, max_rows)
         for name, value in [("power", power), ("output_power", output_power)]:
             check(name, value, is_real(value) and 0 <= value <= 1, "a number in [0, 1]")
             choices = [key for key in ("auto", *METHODS) if supports(key, value)]
             check(name, value, value == 0 or method in choices, f"another power, or method {' or '.join(choices)}")
         for name, value in [("center", center), ("rescale", rescale)]:
             check(name, value, isinstance(value, bool), "True or False")
-        for name, value in [("update_interval", update_interval), ("statistics_interval", statistics_interval)]:
-            check(name, value, is_count(value), "an integer of at least 1")
-        for name, limit in [("max_rows", max_rows), ("block_size", block_size)]:
-            check(name, limit, limit is None or is_count(limit), "an integer of at least 1, or None")
+        is_limit = block_size is None or is_count(block_size)
+        check("block_size", block_size, is_limit, "an integer of at least 1, or None")
         check("rank", rank, is_count(rank), "an integer of at least 1")
         self.method, self.features = method, features
         self.power, self.output_power = power, output_power
         self.damping, self.decay, self.center, self.rescale = damping, decay, center, rescale
         self.update_interval, self.statistics_interval, self.max_rows = update_interval, statistics_interval, max_rows
         self.block_size, self.rank = block_size, rank
+        self.observes_output = output_power > 0
         self._output_moments: Moments | None = None
 
     @classmethod
@@ -123,14 +121,11 @@ class FeatureWhitening(GradientTransform):
         every = {"update_interval": 1, "statistics_interval": 1, "max_rows": None}
         return cls(method, **(exact | every | options))
 
-    @property
-    def observes_output(self) -> bool:
-        return self.output_power > 0
-
     def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
         self.geometry = geometry
-        self._modules.clear()  # a transform taken from another layer brings that layer's factors
-        self._bind_counters(device)
+        for name, _ in list(self.named_children()):
+            delattr(self, name)  # a transform taken from another layer brings that layer's factors
+        self.bind_counters(device)
 
         def factor(
             channels: int, taps: int, power: float, damping: float = self.damping, trace: float | None = None
@@ -164,7 +159,7 @@ class FeatureWhitening(GradientTransform):
         return self
 
     def reset_state(self) -> None:
-        self._reset_counters()
+        self.reset_counters()
         self._output_moments = None
         for factor in self.factors():
             factor.reset_state()
@@ -181,7 +176,7 @@ class FeatureWhitening(GradientTransform):
         mean = None
         if bias is not None and self.power > 0 and self.center:
             # The mean of a patch: over its taps the mean of a channel, where the two are separate.
-            mean = (self.channels if self.separable else self.inputs).feature_mean()
+            mean = (self.channels if self.separable else self.inputs).current_mean()
             mean = mean.unsqueeze(-1) / geometry.spread if self.separable else mean.view(shape[0], *shape[2:])
             matrix = matrix - bias[:, :, None, None] * mean.unsqueeze(1)
         if self.power > 0 and self.separable:
@@ -199,15 +194,18 @@ class FeatureWhitening(GradientTransform):
         matrix = geometry.weight(matrix, grad_weight).to(grad_weight.dtype)
         return matrix, None if bias is None else bias.flatten().to(grad_weight.dtype)
 
+    def pending(self) -> dict[str, Any]:
+        return {"_output_moments": None}
+
     def observe_output(self, grad_output: Tensor) -> None:
-        batch = self._arrive(announced=True)
-        if grad_output.numel() > 0 and self._observes(batch):
+        batch = self.schedule.begin_batch(self, announced=True)
+        if grad_output.numel() > 0 and self.schedule.statistics_are_due(self):
             # Kept until `observe` knows whether the batch is a good one.
             self._output_moments = moments(self.outputs.split(self._rows(grad_output, batch)), center=False)
 
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:
-        batch = self._arrive()
-        is_observed = self._observes(batch)
+        batch = self.schedule.begin_batch(self)
+        is_observed = self.schedule.statistics_are_due(self)
         if input.numel() > 0:
             # A NaN or Inf anywhere in the input or in the output's gradient reaches the weight's gradient.
             total = grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32))
@@ -218,10 +216,10 @@ class FeatureWhitening(GradientTransform):
             if valid is not True:
                 self.num_batches_skipped.add_(torch.as_tensor(valid).logical_not())
         self._output_moments = None
-        refresh.request(self)
+        self.schedule.end_batch(self)
 
     def _rows(self, tensor: Tensor, batch: int) -> Tensor:
-        """Sampled rows of an input's or output's channels, group by group."""
+        """Sample rows of an input's or output's channels, group by group."""
         phase = batch // self.statistics_interval
         if self.geometry.spatial_dims == 0:
             return linear_rows(tensor, self.max_rows, phase)
@@ -232,7 +230,7 @@ class FeatureWhitening(GradientTransform):
         phase = batch // self.statistics_interval
         if self.power > 0 and self.separable:
             channels = self.channels
-            valid = channels.observe(moments(channels.split(self._rows(input, batch)), self.center), valid)
+            valid = channels.observe_rows(self._rows(input, batch), self.center, valid)
             # About a mean that every process has, and has had since the window was opened.
             mean = channels.join_mean(channels.running_mean)
             positions, covariance = tap_autocovariance(input, self.geometry, mean, self.max_rows, phase)
@@ -244,7 +242,7 @@ class FeatureWhitening(GradientTransform):
                 rows = patch_rows(input, self.geometry, self.max_rows, phase)
             else:
                 rows = self._rows(input, batch)
-            valid = self.inputs.observe(moments(self.inputs.split(rows), self.center), valid)
+            valid = self.inputs.observe_rows(rows, self.center, valid)
         if self._output_moments is not None:
             self.outputs.observe(self._output_moments, valid)
         return valid

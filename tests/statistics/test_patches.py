@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from whiten_layers.conversion.whiten import TWINS
+from whiten_layers.layers import TWINS
 from whiten_layers.statistics.patches import channel_rows, linear_rows, patch_rows, tap_autocovariance
 
-from . import reference
-from .cases import CASES
-from .strategies import convolutions
+from .. import reference
+from ..cases import CASES
+from ..strategies import convolutions
 
 CONVOLUTIONS = [case for case in CASES if case.plain is not nn.Linear]
 each_convolution = pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.name)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from whiten_layers.statistics.covariance import FeatureCovariance, merged, moments
 
-from . import reference
+from .. import reference
 
 
 @pytest.mark.parametrize("center", [True, False])

@@ -35,30 +35,30 @@ def test_every_call_in_a_pass_counts_once():
     assert layer.transform.inputs.running_count == 10 * 0.95 + 10
 
 
-def test_layers_of_one_model_share_a_clock_and_others_do_not():
+def test_layers_of_one_model_share_a_schedule_and_others_do_not():
     model = whiten(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)))
     alone = WhitenedLinear(2, 2)
     for _ in range(3):
         alone(model(torch.randn(5, 3))).sum().backward()
     model[0](torch.randn(5, 3)).sum().backward()
-    assert model[0].transform.clock is model[1].transform.clock is not alone.transform.clock
-    assert (model[0].transform.clock.batch, alone.transform.clock.batch) == (4, 3)
-    assert {transform.name for transform in model[0].transform.clock.transforms()} == {"0", "1"}
+    assert model[0].transform.schedule is model[1].transform.schedule is not alone.transform.schedule
+    assert (model[0].transform.schedule.batch, alone.transform.schedule.batch) == (4, 3)
+    assert {transform.name for transform in model[0].transform.schedule.members()} == {"0", "1"}
     whiten(nn.Sequential(model, alone))
-    assert alone.transform.clock is model[0].transform.clock and alone.transform.clock.batch == 4
+    assert alone.transform.schedule is model[0].transform.schedule and alone.transform.schedule.batch == 4
 
 
-def test_a_copy_keeps_step_with_its_own():
+def test_a_copy_counts_with_its_own():
     model = whiten(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)))
     model(torch.randn(5, 3)).sum().backward()
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        clock = clone[0].transform.clock
-        assert clone[0].transform._pass is None  # a number of this process
-        assert clock is clone[1].transform.clock is not model[0].transform.clock
-        assert set(clock.transforms()) == {clone[0].transform, clone[1].transform}
+        schedule = clone[0].transform.schedule
+        assert clone[0].transform.attendance.engine_pass is None  # a number of this process
+        assert schedule is clone[1].transform.schedule is not model[0].transform.schedule
+        assert set(schedule.members()) == {clone[0].transform, clone[1].transform}
         clone(torch.randn(5, 3)).sum().backward()
-        assert clock.batch == 2
-    assert model[0].transform.clock.batch == 1
+        assert schedule.batch == 2
+    assert model[0].transform.schedule.batch == 1
 
 
 def test_passes_within_a_pass_count_as_one_and_refresh_at_its_end():
@@ -69,7 +69,7 @@ def test_passes_within_a_pass_count_as_one_and_refresh_at_its_end():
         for layer in layers[:3]:
             x = checkpoint(layer, x, use_reentrant=True)
         model[3](x).sum().backward()
-        assert model[0].transform.clock.batch == batch
+        assert model[0].transform.schedule.batch == batch
     assert {layer.transform.num_batches_tracked for layer in layers} == {4}
     assert {layer.transform.inputs.num_refreshes.item() for layer in layers} == {3}
 
@@ -96,7 +96,7 @@ def test_a_pass_that_ends_in_an_error_does_not_stop_the_refreshes():
 
 
 @pytest.mark.parametrize("way", ["reset", "load"])
-def test_a_layer_that_sets_the_clock_back_does_not_stop_the_others(way):
+def test_a_layer_that_sets_the_number_back_does_not_stop_the_others(way):
     model = whiten(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)))
     saved = copy.deepcopy(model[1].state_dict())
     for _ in range(60):
@@ -108,7 +108,7 @@ def test_a_layer_that_sets_the_clock_back_does_not_stop_the_others(way):
         model[1].load_state_dict(saved)
     for _ in range(30):
         model(torch.randn(5, 3)).sum().backward()
-    assert model[0].transform.clock.batch == 30
+    assert model[0].transform.schedule.batch == 30
     assert model[0].transform.inputs.num_refreshes == before + 7  # 1, 2, 4, 8, 10, 20, 30
 
 
@@ -120,7 +120,7 @@ def test_passes_within_a_pass_that_is_not_known_refresh_only_what_they_reach():
         for layer in model:
             x = checkpoint(layer, x, use_reentrant=True)
         x.sum().backward()
-    assert model[0].transform.clock.batch == 4
+    assert model[0].transform.schedule.batch == 4
     assert {layer.transform.inputs.num_refreshes.item() for layer in model} == {4}
 
 
@@ -128,20 +128,20 @@ class Doubled(GradientTransform):
     """The least that a transform of one's own is."""
 
     def bind(self, geometry, *, device, dtype):
-        self._bind_counters(device)
+        self.bind_counters(device)
         return self
 
     def transform(self, grad_weight, grad_bias, weight):
         return 2 * grad_weight, grad_bias
 
     def observe(self, input, grad_weight):
-        self._arrive()
+        self.schedule.begin_batch(self)
 
     def reset_state(self):
-        self._reset_counters()
+        self.reset_counters()
 
 
-def test_a_transform_of_ones_own_keeps_step_with_the_others():
+def test_a_transform_of_ones_own_stays_in_sync_with_the_others():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     plain = copy.deepcopy(model)
     whiten(whiten(model, Doubled(), include="0"), FeatureWhitening(power=0.0))

@@ -1,4 +1,4 @@
-"""followed_by: which modules alone take a layer's output, in models of every form, none of which it changes."""
+"""sole_consumers: which modules alone take a layer's output, in models of every form, none of which it changes."""
 
 import copy
 
@@ -9,15 +9,15 @@ import torchvision
 from torch import nn
 
 from whiten_layers import WhitenedConv2d, models, whiten
-from whiten_layers.conversion.tracing import followed_by
-from whiten_layers.conversion.whiten import PLAIN, TWINS
+from whiten_layers.conversion.tracing import sole_consumers
+from whiten_layers.layers import PLAIN, TWINS
 
 LAYERS = (*TWINS, *PLAIN)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def pairs(model):
-    return followed_by(model, LAYERS, NORMS)
+    return sole_consumers(model, LAYERS, NORMS)
 
 
 class Net(nn.Module):
@@ -137,7 +137,7 @@ def test_a_trace_changes_nothing():
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     assert all(id(model.state_dict(keep_vars=True)[name]) == number for name, number in tensors.items())
     assert model.layer.transform is transform and transform.handle is handle
-    assert transform.clock.transforms() == [transform]
+    assert transform.schedule.members() == [transform]
 
 
 def test_optional_arguments_are_at_their_defaults():

@@ -7,7 +7,6 @@ from torch import nn
 
 from whiten_layers import FeatureWhitening, WhitenedLinear, whiten
 from whiten_layers.inverse import METHODS
-from whiten_layers.refresh import update as refresh
 from whiten_layers.statistics.covariance import moments
 
 
@@ -41,12 +40,12 @@ def test_precision_and_mean_are_written_in_place_after_the_pass():
     assert pointers == {name: value.data_ptr() for name, value in factor.named_buffers()}
 
 
-def test_outside_a_pass_a_request_is_met_at_once():
+def test_outside_a_pass_a_refresh_follows_at_once():
     layer = WhitenedLinear(4, 3)
     layer(torch.randn(9, 4)).sum().backward()
     factor = layer.transform.inputs
     factor.observe(moments(torch.randn(1, 9, 4)))
-    refresh.request(layer.transform)
+    layer.transform.schedule.end_batch(layer.transform)
     assert factor.num_refreshes == 2 and factor.window is None
 
 

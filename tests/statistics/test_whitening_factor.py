@@ -5,11 +5,11 @@ import torch
 
 from whiten_layers import FeatureWhitening, WhitenedLinear
 from whiten_layers.inverse import METHODS
-from whiten_layers.refresh.update import refresh
+from whiten_layers.refresh.update import refresh_factors
 from whiten_layers.statistics.covariance import moments
 from whiten_layers.statistics.whitening_factor import WhiteningFactor, transformed_trace
 
-from . import reference
+from .. import reference
 
 OPTIONS = {"method": "auto", "power": 1.0, "damping": 0.1, "decay": 0.9, "rescale": True, "dtype": torch.float64}
 
@@ -41,7 +41,7 @@ def filled(*shape, **options):
 def test_blocks_are_the_dense_block_diagonal_inverse(groups, channels, taps, block_size, method, power, rescale):
     options = {"method": method, "power": power, "rescale": rescale, "block_size": block_size, "rank": 40}
     factor, rows = filled(groups, channels, taps, **options)
-    refresh([factor])
+    refresh_factors([factor])
     for group in range(groups):
         _, covariance = reference.moments(rows[group])
         dense = reference.block_diagonal(covariance, block_size, taps)
@@ -49,7 +49,7 @@ def test_blocks_are_the_dense_block_diagonal_inverse(groups, channels, taps, blo
         unit = torch.zeros(groups, channels * taps, channels * taps, dtype=torch.float64)
         unit[group] = torch.eye(channels * taps)
         torch.testing.assert_close(factor.multiply(unit)[group], expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(factor.feature_mean(), rows.mean(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(factor.current_mean(), rows.mean(1), rtol=1e-12, atol=1e-12)
 
 
 def test_all_blocks_of_a_layer_are_inverted_in_one_call(monkeypatch):
@@ -63,14 +63,14 @@ def test_all_blocks_of_a_layer_are_inverted_in_one_call(monkeypatch):
 
 def test_features_that_fill_up_a_block_need_no_damping():
     factor, _ = filled(1, 5, block_size=2, damping=0.0)
-    refresh([factor])
+    refresh_factors([factor])
     assert factor.num_refreshes == 1 and factor.precision.isfinite().all()
 
 
 def test_a_block_that_cannot_be_inverted_leaves_its_group_alone_and_no_other():
     factor, _ = filled(2, 4, block_size=2, damping=0.0)
     factor.running_covariance[1] = 0
-    refresh([factor])
+    refresh_factors([factor])
     assert factor.num_refreshes_failed == 1
     assert torch.equal(factor.precision[:2], torch.eye(2).double().expand(2, -1, -1))
     assert not torch.equal(factor.precision[2], torch.eye(2).double())
@@ -93,7 +93,7 @@ def test_the_trace_of_the_transformed_covariance(size):
 @pytest.mark.parametrize("block_size", [None, 24])
 def test_an_approximate_inverse_that_is_not_rescaled_whitens_to_a_mean_variance_of_one(block_size):
     factor, rows = filled(1, 60, method="recursive", rank=2, rescale=False, block_size=block_size)
-    refresh([factor])
+    refresh_factors([factor])
     _, covariance = reference.moments(rows[0])
     damped = reference.block_diagonal(covariance, block_size) + 0.1 * covariance.trace() / 60 * torch.eye(60)
     assert factor.multiply(damped[None])[0].trace().item() == pytest.approx(60)
@@ -103,19 +103,19 @@ def test_the_recursion_goes_on_from_its_last_result_and_a_broken_one_is_counted(
     factor, _ = filled(1, 60, method="recursive", rank=2)
     whitened = []
     for _ in range(4):
-        refresh([factor])
+        refresh_factors([factor])
         values = torch.linalg.eigvals(factor.precision[0] @ factor.damped()[0]).real
         whitened.append((values.max() / values.min()).item())
     assert whitened == sorted(whitened, reverse=True) and whitened[3] < whitened[0] / 2
     assert factor.num_refreshes_restarted == 0
     factor.precision.neg_()
-    refresh([factor])
+    refresh_factors([factor])
     assert factor.num_refreshes == 5 and factor.num_refreshes_restarted == 1
 
 
 def test_k_counts_no_feature_that_fills_up_a_block():
     factor, rows = filled(1, 51, method="recursive", rank=1, block_size=26)
-    refresh([factor])
+    refresh_factors([factor])
     precision = factor.multiply(torch.eye(51).double()[None])[0]
     _, covariance = reference.moments(rows[0])
     covariance = reference.block_diagonal(covariance, 26)
@@ -128,8 +128,8 @@ def test_a_group_in_which_nothing_varies_leaves_the_others_their_warm_start():
     together.running_covariance[1] = 0
     alone.running_covariance.copy_(together.running_covariance[:1])
     for _ in range(4):
-        refresh([together])
-        refresh([alone])
+        refresh_factors([together])
+        refresh_factors([alone])
     torch.testing.assert_close(together.precision[:1], alone.precision, rtol=1e-9, atol=1e-9)
     assert torch.equal(together.precision[1], torch.eye(30).double())
     assert together.num_refreshes_failed == 4 and together.num_refreshes_restarted == 0
@@ -137,11 +137,11 @@ def test_a_group_in_which_nothing_varies_leaves_the_others_their_warm_start():
 
 def test_a_covariance_that_jumped_restarts_newton_schulz_and_is_counted():
     factor, _ = filled(1, 12, method="newton_schulz")
-    refresh([factor])
-    refresh([factor])
+    refresh_factors([factor])
+    refresh_factors([factor])
     assert factor.num_refreshes_restarted == 0
     factor.running_covariance[0, 0, 0] *= 1e3
-    refresh([factor])
+    refresh_factors([factor])
     assert factor.num_refreshes_restarted == 1
     expected = reference.inverse_power(factor.running_covariance[0], 1.0, 0.1, rescale=True)
     torch.testing.assert_close(factor.precision[0], expected, rtol=1e-9, atol=1e-9)
@@ -157,7 +157,7 @@ def test_the_recursion_keeps_up_with_a_wide_layer_that_drifts():
         rows = torch.randn(1, 400, 200) @ mix
         factor.observe(moments(rows))
         factor.close_window()
-        refresh([factor])
+        refresh_factors([factor])
         conditions.append(reference.condition(factor.precision[0], factor.damped()[0]))
     plain = reference.condition(torch.eye(200), factor.damped()[0])
     # Rank 16 of 200: within a tenth of what it would be, throughout.

@@ -9,7 +9,7 @@ from torch import nn
 
 from whiten_layers import Chain, FeatureWhitening, PSIScaling, models, whiten
 from whiten_layers.conversion.scale_invariance import SCALE_INVARIANT
-from whiten_layers.conversion.whiten import TWINS
+from whiten_layers.layers import TWINS
 
 
 def scaled(model):
@@ -109,7 +109,7 @@ def test_a_residual_network():
     transform = model.layer1[0].conv1.transform
     assert isinstance(transform, Chain) and [type(one) for one in transform.members()] == [FeatureWhitening, PSIScaling]
     assert next(transform.members()).power == model.fc.transform.power == 1.0
-    assert len({module.transform.clock for module in layers.values()}) == 1
+    assert len({module.transform.schedule for module in layers.values()}) == 1
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 from whiten_layers import GradientTransform, WhitenedConv2d, convert_batchnorm, fold, whiten
-from whiten_layers.conversion.whiten import NORMS
+from whiten_layers.conversion.convert_batchnorm import NORMS
 from whiten_layers.norm.base import WhiteningNorm
 
-from .norm.cases import KINDS, any_kind, draw
+from ..norm.cases import KINDS, any_kind, draw
 
 
 def trained(model, *batches):

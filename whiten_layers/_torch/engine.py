@@ -1,0 +1,56 @@
+"""The backward pass that autograd's engine is running: its number, whether it is nested, and a call at its end."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from .function_transforms import call_on_plain_tensors
+
+_BACKWARD = torch.autograd.function.BackwardCFunction.apply.__code__  # what the engine calls of a custom Function
+_called_at_end: set[int] = set()  # passes that have a callback
+
+
+def current_pass() -> int | None:
+    """Return the number of the running backward pass, or None where no pass runs that can call back at its end."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")  # whoever uses it has imported it
+    if compiled is not None and compiled.in_compiled_autograd_region:
+        return None  # a compiled pass drops the callbacks that were not there when it was compiled
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
+
+
+def is_nested_pass() -> bool:
+    """Tell whether the running pass was started by a Function in another's backward, as a reentrant checkpoint does.
+
+    To be called from a custom Function's backward, which is the first one on the stack.
+    """
+    frame, functions = sys._getframe(), 0
+    while frame is not None and functions < 2:
+        functions += frame.f_code is _BACKWARD
+        frame = frame.f_back  # type: ignore[assignment]
+    return functions == 2
+
+
+def call_at_end_of_pass(number: int, function: Callable[[int], None], after: int = 2) -> None:
+    """Call a function with the running pass's number, once and on plain tensors, when the pass has ended.
+
+    Further calls for the same pass do nothing. `after` is the length of a chain of callbacks, each queued by the one
+    before, that come first. DDP's own send and await the gradients, and with a static graph the first of two queues
+    the second: what is sent here then follows them on every process.
+    """
+    if number not in _called_at_end:  # a pass that ends in an error never calls back: its number just stays
+        _called_at_end.add(number)
+        _queue(number, function, after)
+
+
+def _queue(number: int, function: Callable[[int], None], after: int) -> None:
+    def callback() -> None:
+        if after > 0:
+            _queue(number, function, after - 1)
+        else:
+            _called_at_end.discard(number)
+            call_on_plain_tensors(partial(function, number))
+
+    torch.autograd.Variable._execution_engine.queue_callback(callback)

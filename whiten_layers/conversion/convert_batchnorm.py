@@ -1,0 +1,90 @@
+"""Turning a model's batch normalizations into normalizations that whiten."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .._torch.modules import AnyBatchNorm, buffer_names
+from ..norm import (
+    DecorrelatedBatchNorm1d,
+    DecorrelatedBatchNorm2d,
+    DecorrelatedBatchNorm3d,
+    IterNorm1d,
+    IterNorm2d,
+    IterNorm3d,
+    StochasticWhiteningBatchNorm1d,
+    StochasticWhiteningBatchNorm2d,
+    StochasticWhiteningBatchNorm3d,
+)
+from ..options import check
+from .patterns import chosen_layers, pattern_list
+
+logger = logging.getLogger("whiten_layers")
+
+M = TypeVar("M", bound=nn.Module)
+
+BATCHNORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+NORMS: dict[str, dict[type[nn.Module], Any]] = {
+    "iter_norm": {nn.BatchNorm1d: IterNorm1d, nn.BatchNorm2d: IterNorm2d, nn.BatchNorm3d: IterNorm3d},
+    "decorrelated": {
+        nn.BatchNorm1d: DecorrelatedBatchNorm1d,
+        nn.BatchNorm2d: DecorrelatedBatchNorm2d,
+        nn.BatchNorm3d: DecorrelatedBatchNorm3d,
+    },
+    "swbn": {
+        nn.BatchNorm1d: StochasticWhiteningBatchNorm1d,
+        nn.BatchNorm2d: StochasticWhiteningBatchNorm2d,
+        nn.BatchNorm3d: StochasticWhiteningBatchNorm3d,
+    },
+}
+
+
+def convert_batchnorm(
+    model: M,
+    kind: str,
+    *,
+    include: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+    **options: Any,
+) -> M:
+    """Turn every `nn.BatchNorm1d`, 2d and 3d of a model into a normalization that whitens, in place.
+
+    A layer stays the same object with the same parameters, and keeps its momentum, eps, mode, device and dtype. Its
+    running statistics are taken over, so that a trained model evaluates as before: its channels' covariance is
+    taken for diagonal until a batch tells.
+
+    Args:
+        model: any module; a single layer is one too.
+        kind: "iter_norm", "decorrelated" or "swbn".
+        include: names to convert, as glob patterns of `model.named_modules()`; None for all.
+        skip: names to leave as they are.
+        options: what is the class's own: ``group_size=32``, ``criterion="frobenius"``.
+
+    Returns:
+        `model`. Subclasses and `nn.SyncBatchNorm`, which does not know its dimensions, stay as they are: what was left
+        goes to the logger "whiten_layers" at level INFO. A plain network's checkpoint is to be loaded before.
+
+    Raises:
+        ValueError: there is no such kind, or a pattern matches no batch normalization.
+    """
+    check("kind", kind, kind in NORMS, f"one of {', '.join(NORMS)}")
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in modules if type(module) in NORMS[kind]}
+    chosen = chosen_layers(layers, pattern_list(include), pattern_list(skip), "batch normalization")
+    shared = {id(layer): layer for layer in layers.values() if id(layer) in chosen}  # each once
+    made = [(layer, NORMS[kind][type(layer)].like(layer, **options)) for layer in shared.values()]
+    for layer, ours in made:
+        vars(layer).update({name: value for name, value in vars(ours).items() if name not in vars(layer)})
+        for name in BATCHNORM_BUFFERS:
+            delattr(layer, name)
+        for name in buffer_names(ours):
+            layer.register_buffer(name, getattr(ours, name))
+        layer.__class__ = type(ours)
+    for name, module in model.named_modules():
+        if isinstance(module, AnyBatchNorm):
+            asked = type(module) in NORMS[kind]
+            reason = "not asked for" if asked else "a subclass, or one that does not know its number of dimensions"
+            logger.info("left %s: %s, %s", name or "the model", type(module).__name__, reason)
+    return model
