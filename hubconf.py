@@ -1,4 +1,4 @@
-"""torch.hub's entry points: every builder of `whiten_layers.models`, from a checkout that nothing is installed from."""
+"""Entry points for torch.hub: every builder of `whiten_layers.models`, from a checkout that is not installed."""
 
 import importlib.util
 import pathlib
@@ -7,8 +7,8 @@ import whiten_layers
 
 dependencies = ["torch", "torchvision", "einops"]
 
-# A checkout has models/ beside the library, not in it, and a bare `import models` may find the user's own. (A library
-# that was imported before, from elsewhere, has its own and is the one that is used.)
+# A checkout has models/ beside the library, not in it, and a bare `import models` may find the user's own. (If the
+# library was already imported from elsewhere, that copy is used, with its own models.)
 if importlib.util.find_spec("whiten_layers.models") is None:
     whiten_layers.__path__.append(str(pathlib.Path(whiten_layers.__file__).parent.parent))
 

@@ -1,4 +1,4 @@
-"""Prebuilt networks, plain and whitened; the plain ones for ImageNet are torchvision's own functions."""
+"""Prebuilt networks, plain and whitened. The plain ones for ImageNet are torchvision's own functions."""
 
 from torchvision.models import (
     resnet18,

@@ -3,10 +3,10 @@
 Two families share one class. ResNet-20 … 110 are the paper's own networks for CIFAR (section 4.2):
 6n + 2 layers in three stages of 16, 32 and 64 channels, with parameter-free shortcuts (option A).
 `cifar_resnet18`, 34 and 50 are its ImageNet networks with a stem for small images: a 3×3 convolution of
-stride 1 and no pooling; their module names are torchvision's.
+stride 1 and no pooling. Their module names are torchvision's.
 
-The layers are arguments, so that any drop-in for `nn.Conv2d`, `nn.Linear` and `nn.BatchNorm2d` can stand in their
-place: ``norm_layer=IterNorm2d``, or ``functools.partial(IterNorm2d, group_size=32)``.
+The layers are arguments, so that any drop-in for `nn.Conv2d`, `nn.Linear` and `nn.BatchNorm2d` can replace them:
+``norm_layer=IterNorm2d``, or ``functools.partial(IterNorm2d, group_size=32)``.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Transform = GradientTransform | str | None
 
 
 class Layers(TypedDict, total=False):
-    """What takes the place of `nn.Conv2d`, `nn.Linear` and `nn.BatchNorm2d`."""
+    """Replacements for `nn.Conv2d`, `nn.Linear` and `nn.BatchNorm2d`."""
 
     conv_layer: Layer
     linear_layer: Layer
@@ -31,7 +31,7 @@ class Layers(TypedDict, total=False):
 
 
 class PadShortcut(nn.Module):
-    """Option A: every `stride`-th position, and zeros for the channels that are new. No parameters."""
+    """Shortcut without parameters (option A): every `stride`-th position, and zeros for the new channels."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -46,12 +46,12 @@ class PadShortcut(nn.Module):
 def projection_shortcut(
     in_channels: int, out_channels: int, stride: int, conv_layer: Layer, norm_layer: Layer
 ) -> nn.Module:
-    """Option B: a 1×1 convolution."""
+    """Build an option B shortcut: a 1×1 convolution and a normalization."""
     return nn.Sequential(conv_layer(in_channels, out_channels, 1, stride=stride, bias=False), norm_layer(out_channels))
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions."""
+    """Residual block of two 3×3 convolutions."""
 
     expansion = 1
 
@@ -78,7 +78,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions; the stride is the 3×3 one's, as in torchvision."""
+    """Residual block of 1×1, 3×3 and 1×1 convolutions. The 3×3 one has the stride, as in torchvision."""
 
     expansion = 4
 
@@ -108,15 +108,15 @@ class Bottleneck(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A residual network with a 3×3 stem, for images of about 32×32.
+    """Residual network with a 3×3 stem, for images of about 32×32.
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
-        depths: blocks a stage.
-        width: channels of the first stage; each later stage has twice as many and half the resolution.
-        num_classes: outputs.
-        projection: shortcuts by a 1×1 convolution (option B) instead of by padding (option A).
-        conv_layer, linear_layer, norm_layer: what takes the place of `nn.Conv2d`, `nn.Linear` and `nn.BatchNorm2d`.
+        depths: number of blocks in each stage.
+        width: channels of the first stage. Each later stage has twice as many, and half the resolution.
+        num_classes: number of outputs.
+        projection: use 1×1 convolutions (option B) as shortcuts instead of padding (option A).
+        conv_layer, linear_layer, norm_layer: replacements for `nn.Conv2d`, `nn.Linear` and `nn.BatchNorm2d`.
 
     Shape: ``(N, 3, H, W) -> (N, num_classes)``.
     """
@@ -170,86 +170,86 @@ def _cifar(blocks: int, num_classes: int, layers: Layers) -> CifarResNet:
 
 
 def resnet20(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
-    """ResNet-20 for CIFAR, 0.27 M parameters."""
+    """Build ResNet-20 for CIFAR, 0.27 M parameters."""
     return _cifar(3, num_classes, layers)
 
 
 def resnet32(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
-    """ResNet-32 for CIFAR, 0.46 M parameters."""
+    """Build ResNet-32 for CIFAR, 0.46 M parameters."""
     return _cifar(5, num_classes, layers)
 
 
 def resnet44(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
-    """ResNet-44 for CIFAR, 0.66 M parameters."""
+    """Build ResNet-44 for CIFAR, 0.66 M parameters."""
     return _cifar(7, num_classes, layers)
 
 
 def resnet56(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
-    """ResNet-56 for CIFAR, 0.85 M parameters."""
+    """Build ResNet-56 for CIFAR, 0.85 M parameters."""
     return _cifar(9, num_classes, layers)
 
 
 def resnet110(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
-    """ResNet-110 for CIFAR, 1.7 M parameters."""
+    """Build ResNet-110 for CIFAR, 1.7 M parameters."""
     return _cifar(18, num_classes, layers)
 
 
 def cifar_resnet18(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
-    """ResNet-18 with a stem for small images, 11.2 M parameters."""
+    """Build ResNet-18 with a stem for small images, 11.2 M parameters."""
     return CifarResNet(BasicBlock, (2, 2, 2, 2), 64, num_classes, projection=True, **layers)
 
 
 def cifar_resnet34(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
-    """ResNet-34 with a stem for small images, 21.3 M parameters."""
+    """Build ResNet-34 with a stem for small images, 21.3 M parameters."""
     return CifarResNet(BasicBlock, (3, 4, 6, 3), 64, num_classes, projection=True, **layers)
 
 
 def cifar_resnet50(num_classes: int = 10, **layers: Unpack[Layers]) -> CifarResNet:
-    """ResNet-50 with a stem for small images, 23.5 M parameters."""
+    """Build ResNet-50 with a stem for small images, 23.5 M parameters."""
     return CifarResNet(Bottleneck, (3, 4, 6, 3), 64, num_classes, projection=True, **layers)
 
 
 def whitened_resnet20(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
-    """`resnet20` of whitened layers."""
+    """Build `resnet20` with whitened layers."""
     return whiten(resnet20(num_classes, **layers), transform)
 
 
 def whitened_resnet32(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
-    """`resnet32` of whitened layers."""
+    """Build `resnet32` with whitened layers."""
     return whiten(resnet32(num_classes, **layers), transform)
 
 
 def whitened_resnet44(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
-    """`resnet44` of whitened layers."""
+    """Build `resnet44` with whitened layers."""
     return whiten(resnet44(num_classes, **layers), transform)
 
 
 def whitened_resnet56(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
-    """`resnet56` of whitened layers."""
+    """Build `resnet56` with whitened layers."""
     return whiten(resnet56(num_classes, **layers), transform)
 
 
 def whitened_resnet110(num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]) -> CifarResNet:
-    """`resnet110` of whitened layers."""
+    """Build `resnet110` with whitened layers."""
     return whiten(resnet110(num_classes, **layers), transform)
 
 
 def whitened_cifar_resnet18(
     num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]
 ) -> CifarResNet:
-    """`cifar_resnet18` of whitened layers."""
+    """Build `cifar_resnet18` with whitened layers."""
     return whiten(cifar_resnet18(num_classes, **layers), transform)
 
 
 def whitened_cifar_resnet34(
     num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]
 ) -> CifarResNet:
-    """`cifar_resnet34` of whitened layers."""
+    """Build `cifar_resnet34` with whitened layers."""
     return whiten(cifar_resnet34(num_classes, **layers), transform)
 
 
 def whitened_cifar_resnet50(
     num_classes: int = 10, *, transform: Transform = None, **layers: Unpack[Layers]
 ) -> CifarResNet:
-    """`cifar_resnet50` of whitened layers."""
+    """Build `cifar_resnet50` with whitened layers."""
     return whiten(cifar_resnet50(num_classes, **layers), transform)

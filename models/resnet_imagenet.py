@@ -1,7 +1,7 @@
-"""torchvision's ResNets for ImageNet, whitened: ResNet, ResNeXt and Wide ResNet.
+"""Whitened versions of torchvision's ResNets for ImageNet: ResNet, ResNeXt and Wide ResNet.
 
 The networks are torchvision's own (arXiv 1512.03385, 1611.05431 and 1605.07146), and so are the pretrained weights:
-``weights=`` takes what torchvision's builder of the same name takes, its enum or a string such as "DEFAULT".
+``weights=`` accepts what torchvision's builder of the same name does, its enum or a string such as "DEFAULT".
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ from .resnet_cifar import Transform
 
 
 class Options(TypedDict, total=False):
-    """What torchvision's builders take besides `weights`."""
+    """Options of torchvision's builders besides `weights`."""
 
     progress: bool
     num_classes: int
@@ -52,68 +52,68 @@ class Options(TypedDict, total=False):
 def whitened_resnet18(
     *, weights: ResNet18_Weights | str | None = None, transform: Transform = None, **options: Unpack[Options]
 ) -> ResNet:
-    """ResNet-18 of whitened layers, 11.7 M parameters."""
+    """Build ResNet-18 with whitened layers, 11.7 M parameters."""
     return whiten(resnet18(weights=weights, **options), transform)
 
 
 def whitened_resnet34(
     *, weights: ResNet34_Weights | str | None = None, transform: Transform = None, **options: Unpack[Options]
 ) -> ResNet:
-    """ResNet-34 of whitened layers, 21.8 M parameters."""
+    """Build ResNet-34 with whitened layers, 21.8 M parameters."""
     return whiten(resnet34(weights=weights, **options), transform)
 
 
 def whitened_resnet50(
     *, weights: ResNet50_Weights | str | None = None, transform: Transform = None, **options: Unpack[Options]
 ) -> ResNet:
-    """ResNet-50 of whitened layers, 25.6 M parameters."""
+    """Build ResNet-50 with whitened layers, 25.6 M parameters."""
     return whiten(resnet50(weights=weights, **options), transform)
 
 
 def whitened_resnet101(
     *, weights: ResNet101_Weights | str | None = None, transform: Transform = None, **options: Unpack[Options]
 ) -> ResNet:
-    """ResNet-101 of whitened layers, 44.5 M parameters."""
+    """Build ResNet-101 with whitened layers, 44.5 M parameters."""
     return whiten(resnet101(weights=weights, **options), transform)
 
 
 def whitened_resnet152(
     *, weights: ResNet152_Weights | str | None = None, transform: Transform = None, **options: Unpack[Options]
 ) -> ResNet:
-    """ResNet-152 of whitened layers, 60.2 M parameters."""
+    """Build ResNet-152 with whitened layers, 60.2 M parameters."""
     return whiten(resnet152(weights=weights, **options), transform)
 
 
 def whitened_resnext50_32x4d(
     *, weights: ResNeXt50_32X4D_Weights | str | None = None, transform: Transform = None, **options: Unpack[Options]
 ) -> ResNet:
-    """ResNeXt-50 32x4d of whitened layers, 25.0 M parameters."""
+    """Build ResNeXt-50 32x4d with whitened layers, 25.0 M parameters."""
     return whiten(resnext50_32x4d(weights=weights, **options), transform)
 
 
 def whitened_resnext101_32x8d(
     *, weights: ResNeXt101_32X8D_Weights | str | None = None, transform: Transform = None, **options: Unpack[Options]
 ) -> ResNet:
-    """ResNeXt-101 32x8d of whitened layers, 88.8 M parameters."""
+    """Build ResNeXt-101 32x8d with whitened layers, 88.8 M parameters."""
     return whiten(resnext101_32x8d(weights=weights, **options), transform)
 
 
 def whitened_resnext101_64x4d(
     *, weights: ResNeXt101_64X4D_Weights | str | None = None, transform: Transform = None, **options: Unpack[Options]
 ) -> ResNet:
-    """ResNeXt-101 64x4d of whitened layers, 83.5 M parameters."""
+    """Build ResNeXt-101 64x4d with whitened layers, 83.5 M parameters."""
     return whiten(resnext101_64x4d(weights=weights, **options), transform)
 
 
 def whitened_wide_resnet50_2(
     *, weights: Wide_ResNet50_2_Weights | str | None = None, transform: Transform = None, **options: Unpack[Options]
 ) -> ResNet:
-    """Wide ResNet-50-2 of whitened layers, 68.9 M parameters."""
+    """Build Wide ResNet-50-2 with whitened layers, 68.9 M parameters."""
     return whiten(wide_resnet50_2(weights=weights, **options), transform)
 
 
 def whitened_wide_resnet101_2(
     *, weights: Wide_ResNet101_2_Weights | str | None = None, transform: Transform = None, **options: Unpack[Options]
 ) -> ResNet:
-    """Wide ResNet-101-2 of whitened layers, 126.9 M parameters."""
+    """Build Wide ResNet-101-2 with whitened layers, 126.9 M parameters."""
     return whiten(wide_resnet101_2(weights=weights, **options), transform)

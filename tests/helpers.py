@@ -1,12 +1,14 @@
 """A small network, its batches and its state, for the tests that train one with each side whitened."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from whiten_layers import FeatureWhitening, whiten
 
-EVERY_BATCH = {"update_interval": 1, "statistics_interval": 1}
+EVERY_BATCH: dict[str, Any] = {"update_interval": 1, "statistics_interval": 1}
 BOTH_SIDES = FeatureWhitening(output_power=0.5, **EVERY_BATCH)
 each_transform = pytest.mark.parametrize(
     "transform", [FeatureWhitening(**EVERY_BATCH), BOTH_SIDES], ids=["input", "both"]

@@ -2,47 +2,49 @@
 
 import itertools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def is_transposed(layer: nn.Module) -> bool:
+def is_transposed(layer: Any) -> bool:
     return isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
 
 
-def batched(layer: nn.Module, x: Tensor) -> Tensor:
+def batched(layer: Any, x: Tensor) -> Tensor:
     return x if x.dim() == len(layer.kernel_size) + 2 else x[None]
 
 
-def spread(layer: nn.Module, x: Tensor) -> Tensor:
+def spread(layer: Any, x: Tensor) -> Tensor:
     """The input of a transposed convolution with ``stride − 1`` zeros between its positions; of another one itself."""
     if not is_transposed(layer):
         return x
     sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], layer.stride, strict=True)]
     result = torch.zeros(*x.shape[:2], *sizes, dtype=x.dtype)
-    for place in itertools.product(*map(range, x.shape[2:])):
+    places: Any = itertools.product(*map(range, x.shape[2:]))
+    for place in places:
         target = tuple(p * step for p, step in zip(place, layer.stride, strict=True))
         result[(slice(None), slice(None), *target)] = x[(slice(None), slice(None), *place)]
     return result
 
 
-def wrapped(layer: nn.Module, x: Tensor) -> Tensor:
+def wrapped(layer: Any, x: Tensor) -> Tensor:
     """The input of a layer, padded with what is not zeros: of a convolution of such a mode that is its input."""
     if getattr(layer, "padding_mode", "zeros") == "zeros":
         return x
     return F.pad(x, padding_sides(layer), mode=layer.padding_mode)
 
 
-def padded(layer: nn.Module, x: Tensor) -> Tensor:
+def padded(layer: Any, x: Tensor) -> Tensor:
     """The input of a convolution with what its padding adds, for every spelling of padding."""
     if layer.padding_mode != "zeros":
         return wrapped(layer, x)
     return F.pad(spread(layer, x), padding_sides(layer))
 
 
-def padding_sides(layer: nn.Module) -> list[int]:
+def padding_sides(layer: Any) -> list[int]:
     """As `F.pad` takes them."""
     sizes = list(zip(layer.dilation, layer.kernel_size, strict=True))
     if is_transposed(layer):
@@ -58,7 +60,7 @@ def padding_sides(layer: nn.Module) -> list[int]:
     return [side for pair in reversed(sides) for side in pair]
 
 
-def rows(layer: nn.Module, x: Tensor) -> Tensor:
+def rows(layer: Any, x: Tensor) -> Tensor:
     """What each row of the weight is multiplied with: ``(groups, rows, M)``, differentiable in x."""
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
@@ -68,7 +70,7 @@ def rows(layer: nn.Module, x: Tensor) -> Tensor:
     places = [range(0, size - r, step) for size, r, step in zip(x.shape[2:], reaches, steps, strict=True)]
     patches = []
     for image, *corner in itertools.product(range(len(x)), *places):
-        window = [slice(c, c + r + 1, d) for c, r, d in zip(corner, reaches, layer.dilation, strict=True)]
+        window: Any = [slice(c, c + r + 1, d) for c, r, d in zip(corner, reaches, layer.dilation, strict=True)]
         patch = x[(image, slice(None), *window)]
         if is_transposed(layer):
             patch = patch.flip(list(range(1, patch.dim())))
@@ -76,7 +78,7 @@ def rows(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(patches, dim=1)
 
 
-def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
+def output_rows(layer: Any, y: Tensor) -> Tensor:
     """An output (or its gradient) as ``(groups, rows, S)``, in the order of `rows`."""
     if isinstance(layer, nn.Linear):
         return y.reshape(1, -1, y.shape[-1])
@@ -88,7 +90,7 @@ def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
     )
 
 
-def matrix(layer: nn.Module, weight: Tensor) -> Tensor:
+def matrix(layer: Any, weight: Tensor) -> Tensor:
     """A weight, or its gradient, as ``(groups, S, M)``: ``rows @ matrix.mT`` is the layer's output."""
     groups = getattr(layer, "groups", 1)
     if is_transposed(layer):  # its weight lies (groups · C, S, taps)
@@ -96,18 +98,19 @@ def matrix(layer: nn.Module, weight: Tensor) -> Tensor:
     return torch.stack([part.flatten(1) for part in weight.chunk(groups)])
 
 
-def weight(layer: nn.Module, matrix: Tensor) -> Tensor:
+def weight(layer: Any, matrix: Tensor) -> Tensor:
     """The inverse of `matrix`."""
     if is_transposed(layer):
-        channels, *taps = layer.weight.shape[0] // layer.groups, *layer.kernel_size
-        return torch.cat([part.view(len(part), channels, *taps).transpose(0, 1) for part in matrix])
+        channels = layer.weight.shape[0] // layer.groups
+        return torch.cat([part.view(len(part), channels, *layer.kernel_size).transpose(0, 1) for part in matrix])
     return matrix.reshape(layer.weight.shape)
 
 
 def moments(x: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
     """Mean and covariance of ``(rows, M)``, row by row."""
-    mean = sum(x) / len(x) if center else torch.zeros_like(x[0])
-    return mean, sum(torch.outer(row - mean, row - mean) for row in x) / len(x)
+    zero = torch.zeros_like(x[0])
+    mean = sum(x, zero) / len(x) if center else zero
+    return mean, sum((torch.outer(row - mean, row - mean) for row in x), torch.outer(zero, zero)) / len(x)
 
 
 def weighted_moments(batches: list[Tensor], decay: float) -> tuple[Tensor, Tensor]:
@@ -154,7 +157,7 @@ def condition(inverse: Tensor, covariance: Tensor) -> float:
     return (values[-1] / values[0]).item() if info == 0 else float("nan")
 
 
-def tap_autocovariance(layer: nn.Module, x: Tensor, mean: Tensor) -> Tensor:
+def tap_autocovariance(layer: Any, x: Tensor, mean: Tensor) -> Tensor:
     """``(groups, taps, taps)``: autocovariance of the channels about `mean` ``(groups, C)``, a position at a time.
 
     Of a transposed convolution: of the spread input, over the positions that are not put in between.
@@ -168,7 +171,8 @@ def tap_autocovariance(layer: nn.Module, x: Tensor, mean: Tensor) -> Tensor:
 
         def at(*step: int, centred: Tensor = centred, sizes: tuple = sizes) -> Tensor:
             total = torch.zeros((), dtype=centred.dtype)
-            for place in itertools.product(*map(range, sizes)):
+            places: Any = itertools.product(*map(range, sizes))
+            for place in places:
                 other = [p + s for p, s in zip(place, step, strict=True)]
                 if all(0 <= p < size for p, size in zip(other, sizes, strict=True)):
                     total = total + (centred[(..., *place)] * centred[(..., *other)]).sum()
@@ -186,7 +190,7 @@ def tap_autocovariance(layer: nn.Module, x: Tensor, mean: Tensor) -> Tensor:
 
 
 def transformed(
-    layer: nn.Module,
+    layer: Any,
     grad_weight: Tensor,
     grad_bias: Tensor | None,
     mean: Tensor | None,
@@ -219,7 +223,7 @@ class Whitening:
 
     def __init__(
         self,
-        layer: nn.Module,
+        layer: Any,
         *,
         features: str = "kronecker",
         power: float = 0.5,
@@ -267,7 +271,8 @@ class Whitening:
         ages = range(len(counts) - 1, -1, -1)
         weights = [count * self.decay**age for count, age in zip(counts, ages, strict=True)]
         known = [(w, r) for w, r in zip(weights, ratios, strict=True) if r.isfinite().all()]
-        return sum(w * r for w, r in known) / sum(w for w, _ in known) if known else torch.zeros_like(ratios[0])
+        zeros = torch.zeros_like(ratios[0])
+        return sum((w * r for w, r in known), zeros) / sum(w for w, _ in known) if known else zeros
 
     def _inverse(self, covariance: Tensor, power: float, damping: float) -> Tensor:
         if power == 0 or covariance.trace() == 0:
@@ -328,7 +333,7 @@ class SampleWhitening:
     a bias nothing can absorb a shift: ``y = R W̃ T x``.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.groups = getattr(layer, "groups", 1)
         weight = matrix(layer, layer.weight.detach().clone())
@@ -378,7 +383,7 @@ class SampleWhitening:
         self.transform, self.mean, self.output = transform, mean, output
         self.weight = (torch.linalg.inv(output) @ product @ torch.linalg.inv(transform)).requires_grad_()
         if bias is not None:
-            bias = bias.view(self.bias.shape)[..., None] + product @ mean[..., None]
+            bias = bias.view(self.groups, self.out_features)[..., None] + product @ mean[..., None]
             self.bias = (torch.linalg.inv(output) @ bias).squeeze(-1).requires_grad_()
 
 

@@ -1,17 +1,17 @@
-"""The custom autograd Functions: the identity forward, a gradient transform backward.
+"""Custom autograd Functions: the identity in the forward pass, a gradient transform in the backward pass.
 
-A whitened layer is its plain self on parameters that have passed through `TransformGradient`. The
-forward pass, the gradient of the input, autocast and every further derivative are PyTorch's own;
-between the plain gradient of the parameters and the parameters stands one linear map.
+A whitened layer is the plain layer, applied to parameters that have passed through `TransformGradient`. The forward
+pass, the gradient of the input, autocast and all further derivatives are PyTorch's own. The only addition is a linear
+map between the plain gradient of the parameters and the parameters.
 
-The map's state is no tensor that autograd saves: later passes write to it in place, and two forward
-passes may precede a backward. A compiled graph, which can hold no Python object, has the map as one
-opaque operation that looks it up by its handle. The handle is a tensor, so that one compiled graph
-serves all layers alike. Under `torch.func` the map is differentiated and batched as any function,
-but statistics need plain tensors: the batch is observed under all function transforms.
+Autograd does not save the map's state, because later passes write to it in place, and two forward passes may precede a
+backward pass. A compiled graph cannot hold a Python object, so there the map is one opaque operation that looks up the
+transform by its handle. The handle is a tensor, so that one compiled graph serves all layers alike. Under `torch.func`
+the map is differentiated and batched like any function. Statistics need plain tensors, so the batch is observed under
+all function transforms.
 
-The layer's weight is no such state. Where a map depends on it, and only there, autograd saves it: a graph
-that holds a weight cannot be run backward after that weight has been changed in place, by an optimizer for instance.
+The layer's weight is different. If a map depends on it, and only then, autograd saves it. Such a graph cannot be run
+backward after its weight has been changed in place, for instance by an optimizer.
 """
 
 from collections.abc import Sequence
@@ -71,20 +71,20 @@ def _observe(transform: GradientTransform, input: Tensor, grad_weight: Tensor) -
     dims = grad_weight.dim()
 
     def observe(input: Tensor, grad_weight: Tensor) -> None:
-        # `torch.vmap` over samples has a gradient for each of them, and one batch all the same.
+        # `torch.vmap` over samples yields one gradient per sample, but the samples form one batch.
         transform.observe(input, grad_weight.sum_to_size(grad_weight.shape[-dims:]))
 
     call_on_plain_tensors(observe, input, grad_weight)
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    return tensor.values() if tensor.is_nested else tensor  # the rows of a jagged one
+    return tensor.values() if tensor.is_nested else tensor  # the rows of a jagged tensor
 
 
 @torch.library.custom_op(
     "whiten_layers::transform_gradient",
     mutates_args=(),
-    # torch 2.6 cannot read list[Tensor]
+    # torch 2.6 cannot infer this schema from list[Tensor]
     schema="(Tensor[] gradients, Tensor input, Tensor? weight, Tensor handle) -> Tensor[]",
     **NOT_IN_CUDA_GRAPHS,
 )
@@ -92,7 +92,7 @@ def _transform_gradient_op(
     gradients: list[Tensor], input: Tensor, weight: Tensor | None, handle: Tensor
 ) -> list[Tensor]:
     transformed = _transform_gradient(gradients, input, weight, _transform_of(handle))
-    # The graph counts on new tensors of the gradients' strides.
+    # The graph expects new tensors with the gradients' strides.
     return [torch.empty_like(old).copy_(new) for old, new in zip(gradients, transformed, strict=True)]
 
 
@@ -106,7 +106,7 @@ keep_order(_transform_gradient_op)
 
 @torch.library.custom_op("whiten_layers::observe_output", mutates_args=(), **NOT_IN_CUDA_GRAPHS)
 def _observe_output_op(grad_output: Tensor, handle: Tensor) -> Tensor:
-    # An operation may not return its argument, and one whose result nobody uses is dropped: hence a copy.
+    # A copy: an operation must not return its argument, and is dropped if its result is unused.
     return _observe_output(grad_output, _transform_of(handle)).clone()
 
 
@@ -119,11 +119,11 @@ keep_order(_observe_output_op)
 
 
 class TransformGradient(torch.autograd.Function):
-    """The identity ``(input, handle, reads_weight, weight[, bias]) -> (weight[, bias])``, a transform in backward.
+    """Identity ``(input, handle, reads_weight, weight[, bias]) -> (weight[, bias])`` with a transform in backward.
 
-    Saves the input, as the operation does that follows, unless that one makes a copy for itself; and the weight
-    where the transform reads it. The weight is a constant of the map: a second derivative is the mapped derivative
-    of the plain gradient, and the derivative of the map itself is not taken.
+    Saves the input, and the weight if the transform reads it. The operation that follows saves the same input, unless
+    it makes its own copy. The map treats the weight as a constant: a second derivative is the mapped derivative of the
+    plain gradient, without the derivative of the map itself.
     """
 
     @staticmethod
@@ -157,7 +157,7 @@ class TransformGradient(torch.autograd.Function):
 
 
 class ObserveOutput(torch.autograd.Function):
-    """The identity ``(output, handle) -> output`` that shows the gradient of the output to a transform."""
+    """Identity ``(output, handle) -> output`` that shows the gradient of the output to a transform."""
 
     @staticmethod
     def forward(output: Tensor, handle: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class ObserveOutput(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        # Not a view: an activation may work in place on what a layer returns.
+        # Not a view, so that an activation may modify the layer's output in place.
         ctx.mark_dirty(inputs[0])
         _keep(ctx, inputs[1])
 
@@ -177,7 +177,7 @@ class ObserveOutput(torch.autograd.Function):
 
 
 class ObserveOutputFunctional(torch.autograd.Function):
-    """`ObserveOutput` for `torch.func` and forward mode, which know no Function that works in place."""
+    """`ObserveOutput` for `torch.func` and forward mode, which do not support in-place Functions."""
 
     generate_vmap_rule = True
 
@@ -199,14 +199,14 @@ class ObserveOutputFunctional(torch.autograd.Function):
 
 
 def observe_output(output: Tensor, handle: Tensor) -> Tensor:
-    """Apply `ObserveOutput`, or its functional form where a Function may not work in place."""
+    """Apply `ObserveOutput`, or its functional form where in-place Functions are not supported."""
     if function_transforms.are_active() or function_transforms.is_forward_mode():
         return ObserveOutputFunctional.apply(output, handle)
     return ObserveOutput.apply(output, handle)
 
 
 def _keep(ctx: Any, handle: Tensor, *tensors: Tensor) -> None:
-    """Save tensors, and the handle for a compiled graph; elsewhere the transform, which so outlives its model."""
+    """Save tensors; while compiling also the handle, otherwise the transform itself, which then outlives its model."""
     if torch.compiler.is_compiling():
         ctx.save_for_backward(*tensors, handle)
     else:
@@ -215,5 +215,5 @@ def _keep(ctx: Any, handle: Tensor, *tensors: Tensor) -> None:
 
 
 def _handle(ctx: Any, saved: Sequence[Tensor]) -> Tensor:
-    """Return the handle that a compiled forward pass saved, or the transform's, where only the autograd is compiled."""
+    """Return the handle that a compiled forward pass saved, or the transform's if only backward is compiled."""
     return saved[0] if saved else ctx.transform.handle

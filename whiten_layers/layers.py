@@ -1,7 +1,7 @@
-"""Drop-in layers: the plain PyTorch layer whose weight's gradient passes through a transform.
+"""Drop-in layers: plain PyTorch layers whose parameter gradients pass through a transform.
 
-In evaluation, with gradients off, or with the weight frozen, a layer here *is* the plain one: the
-same operations, nothing saved, nothing observed.
+In evaluation mode, with gradients off, or with a frozen weight, a layer here *is* the plain layer: it runs the same
+operations, saves nothing and observes nothing.
 """
 
 import copy
@@ -24,13 +24,13 @@ from .transforms import FeatureWhitening, GradientTransform, OptimalInputGain
 
 
 def make_transform(transform: GradientTransform | str | None) -> GradientTransform:
-    """A transform of one's own: a copy of the given one, that of a name, or the default.
+    """Make a new transform: a copy of the given one, the one of the given name, or the default.
 
-    A name is "optimal_gain", or that of an inverse method of `FeatureWhitening`.
+    A name is "optimal_gain", or an inverse method of `FeatureWhitening`.
 
     Raises:
-        ValueError: there is no such name.
-        TypeError: it is none of these.
+        ValueError: the name is unknown.
+        TypeError: `transform` is neither a transform, a name nor None.
     """
     if transform is None:
         return FeatureWhitening()
@@ -44,7 +44,7 @@ def make_transform(transform: GradientTransform | str | None) -> GradientTransfo
 
 
 def attach(layer: nn.Linear | AnyConvolution, geometry: Geometry, transform: GradientTransform | str | None) -> None:
-    """Give a layer its own copy of a transform, with state on the weight's device and of its precision."""
+    """Give a layer its own copy of a transform, with state on the weight's device and in its precision."""
     if layer.weight.is_complex():
         raise ValueError(f"dtype={layer.weight.dtype} is not possible: give a real floating-point type")
     if layer.weight.numel() == 0:
@@ -54,7 +54,7 @@ def attach(layer: nn.Linear | AnyConvolution, geometry: Geometry, transform: Gra
 
 
 def _cast(input: Tensor) -> Tensor:
-    """The input as autocast will have it, so that what is kept for the statistics is what the operation keeps."""
+    """Cast the input as autocast will, so that the tensor saved for statistics is the one the operation saves."""
     dtype = autocast_dtype(input.device)
     if dtype is None or not input.is_floating_point() or input.dtype == torch.float64:
         return input
@@ -62,7 +62,7 @@ def _cast(input: Tensor) -> Tensor:
 
 
 class _Whitened(StatefulModule):
-    """The part of a whitened layer that is the same for all: parameters that pass through a transform."""
+    """Base of all whitened layers: parameters whose gradients pass through a transform."""
 
     transform: GradientTransform
 
@@ -70,34 +70,34 @@ class _Whitened(StatefulModule):
         return not (self.training and torch.is_grad_enabled())
 
     def _transformed(self, operation: Callable[..., Tensor], input: Tensor, *options: Any) -> Tensor:
-        """The layer's operation on parameters whose gradients pass through the transform.
+        """Run the layer's operation on parameters whose gradients pass through the transform.
 
-        Every parameter is read once, as in the plain layer: a parametrization computes it at each reading.
+        Each parameter is read once, as in the plain layer, since a parametrization recomputes it at every read.
         """
         weight: Any = self.weight
         bias: Any = self.bias
         if not torch.compiler.is_compiling() and function_transforms.is_mapped(weight):
-            raise RuntimeError(NO_VMAP_OVER_PARAMETERS)  # such a weight says of itself that it needs no gradient
+            raise RuntimeError(NO_VMAP_OVER_PARAMETERS)  # such a weight reports requires_grad=False
         if not weight.requires_grad:
             return operation(input, weight, bias, *options)
         input, handle = _cast(input), self.transform.handle
-        # Nothing absorbs a shift of the inputs where there is no bias, or a frozen one.
+        # Without a bias, or with a frozen one, nothing can absorb a shift of the inputs.
         shifted = bias is not None and bias.requires_grad
         parameters = (weight, bias) if shifted else (weight,)
-        # Detached: autograd would take this for a way to the input's gradient, and compute the weight's for it.
+        # Detached: otherwise autograd would see a path to the input's gradient, and compute the weight's for it.
         parameters = TransformGradient.apply(input.detach(), handle, self.transform.reads_weight, *parameters)
         output = operation(input, *(parameters if shifted else (*parameters, bias)), *options)
         return observe_output(output, handle) if self.transform.observes_output else output
 
     def reset_parameters(self) -> None:
-        """Initialise the parameters as the plain layer does, and forget what was observed."""
+        """Initialise the parameters as the plain layer does, and reset the transform's state."""
         super().reset_parameters()  # type: ignore[misc]
-        if hasattr(self, "transform"):  # not yet, where the plain layer's __init__ calls
+        if hasattr(self, "transform"):  # not yet, when the plain layer's __init__ calls this
             self.transform.reset_state()
 
     def after_loading(self, assigned: bool) -> None:
         weight = own_parameter(self, "weight")
-        # An assigned checkpoint brings its own device and type, and may be what takes the layer off the meta device.
+        # An assigned checkpoint brings its own device and dtype, and may move the layer off the meta device.
         if assigned and weight is not None and not weight.is_meta:
             self.transform.follow(weight)
 
@@ -135,7 +135,7 @@ class WhitenedLinear(_Whitened, nn.Linear):
 
 
 class _WhitenedConv(_Whitened, AnyConvolution):
-    """What the whitened convolutions share: the plain class's signature, `transform`, and one operation."""
+    """Base of the whitened convolutions: the plain class's signature, plus `transform`."""
 
     def __init__(
         self,
@@ -172,10 +172,10 @@ class _WhitenedConv(_Whitened, AnyConvolution):
     def forward(self, input: Tensor) -> Tensor:
         if self._is_plain():
             return super().forward(input)
-        plain: Any = self  # whose attributes have, to the type checker, the types of every convolution at once
+        plain: Any = self  # to the type checker, its attributes have the types of all convolutions at once
         operation, padding = (F.conv1d, F.conv2d, F.conv3d)[len(plain.kernel_size) - 1], plain.padding
         if plain.padding_mode != "zeros":
-            # What is padded with its own values is the layer's input, and what the operation keeps.
+            # The padded tensor counts as the layer's input, and is what the operation saves.
             input, padding = F.pad(input, padding_of(plain), mode=plain.padding_mode), 0
         return self._transformed(operation, input, plain.stride, padding, plain.dilation, plain.groups)
 
@@ -214,11 +214,11 @@ class WhitenedConv3d(_WhitenedConv, nn.Conv3d):
 
 
 class _WhitenedConvTranspose(_Whitened, AnyTransposedConvolution):
-    """What the whitened transposed convolutions share.
+    """Base of the whitened transposed convolutions.
 
-    A transposed convolution is a convolution, with the kernel turned round, of the input with
-    ``stride − 1`` zeros between its positions: its patches, which hold those zeros, are what is whitened.
-    A size asked for with `output_size` changes the statistics by none of the positions it adds.
+    A transposed convolution is a convolution with a flipped kernel, whose input has ``stride − 1`` zeros inserted
+    between its positions. The patches that are whitened contain those zeros. Positions that `output_size` adds to the
+    output do not enter the statistics.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class _WhitenedConvTranspose(_Whitened, AnyTransposedConvolution):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if self._is_plain():
             return super().forward(input, output_size)
-        plain: Any = self  # whose attributes have, to the type checker, the types of every convolution at once
+        plain: Any = self  # to the type checker, its attributes have the types of all convolutions at once
         sizes = output_padding_of(plain, input, output_size)
         operation = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(plain.kernel_size) - 1]
         return self._transformed(operation, input, plain.stride, plain.padding, sizes, plain.groups, plain.dilation)

@@ -1,4 +1,4 @@
-"""Checks of the options of layers and transforms."""
+"""Checks for the options of layers and transforms."""
 
 import math
 import numbers
@@ -21,7 +21,7 @@ def is_count(value: object) -> bool:
 
 
 def check_statistics(decay: object, update_interval: object, statistics_interval: object, max_rows: object) -> None:
-    """Check the options that every transform with running statistics has."""
+    """Check the options common to all transforms with running statistics."""
     check("decay", decay, is_real(decay) and 0 <= decay < 1, "a number in [0, 1)")  # type: ignore[operator]
     for name, value in [("update_interval", update_interval), ("statistics_interval", statistics_interval)]:
         check(name, value, is_count(value), "an integer of at least 1")

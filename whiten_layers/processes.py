@@ -1,4 +1,4 @@
-"""Which processes share statistics, where there are several."""
+"""Groups of processes that share statistics."""
 
 from typing import Any, Self
 
@@ -9,7 +9,7 @@ if dist.is_available():
 else:
 
     class ProcessGroup:  # type: ignore[no-redef]
-        """Stands for torch's class, of which there are no objects where PyTorch was built without distribution."""
+        """Placeholder for torch's class where PyTorch was built without distributed training: it has no objects."""
 
 
 __all__ = ["ProcessGroup", "Processes"]

@@ -1,4 +1,4 @@
-"""What whitening does in a model: condition numbers before and after, refreshes, skipped batches, memory."""
+"""Report on the whitening of a model: condition numbers before and after, refreshes, skipped batches, memory."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from .transforms import GradientTransform
 class Row:
     """One factor of one layer's transform: ``groups · blocks`` matrices of `size` features.
 
-    Condition numbers are the worst of its groups, of the damped covariance, its blocks together.
+    Condition numbers are those of the damped covariance, with all blocks of a group together; the worst group counts.
     """
 
     layer: str
@@ -37,14 +37,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """A row for each factor of each layer, and what is not whitened, with the reason: left plain, or never reached."""
+    """A row per factor of each layer, and the modules left plain or never reached by a batch, with the reason."""
 
     rows: list[Row]
     left: dict[str, str]
 
     @property
     def bytes(self) -> int:
-        """What the state of all transforms takes, beside the model's own parameters."""
+        """Size of the state of all transforms, which adds to the model's own parameters."""
         return sum(row.bytes for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,10 +82,13 @@ class Report:
 
 
 def _conditions(factor: WhiteningFactor) -> tuple[float, float]:
-    """Of C + λI and of ``P^½ (C + λI) P^½``, whose eigenvalues are those of ``Lᵀ P L`` with ``L Lᵀ = C + λI``."""
+    """Compute the condition numbers of C + λI and of ``P^½ (C + λI) P^½``.
+
+    The eigenvalues of the second are those of ``Lᵀ P L`` with ``L Lᵀ = C + λI``.
+    """
     damped = factor.damped().double().cpu()
     lower, info = torch.linalg.cholesky_ex(damped)
-    known = factor.group_sum(info) == 0  # a group that has seen nothing, or nothing that varies, has none
+    known = factor.group_sum(info) == 0  # a group that has seen no data, or only constants, has none
     if not known.any():
         return float("inf"), float("inf")
     lower = lower[known]
@@ -96,7 +99,7 @@ def _conditions(factor: WhiteningFactor) -> tuple[float, float]:
 
 
 def _transforms(model: nn.Module) -> Iterator[tuple[str, GradientTransform]]:
-    """Every transform, and every part of one, with the name of the layer whose it is."""
+    """Yield every transform and its parts, each with the name of its layer."""
     for name, module in model.named_modules():
         transform = dict(module.named_children()).get("transform")
         if isinstance(transform, GradientTransform):
@@ -107,10 +110,10 @@ def _transforms(model: nn.Module) -> Iterator[tuple[str, GradientTransform]]:
 def report(model: nn.Module) -> Report:
     """Describe every whitened layer of a model.
 
-    Both condition numbers are of the damped covariance C + λI, before and after: what P inverts. After
-    a refresh the second is 1 for power 1 and the root of the first for power ½; as the statistics move
-    on it tells how stale P is, and with the recursive method how far it has come. Reading them
-    decomposes every covariance, in float64 on the CPU: between epochs, not in every step.
+    Both condition numbers are those of the damped covariance C + λI, which P inverts: before and after whitening. Right
+    after a refresh the second is 1 for power 1, and the root of the first for power ½. As the statistics move on, it
+    shows how stale P is; with the recursive method, it also shows how far P has converged. Each call decomposes every
+    covariance in float64 on the CPU, so call it between epochs, not at every step.
     """
     rows = []
     for name, transform in _transforms(model):

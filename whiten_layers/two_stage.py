@@ -1,30 +1,33 @@
-"""Networks of one hidden layer, trained in two stages that alternate (arXiv 2303.17732).
+"""Networks with one hidden layer, trained in two alternating stages (arXiv 2303.17732).
 
-Inputs x (d features) are augmented, ``a = [x; 1]`` of M = d + 1; h hidden units, ``f = f(n)`` with ``n = W a``; and o
-outputs, ``y = W_oh f + W_oi a``, which see the inputs directly, too. Of N rows with targets t the error is
-``E = (1/N) Σ_p ‖t_p − y_p‖²``; below e = t − y are the residuals.
+Inputs x (d features) are augmented to ``a = [x; 1]`` (M = d + 1 features). The h hidden units are ``f = f(n)`` with
+``n = W a``. The o outputs, ``y = W_oh f + W_oi a``, also see the inputs directly. For N rows with targets t the error
+is ``E = (1/N) Σ_p ‖t_p − y_p‖²``. The residuals are e = t − y.
 
-**Output stage.** E is quadratic in (W_oh, W_oi): linear least squares on the basis [f, a].
+**Output stage.** E is quadratic in (W_oh, W_oi): solve linear least squares on the basis [f, a].
 
-**Hidden stage.** ``W ← W + z D`` along a direction D, made of the negative gradient
+**Hidden stage.** ``W ← W + z D`` along a direction D, computed from the negative gradient
 
     G = −∂E/∂W = (2/N) Σ_p f'(n_p) ∘ (W_ohᵀ e_p) a_pᵀ
 
-- BP: D = G. HWO: ``D R = G`` with ``R = (1/N) Σ a aᵀ``, which is G on whitened inputs: the second moment of [x; 1]
-  from the right is the centred whitening of x with the bias that follows (`whiten_layers.transforms.whitening`).
-- OIG: the columns of either are scaled, ``D diag(r)``. With ``A_pim = a_pm Σ_k W_oh(i, k) f'(n_pk) D_km``, the
-  derivative of output i by the gain of m, the Gauss–Newton model of E along the gains is ``E − gᵀ r + ½ rᵀ H r``,
+- BP: D = G. HWO: ``D R = G`` with ``R = (1/N) Σ a aᵀ``, which is the gradient on whitened inputs: R⁻¹ from the right
+  whitens x about its mean and moves the bias to match (see `whiten_layers.transforms.whitening`).
+- OIG: the columns of either direction are scaled, ``D diag(r)``. The derivative of output i with respect to the gain of
+  m is ``A_pim = a_pm Σ_k W_oh(i, k) f'(n_pk) D_km``. Along the gains, the Gauss–Newton model of E is
+  ``E − gᵀ r + ½ rᵀ H r`` with
 
-      g_m = Σ_k G_km D_km        H_mu = (2/N) Σ_p Σ_i A_pim A_piu        and its minimum  H r = g,
+      g_m = Σ_k G_km D_km        H_mu = (2/N) Σ_p Σ_i A_pim A_piu
 
-  solved by least squares, since H may be singular: g lies in its range, so that the solution is a minimum all the same.
-- z is a Newton step: ``z = −(∂E/∂z) / (∂²E/∂z²) = Σ e u / Σ u²``, of Gauss–Newton, with ``u = W_oh (f'(n) ∘ D a)`` the
-  derivatives of the outputs. With optimal gains it is 1, to rounding.
+  Its minimum, ``H r = g``, is solved for by least squares, since H may be singular. g lies in the range of H, so the
+  solution is still a minimum.
+- z is a Gauss–Newton step: ``z = −(∂E/∂z) / (∂²E/∂z²) = Σ e u / Σ u²``, with ``u = W_oh (f'(n) ∘ D a)`` the
+  derivatives of the outputs with respect to z. With optimal gains it is 1 up to rounding.
 
-No stage raises the error. Where a step z would, it is halved; what does not lower the error after that is dropped.
+Neither stage raises the error. A step z that would raise it is halved repeatedly. A step or an output solution that
+still does not lower the error is dropped.
 
-**Multiplications** are counted by the formulas that stand beside the code: those of matrix products, of least squares
-and of inverses. What is done once for each number (f itself, sums, squares) is left out.
+**Multiplications** are counted for matrix products, least squares and inverses, by the formulas beside the code.
+Elementwise operations (f itself, sums, squares) are not counted.
 """
 
 import math
@@ -40,20 +43,20 @@ from .inverse import cholesky
 from .options import check, is_count, is_real
 from .statistics.covariance import moments
 
-# A function, and its derivative by the function's value.
+# Each function, and its derivative in terms of the function's value.
 ACTIVATIONS = {
     "sigmoid": (torch.sigmoid, lambda value: value * (1 - value)),
     "tanh": (torch.tanh, lambda value: 1 - value.square()),
 }
 DIRECTIONS = ("bp", "hwo")
-HALVINGS = 20  # of a step that would raise the error, before it is dropped
+HALVINGS = 20  # of a step that would raise the error, before the step is dropped
 
 
 class Progress(NamedTuple):
-    """The training error after the hidden and after the output stage of an iteration, and what had been spent by then.
+    """Training error after each stage of an iteration, and the multiplications spent so far.
 
-    The first is that of the start: before the outputs were solved for, which are 0 then, and after. With several
-    `batches` only `error` is known; `hidden_error` is NaN.
+    Iteration 0 is the start: `hidden_error` is that of outputs of 0, and `error` that after the first output stage.
+    With several `batches` only `error` is known; `hidden_error` is NaN.
     """
 
     iteration: int
@@ -63,26 +66,26 @@ class Progress(NamedTuple):
 
 
 def augmented(inputs: Tensor) -> Tensor:
-    """``(N, d) -> (N, d + 1)``, with a feature that is always 1."""
+    """Append a feature that is always 1: ``(N, d) -> (N, d + 1)``."""
     return F.pad(inputs, (0, 1), value=1.0)
 
 
 def least_squares(matrix: Tensor, targets: Tensor) -> Tensor:
-    """The shortest solution of ``min ‖A X − B‖``, A ``(m, n)`` of any rank, B ``(m, o)``: ``(n, o)``.
+    """Solve ``min ‖A X − B‖`` for the minimum-norm X ``(n, o)``, with A ``(m, n)`` of any rank and B ``(m, o)``.
 
-    By a singular value decomposition, on the CPU: LAPACK's gelsd, which no GPU has.
+    Uses a singular value decomposition on the CPU: LAPACK's gelsd, which has no GPU version.
     """
     solution = torch.linalg.lstsq(matrix.cpu(), targets.cpu(), driver="gelsd").solution
     return solution.to(matrix.device)
 
 
 def least_squares_cost(rows: int, features: int, outputs: int) -> int:
-    """Multiplications of `least_squares`: ``m n² + 11/2 n³`` of an R-SVD (Golub & Van Loan 2013, §5.5), and m n o."""
+    """Count multiplications of `least_squares`: ``m n² + 11/2 n³`` (R-SVD, Golub & Van Loan 2013, §5.5), and m n o."""
     return rows * features**2 + 11 * features**3 // 2 + rows * features * outputs
 
 
 def negative_gradient(inputs: Tensor, slopes: Tensor, output_weight: Tensor, residuals: Tensor) -> Tensor:
-    """``G`` (h, M), of augmented inputs (N, M), slopes f'(n) (N, h), W_oh (o, h) and residuals (N, o).
+    """Compute ``G`` (h, M) from augmented inputs (N, M), slopes f'(n) (N, h), W_oh (o, h) and residuals (N, o).
 
     Multiplications: N o h + N h M.
     """
@@ -90,10 +93,10 @@ def negative_gradient(inputs: Tensor, slopes: Tensor, output_weight: Tensor, res
 
 
 def inverse_second_moment(inputs: Tensor, damping: float) -> Tensor:
-    """``(R + λI)⁻¹`` (M, M) of augmented inputs (N, M), λ = `damping` times the mean of R's diagonal.
+    """Compute ``(R + λI)⁻¹`` (M, M) of augmented inputs (N, M), λ = `damping` times the mean of R's diagonal.
 
-    λ is the rounding of R's entries at least, M ε of that mean; where Cholesky's factorisation fails all the same, ten
-    times as much is taken, until it does not.
+    λ is at least the rounding error of R's entries, M ε of that mean. While Cholesky's factorisation fails, λ is
+    multiplied by ten.
     Multiplications: N M² for R, M³/6 for its Cholesky factor, M³/3 for the inverse.
     """
     second = moments(inputs.unsqueeze(0), center=False).covariance
@@ -110,7 +113,7 @@ def inverse_second_moment(inputs: Tensor, damping: float) -> Tensor:
 def gain_model(
     direction: Tensor, gradient: Tensor, inputs: Tensor, slopes: Tensor, output_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``H`` (M, M) and ``g`` (M,) of the gains of a direction (h, M).
+    """Compute ``H`` (M, M) and ``g`` (M,) for the gains of a direction (h, M).
 
     Multiplications: N o h M for the derivatives, N o M² for H.
     """
@@ -120,35 +123,35 @@ def gain_model(
 
 
 class TwoStageNetwork:
-    """A network of one hidden layer for regression: ``fit(X, Y)``, then ``predict(X)``.
+    """Network with one hidden layer for regression: ``fit(X, Y)``, then ``predict(X)``.
 
     =========  ==============================  =========  ==================================
     OWO-BP     ``direction="bp"``              OIG-BP     ``direction="bp", gains=True``
     OWO-HWO    ``direction="hwo"``             OIG-HWO    ``direction="hwo", gains=True``
     =========  ==============================  =========  ==================================
 
-    See the module's docstring for the formulas. Inputs are best standardised: the hidden weights start from standard
-    normal ones, scaled such that every unit's n has a standard deviation of 1 on the training inputs.
+    See the module's docstring for the formulas. Standardise the inputs: the hidden weights start from standard normal
+    ones, scaled such that every unit's n has a standard deviation of 1 on the training inputs.
 
     Args:
         hidden: number of hidden units h, at least 1.
-        direction: of the hidden stage, "bp" (the gradient) or "hwo" (the gradient on whitened inputs).
-        gains: whether the direction's columns are scaled by optimal gains.
-        iterations: how often a hidden stage and an output stage follow the first output stage. Fewer, if with
-            one batch a hidden stage finds no step that lowers the error: nothing would change any more.
+        direction: direction of the hidden stage, "bp" (the gradient) or "hwo" (the gradient on whitened inputs).
+        gains: whether to scale the direction's columns by optimal gains.
+        iterations: how often a hidden stage and an output stage follow the first output stage. With one batch,
+            training stops early when no hidden step lowers the error: nothing would change any more.
         activation: f, "sigmoid" or "tanh".
-        damping: of R in "hwo", in [0, 1], as a multiple of the mean of its diagonal.
-        batches: into so many parts the rows are dealt; an iteration takes both stages with each part in turn, and
-            neither raises that part's error. To be larger than h + M rows by a multiple, each.
-        seed: of the hidden weights at the start and of the dealing.
-        dtype: of everything, float32 or float64.
+        damping: damping of R in "hwo", in [0, 1], as a multiple of the mean of its diagonal.
+        batches: number of parts that the rows are dealt into at random. An iteration runs both stages on each part in
+            turn, and neither raises that part's error. Each part should have several times h + M rows.
+        seed: seed of the initial hidden weights and of the dealing.
+        dtype: dtype of all tensors, float32 or float64.
 
     Raises:
-        ValueError: an option is outside what is allowed; the message names it, its value and the choices. Of `fit`
-            and `predict`: the shapes do not fit, or a number, or the sum of squares, is not finite.
+        ValueError: an option has an invalid value; the message names it, its value and the choices. From `fit` and
+            `predict`: the shapes do not fit, or a number, or the sum of squares, is not finite.
 
     After `fit`: ``hidden_weight`` (h, M), ``output_weight`` (o, h), ``direct_weight`` (o, M); ``history``, a list of
-    `Progress`; ``multiplications``, counted up to its end.
+    `Progress`; ``multiplications``, the total count.
     """
 
     hidden_weight: Tensor
@@ -181,14 +184,14 @@ class TwoStageNetwork:
         self.history: list[Progress] = []
 
     def fit(self, inputs: Tensor, targets: Tensor) -> Self:
-        """Train from the start on inputs ``(N, d)`` and targets ``(N, o)`` or ``(N,)``."""
+        """Train from scratch on inputs ``(N, d)`` and targets ``(N, o)`` or ``(N,)``."""
         for _ in self.iterate(inputs, targets):
             pass
         return self
 
     @torch.no_grad()
     def predict(self, inputs: Tensor) -> Tensor:
-        """Outputs ``(N, o)``, or ``(N,)`` where the targets were of that shape."""
+        """Compute outputs ``(N, o)``, or ``(N,)`` where the targets had that shape."""
         if not self.history:
             raise RuntimeError("there is nothing to predict with: call fit first")
         rows = augmented(self._checked("inputs", inputs, 2))
@@ -200,7 +203,7 @@ class TwoStageNetwork:
         return outputs.squeeze(1) if self._flat else outputs
 
     def iterate(self, inputs: Tensor, targets: Tensor) -> Iterator[Progress]:
-        """`fit`, handing out the `Progress` of every iteration: the network can predict at each."""
+        """Train as `fit` does, and yield every iteration's `Progress`; the network can predict at each."""
         with torch.no_grad(), full_precision():
             rows, targets = self._start(inputs, targets)
             parts = self._dealt(rows, targets)
@@ -253,7 +256,7 @@ class TwoStageNetwork:
         return [(rows[part], targets[part]) for part in order.tensor_split(self.batches)]
 
     def _report(self, iteration: int, hidden: float, error: float, rows: Tensor, targets: Tensor) -> Progress:
-        if self.batches > 1:  # for the record alone, and so not counted
+        if self.batches > 1:  # only for the record, so not counted
             outputs = self._values(rows @ self.hidden_weight.mT) @ self.output_weight.mT
             error = _error(targets - outputs - rows @ self.direct_weight.mT)
         self.history.append(Progress(iteration, hidden, error, self.multiplications))
@@ -274,9 +277,9 @@ class TwoStageNetwork:
         return self._solve_outputs(rows, targets, self._values(rows @ self.hidden_weight.mT), _error(targets))
 
     def _both_stages(self, rows: Tensor, targets: Tensor, inverse: Tensor | None) -> tuple[bool, float, float]:
-        """Whether the hidden stage lowered the error, and the error after each stage.
+        """Run both stages; return whether the hidden one lowered the error, and the error after each.
 
-        Multiplications: N h M + N h o + N M o of the forward pass, and those of the stages.
+        Multiplications: N h M + N h o + N M o for the forward pass, and those of the stages.
         """
         number, features = rows.shape
         values = self._values(rows @ self.hidden_weight.mT)
@@ -289,10 +292,10 @@ class TwoStageNetwork:
     def _step_hidden(
         self, rows: Tensor, values: Tensor, direct: Tensor, residuals: Tensor, inverse: Tensor | None
     ) -> tuple[Tensor, bool, float]:
-        """The hidden stage: f(n) after it, whether there was a step, and the error.
+        """Run the hidden stage; return f(n) after it, whether it took a step, and the error.
 
-        Multiplications: N o h + N h M for G; h M² for HWO; N o h M + N o M² and a least squares solution of M × M for
-        the gains; N h M + N h o for u, and for each step that is tried.
+        Multiplications: N o h + N h M for G; h M² for HWO; N o h M + N o M² and an M × M least-squares solution for
+        the gains; N h M + N h o for u, and again for each step tried.
         """
         (number, features), outputs = rows.shape, residuals.shape[1]
         slopes = ACTIVATIONS[self.activation][1](values)
@@ -304,7 +307,7 @@ class TwoStageNetwork:
             self.multiplications += self.hidden * features**2
         if self.gains:
             curvature, slope = gain_model(direction, gradient, rows, slopes, self.output_weight)
-            if torch.isfinite(curvature).all():  # else it is so large that the plain direction has to do
+            if torch.isfinite(curvature).all():  # on overflow the direction stays unscaled
                 direction = direction * least_squares(curvature, slope.unsqueeze(1)).mT
             self.multiplications += number * outputs * features * (self.hidden + features)
             self.multiplications += least_squares_cost(features, features, 1)
@@ -314,7 +317,7 @@ class TwoStageNetwork:
         step = ((residuals * derivatives).sum() / derivatives.square().sum()).item()
         before = _error(residuals)
         for _ in range(HALVINGS if math.isfinite(step) else 0):
-            # Of the weights themselves, as the next forward pass computes it: the same error to the last bit.
+            # Computed from the weights, as in the next forward pass: the same error to the last bit.
             weight = self.hidden_weight + step * direction
             tried = self._values(rows @ weight.mT)
             error = _error(direct - tried @ self.output_weight.mT)
@@ -326,9 +329,9 @@ class TwoStageNetwork:
         return values, False, before
 
     def _solve_outputs(self, rows: Tensor, targets: Tensor, values: Tensor, before: float) -> float:
-        """The output stage: the error after it. A solution that rounding has made worse than the last is not taken.
+        """Run the output stage and return the error after it. Drop a solution that does not lower it, due to rounding.
 
-        Multiplications: those of least squares with N rows and h + M features, and N (h + M) o for the error.
+        Multiplications: least squares with N rows and h + M features, and N (h + M) o for the error.
         """
         solution = least_squares(torch.cat([values, rows], 1), targets).mT.contiguous()
         (outputs, features), number = solution.shape, len(rows)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.memory import PeakMemory
 from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, whiten
 
 
@@ -46,23 +45,6 @@ def test_a_dead_group_does_not_stop_the_others():
     assert moved == {"channels": [True, False, True], "taps": [True, False, True], "outputs": [True, True, False]}
     taps = layer.transform.taps.precision
     assert torch.equal(taps[1], torch.eye(9)) and not torch.equal(taps[0], torch.eye(9))
-
-
-def test_kronecker_statistics_unfold_no_patch():
-    x = torch.randn(16, 32, 32, 32)
-
-    def peak(features):
-        transform = FeatureWhitening(features=features, max_rows=None)
-        layer = WhitenedConv2d(32, 32, 3, padding=1, bias=False, transform=transform)
-        gradient = torch.zeros_like(layer.weight)
-        with torch.no_grad(), PeakMemory() as memory:
-            layer.transform.observe(x, gradient)
-        return memory.peak / (x.numel() * x.element_size())
-
-    # Of the input's own size at a time: its rows and what centring makes of them, or an image beside
-    # its two shifted views. A patch matrix alone is nine.
-    assert peak("kronecker") < 4.5
-    assert peak("patch") > 9
 
 
 @pytest.mark.parametrize("power", [0.3, 0.5, 1.0])

@@ -1,4 +1,4 @@
-"""The base classes of PyTorch's convolutions, and how they compute their padding."""
+"""Base classes of PyTorch's convolutions, and the padding that they compute."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def padding_of(layer: AnyConvolution) -> tuple[int, ...]:
 
 
 def output_padding_of(layer: Any, input: Tensor, output_size: list[int] | None) -> list[int]:
-    """Return the output padding with which a transposed convolution comes to an output size (None: its own)."""
+    """Return the output padding with which a transposed convolution reaches an output size (None: its own)."""
     dims = len(layer.kernel_size)
     return layer._output_padding(
         input, output_size, layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation

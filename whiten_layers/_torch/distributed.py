@@ -1,4 +1,4 @@
-"""The inside of process groups and of `DistributedDataParallel`."""
+"""Access to the inside of process groups and of `DistributedDataParallel`."""
 
 from collections.abc import Iterable
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""The backward pass that autograd's engine is running: its number, whether it is nested, and a call at its end."""
+"""Access to the backward pass that autograd's engine is running: its number, its nesting, and a call at its end."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The function transforms of `torch.func`, forward mode and `torch.vmap`: which is active, and how to get past them.
+"""Questions about active function transforms (`torch.func`, forward mode, `torch.vmap`), and a way past them.
 
 A function that is transformed sees stand-ins for tensors, and may not write to a tensor from outside. The statistics
 of a training run, and all that is computed from them, need the real ones.

@@ -1,4 +1,4 @@
-"""The inside of `nn.Module`: what a module is told when its tensors move or are loaded, and what it consists of."""
+"""Access to the inside of `nn.Module`: notice of tensors that move or are loaded, and the parts of a module."""
 
 from typing import Any, ClassVar
 
@@ -26,8 +26,8 @@ class StatefulModule(nn.Module):
     """
 
     keeps_its_tensors: ClassVar[bool] = False
-    """Whether a load copies into the module's own tensors even with ``assign=True``: a tensor that is assigned would
-    bring its own device, and fewer digits than 32 bits have."""
+    """Tells whether a load copies into the module's own tensors even with ``assign=True``. An assigned tensor would
+    bring its own device, and perhaps fewer than 32 bits."""
 
     def after_moving(self, before: dict[str, Tensor]) -> None:
         """Called after `to`, `half`, `to_empty` and their kin, with the buffers from before, the children's too."""

@@ -1,4 +1,4 @@
-"""What custom operations may be marked with, where the installed version of PyTorch knows the mark."""
+"""Marks of custom operations, where the installed version of PyTorch knows them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Float32 at least: full products, whatever the user's global setting, and buffers that no cast narrows."""
+"""Matrix products in float32 at least, whatever the user's global setting or autocast asks for."""
 
 import threading
 from collections.abc import Iterator
@@ -16,16 +16,15 @@ def _fp32_precisions() -> list[str | None]:
 
 _lock = threading.Lock()
 _users = 0
-_before: tuple[str | None, list[str | None]] | None = None  # what the last user is to put back
+_before: tuple[str | None, list[str | None]] | None = None  # what the last user restores
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Multiply float32 matrices in float32 inside this context, not in TF32 or bf16.
 
-    TF32 keeps ten bits of a mantissa, too few for a covariance or its inverse. The setting is the
-    process's own: of several threads in this context the first changes it and the last puts it back.
-    Where it is full already, nothing is touched.
+    TF32 keeps ten bits of a mantissa, too few for a covariance or its inverse. The setting is process-wide: of several
+    threads in this context, the first changes it and the last restores it. If it is full already, nothing is changed.
     """
     global _users, _before
     with _lock:
@@ -44,7 +43,7 @@ def full_precision() -> Iterator[None]:
 def _raise_precision() -> tuple[str | None, list[str | None]] | None:
     try:
         overall = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set for each backend, which this question does not understand
+    except RuntimeError:  # it was set for each backend, which this query does not support
         overall = None
     before = _fp32_precisions()
     if overall == "highest" and set(before) <= {None, "none", "ieee"}:
@@ -59,24 +58,24 @@ def _restore_precision(overall: str | None, before: list[str | None]) -> None:
     backend: Any
     for backend, value, now in zip(_BACKENDS, before, _fp32_precisions(), strict=True):
         if value != now:
-            backend.fp32_precision = "none"  # what it inherits, which may be all it had
+            backend.fp32_precision = "none"  # inherit the overall setting; that may be all it had
             if backend.fp32_precision != value:
                 backend.fp32_precision = value
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to on a device; None where it is off."""
-    # Of the meta device one may not ask; of `is_autocast_available` a graph of torch 2.6 may not.
+    """Return the dtype that autocast casts to on a device; None where it is off."""
+    # Asking for the meta device raises. A graph of torch 2.6 cannot call `is_autocast_available` instead.
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast off for a device: a backward pass inside an autocast block would run our products in its type."""
+    """Turn autocast off for a device: in an autocast block, a backward pass would run our products in its dtype."""
     return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def full_precision_outside_graphs() -> AbstractContextManager:
-    """`full_precision`, but not in a graph that is compiled: its products are as precise as the setting says."""
+    """Enter `full_precision`, except in a compiled graph, whose products are as precise as the setting says."""
     return nullcontext() if torch.compiler.is_compiling() else full_precision()

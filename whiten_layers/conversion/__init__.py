@@ -1,1 +1,1 @@
-"""Turning a model's layers into their whitened twins and back, and what has to be known of the model for that."""
+"""Conversion of a model: its layers to whitened twins and back, its normalizations, and the analysis this needs."""

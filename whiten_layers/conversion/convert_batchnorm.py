@@ -1,4 +1,4 @@
-"""Turning a model's batch normalizations into normalizations that whiten."""
+"""Conversion of a model's batch normalizations to normalizations that whiten."""
 
 import logging
 from collections.abc import Iterable
@@ -49,31 +49,32 @@ def convert_batchnorm(
     skip: str | Iterable[str] | None = None,
     **options: Any,
 ) -> M:
-    """Turn every `nn.BatchNorm1d`, 2d and 3d of a model into a normalization that whitens, in place.
+    """Convert every `nn.BatchNorm1d`, 2d and 3d of a model to a normalization that whitens, in place.
 
-    A layer stays the same object with the same parameters, and keeps its momentum, eps, mode, device and dtype. Its
-    running statistics are taken over, so that a trained model evaluates as before: its channels' covariance is
-    taken for diagonal until a batch tells.
+    Each layer stays the same object with the same parameters, and keeps its momentum, eps, mode, device and dtype. It
+    also keeps its running statistics, so a trained model evaluates as before: the covariance of the channels is taken
+    to be diagonal until a training batch updates it.
 
     Args:
-        model: any module; a single layer is one too.
+        model: any module, or a single layer.
         kind: "iter_norm", "decorrelated" or "swbn".
         include: names to convert, as glob patterns of `model.named_modules()`; None for all.
         skip: names to leave as they are.
-        options: what is the class's own: ``group_size=32``, ``criterion="frobenius"``.
+        options: options of the normalization's class, such as ``group_size=32`` or ``criterion="frobenius"``.
 
     Returns:
-        `model`. Subclasses and `nn.SyncBatchNorm`, which does not know its dimensions, stay as they are: what was left
-        goes to the logger "whiten_layers" at level INFO. A plain network's checkpoint is to be loaded before.
+        `model`. Subclasses are left as they are, and so is `nn.SyncBatchNorm`, which does not know its number of
+        dimensions. Layers that were left are logged to "whiten_layers" at level INFO. Load a plain network's checkpoint
+        before converting.
 
     Raises:
-        ValueError: there is no such kind, or a pattern matches no batch normalization.
+        ValueError: `kind` is unknown, or a pattern matches no batch normalization.
     """
     check("kind", kind, kind in NORMS, f"one of {', '.join(NORMS)}")
     modules = model.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in modules if type(module) in NORMS[kind]}
     chosen = chosen_layers(layers, pattern_list(include), pattern_list(skip), "batch normalization")
-    shared = {id(layer): layer for layer in layers.values() if id(layer) in chosen}  # each once
+    shared = {id(layer): layer for layer in layers.values() if id(layer) in chosen}  # each layer once
     made = [(layer, NORMS[kind][type(layer)].like(layer, **options)) for layer in shared.values()]
     for layer, ours in made:
         vars(layer).update({name: value for name, value in vars(ours).items() if name not in vars(layer)})

@@ -1,9 +1,9 @@
-"""Telling `DistributedDataParallel` about whitened layers and normalizations when it takes a model.
+"""Support for whitened layers and normalizations in a model that `DistributedDataParallel` wraps.
 
-By default it sends every buffer from rank 0 to all at every forward pass. Covariances and whitening matrices are the
-same everywhere already and larger than anything else that is sent, so they are excluded; once, when the
-model is taken, rank 0's state goes to all, as its parameters do. Statistics of whitened layers are then shared in
-the wrapper's group of processes, unless `whiten` was given another.
+By default, the wrapper broadcasts every buffer from rank 0 at every forward pass. Covariances and whitening matrices
+are already the same on all ranks, and larger than anything else that is sent, so they are excluded. Rank 0's state is
+broadcast only once, when the model is wrapped, as the parameters are. From then on, whitened layers share their
+statistics in the wrapper's process group, unless `whiten` was given another.
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> 
 
 
 def exclude_from_wrappers(transforms: Iterable[GradientTransform]) -> None:
-    """Exclude the state of transforms from wrappers that took a model before its layers were whitened."""
+    """Exclude the state of transforms from wrappers that wrapped a model before its layers were whitened."""
     whitened = set(transforms)
     for wrapper in list(_wrappers):
         if not whitened.isdisjoint(wrapper.module.modules()):
@@ -48,7 +48,7 @@ def _exclude(wrapper: DistributedDataParallel, module: nn.Module) -> None:
             one.schedule.processes.wrapper = group
         elif isinstance(one, WhiteningNorm):
             one.processes.wrapper = group
-        # With the buffers of a window, which are None now and will not always be.
+        # Includes the buffers of a window, which may be None now but not later.
         names = [f"{name}.{own}" for name, child in one.named_modules(prefix=prefix) for own in buffer_names(child)]
         exclude_from_ddp(wrapper, names, one.buffers())
     if excluded and dist.get_world_size(group) > 1:
@@ -56,7 +56,7 @@ def _exclude(wrapper: DistributedDataParallel, module: nn.Module) -> None:
 
 
 def _keeps_itself_equal(module: nn.Module, group: ProcessGroup) -> bool:
-    """Tell whether a module keeps its buffers the same in every process of a group by its own means."""
+    """Tell whether a module itself keeps its buffers the same in every process of a group."""
     if isinstance(module, WhiteningNorm):
         return module.synchronize and module.processes.include(group)
     return isinstance(module, GradientTransform)
@@ -64,11 +64,11 @@ def _keeps_itself_equal(module: nn.Module, group: ProcessGroup) -> bool:
 
 @torch.no_grad()
 def _broadcast(excluded: dict[str, nn.Module], group: ProcessGroup) -> None:
-    """Give every process the state that the first has."""
+    """Give every process the state of the group's first process."""
     transforms = [one for one in excluded.values() if isinstance(one, GradientTransform)]
     for transform in transforms:
         for statistics in running_statistics(transform):
-            statistics.window = None  # which one process alone has observed
+            statistics.window = None  # observed by this process alone
     check_ranks_agree("take on", [f"{name} ({_described(one)})" for name, one in excluded.items()], [], group)
     state = list({id(buffer): buffer for one in excluded.values() for buffer in one.buffers()}.values())
     if transforms:

@@ -1,8 +1,8 @@
-"""Folding normalizations that whiten into the layers in front of them, for inference.
+"""Folding of normalizations that whiten into the layers in front of them, for inference.
 
-An evaluating normalization is a fixed linear map of the channels, ``y = A x + s`` with A block-diagonal, and what
-a linear or convolutional layer in front of it gives is ``x = W u + b``: together one layer, with A W and A b + s.
-Where nothing stands in front that could take it, the map is a convolution of its own with a 1×1 kernel.
+In evaluation mode, a normalization is a fixed linear map of the channels, ``y = A x + s`` with A block-diagonal. A
+linear or convolutional layer in front of it computes ``x = W u + b``. Together they are one layer with weight A W and
+bias A b + s. If no layer in front can absorb the map, it becomes a convolution of its own with a 1×1 kernel.
 """
 
 from typing import Any, TypeVar
@@ -21,30 +21,31 @@ from .whiten import unwhiten
 
 M = TypeVar("M", bound=nn.Module)
 
-CONVOLUTIONS = {4: nn.Conv2d, 5: nn.Conv3d}  # by the dimensions of the input
+CONVOLUTIONS = {4: nn.Conv2d, 5: nn.Conv3d}  # by the number of the input's dimensions
 
 
 @torch.no_grad()
 def fold(model: M) -> M:
-    """Fold the evaluating whitening normalizations of a model into its plain layers, in place.
+    """Fold a model's whitening normalizations, in evaluation mode, into its plain layers, in place.
 
-    What is left is a plain network with the same outputs, to rounding. Whitened layers are turned back. A
-    normalization whose input is one layer's output, and nothing else's, is folded into that layer and becomes a
-    `nn.Identity`. Any other becomes a convolution with a 1×1 kernel: also one that mixes channels of several groups of
-    the convolution in front, and one that has forward hooks, or whose layer in front has some or a weight that is
-    computed by one. All stay the same objects.
+    The result is a plain network with the same outputs, up to rounding. Whitened layers become plain again. A
+    normalization is folded into a layer, and becomes a `nn.Identity`, if the layer's output is its input and goes
+    nowhere else. Any other becomes a convolution with a 1×1 kernel. So does one that mixes channels of several groups
+    of the convolution in front, one with forward hooks, and one whose layer in front has forward hooks or a computed
+    weight or bias. All modules stay the same objects.
 
-    The forward pass is traced by `torch.fx`, in the mode that the model is in, with optional arguments at their
-    defaults: what another call would do with a layer in front is not seen. Of a linear layer in front of
-    a 1-dimensional normalization the inputs are taken to be rows ``(N, features)``.
+    `torch.fx` traces the forward pass in the model's current mode, with optional arguments at their defaults: what
+    another call would do with a layer in front is not seen. A linear layer in front of a 1-dimensional normalization is
+    assumed to get rows ``(N, features)``.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: the model cannot be traced; or a normalization is in training mode, or without running statistics,
-            or of a subclass, which may compute otherwise, or a 1-dimensional one that no layer can take, whose
-            inputs may be rows or sequences; or `unwhiten` raises one. Nothing is changed then.
+        ValueError: the model cannot be traced; or a normalization is in training mode, has no running statistics, or is
+            of a subclass, which may compute something else; or a 1-dimensional one cannot be folded into a layer, so
+            that it is unknown whether its inputs are rows or sequences; or `unwhiten` raises one. Nothing has been
+            changed then.
     """
     norms: dict[str, Any] = {name: one for name, one in model.named_modules() if isinstance(one, WhiteningNorm)}
     kinds = tuple(twin for twins in NORMS.values() for twin in twins.values())
@@ -81,7 +82,7 @@ def fold(model: M) -> M:
 
 
 def _map(norm: WhiteningNorm) -> tuple[Tensor, Tensor]:
-    """A ``(C, C)`` and s ``(C,)`` of ``y = A x + s``, in float64."""
+    """Compute A ``(C, C)`` and s ``(C,)`` of ``y = A x + s``, in float64."""
     matrices, shifts = [], []
     for part in norm.parts():
         mean, matrix = (buffer.double() for buffer in norm.running_map(part))
@@ -94,7 +95,7 @@ def _map(norm: WhiteningNorm) -> tuple[Tensor, Tensor]:
 
 
 def _takes(layer: Any, norm: WhiteningNorm) -> bool:
-    """Whether the layer's outputs are the norm's channels, and no two that the norm mixes are of different groups."""
+    """Tell whether a layer can absorb a norm: the channels match, and the norm mixes none across the layer's groups."""
     is_computed = not (holds_parameter(layer, "weight") and holds_parameter(layer, "bias"))
     if is_computed or has_forward_hooks(layer) or has_forward_hooks(norm):
         return False

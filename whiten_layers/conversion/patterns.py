@@ -1,4 +1,4 @@
-"""Choosing layers of a model by glob patterns of their names."""
+"""Selection of a model's layers by glob patterns of their names."""
 
 import fnmatch
 from collections.abc import Iterable
@@ -6,19 +6,19 @@ from typing import Any
 
 
 def pattern_list(patterns: str | Iterable[str] | None) -> list[str] | None:
-    """Make a list of one pattern or several; None stays None."""
+    """Turn one pattern or several into a list; None stays None."""
     return [patterns] if isinstance(patterns, str) else None if patterns is None else list(patterns)
 
 
 def check_patterns(option: str, patterns: list[str], layers: Iterable[str], what: str) -> None:
-    """Raise a ValueError if a pattern matches no layer; it names the option, the pattern and the layers."""
+    """Raise a ValueError that names the option, the pattern and the layers, if a pattern matches no layer."""
     for pattern in patterns:
         if not fnmatch.filter(layers, pattern):
             raise ValueError(f"{option}={pattern!r} matches no {what}: there are {', '.join(layers) or 'none'}")
 
 
 def chosen_layers(layers: dict[str, Any], include: list[str] | None, skip: list[str] | None, what: str) -> set[int]:
-    """Choose the layers to convert, by their ids. A shared layer is skipped if any of its names is."""
+    """Return the ids of the layers to convert. A shared layer is skipped if any of its names is."""
     check_patterns("include", include or [], layers, what)
     check_patterns("skip", skip or [], layers, what)
     included = {id(module) for name, module in layers.items() if include is None or matches(name, include)}

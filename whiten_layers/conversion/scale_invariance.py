@@ -1,4 +1,4 @@
-"""Which layers of a model stand where the scale of their rows makes no difference."""
+"""Search for layers whose rows may be rescaled without changing what the model computes."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from torch import nn
 from ..norm import StochasticWhiteningBatchNorm1d, StochasticWhiteningBatchNorm2d, StochasticWhiteningBatchNorm3d
 from .tracing import sole_consumers
 
-# Normalise each channel for itself: not nn.LayerNorm and nn.GroupNorm, which take several together, nor what
-# decorrelates, since ZCA depends on the channels' scales.
+# Norms that normalise each channel separately. nn.LayerNorm and nn.GroupNorm do not: they take several together.
+# Nor do decorrelating norms, since ZCA depends on the channels' scales.
 SCALE_INVARIANT: tuple[type[nn.Module], ...] = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -17,20 +17,20 @@ SCALE_INVARIANT: tuple[type[nn.Module], ...] = (
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
-    StochasticWhiteningBatchNorm1d,  # standardises each channel before it mixes them
+    StochasticWhiteningBatchNorm1d,  # standardises each channel before mixing them
     StochasticWhiteningBatchNorm2d,
     StochasticWhiteningBatchNorm3d,
 )
-# Those of them whose channels are the features of a linear layer's rows ``(N, features)``.
+# Those of SCALE_INVARIANT whose channels are the features of a linear layer's rows ``(N, features)``.
 OF_ROWS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.SyncBatchNorm, StochasticWhiteningBatchNorm1d)
 
 
 def scale_invariant(model: nn.Module, layers: tuple[type[nn.Module], ...]) -> set[str]:
-    """The names of the layers of these types that a normalization per channel follows, and nothing else.
+    """Return the names of layers of these types whose output goes to a per-channel normalization and nowhere else.
 
-    A norm in evaluation mode beside a layer in training mode is taken for a frozen one: it divides by its running
-    variance, whatever the batch's is, and so the row's scale matters. Where the layer is in evaluation mode too,
-    that is taken to be for the time being.
+    A norm in evaluation mode after a layer in training mode counts as frozen: it divides by its running variance,
+    whatever the batch's variance is, so the scale of the rows matters. If the layer is in evaluation mode too, that is
+    assumed to be temporary.
 
     Raises:
         ValueError: the model cannot be traced.

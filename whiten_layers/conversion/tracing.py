@@ -1,4 +1,4 @@
-"""Which module's output goes to which: what a model's structure alone does not tell."""
+"""Data flow between the modules of a model, which the model's structure alone does not show."""
 
 import copy
 import inspect
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import fx, nn
 
-# Where the classes are made that are not looked into, nor are what is made from them; and the classes that are.
+# The tracer does not enter classes defined in _WHOLE, or subclasses of them. It does enter those of _CONTAINERS.
 _LIBRARY = __name__.split(".")[0]
 _WHOLE = ("torch.nn.", f"{_LIBRARY}.layers", f"{_LIBRARY}.norm")
 _CONTAINERS = ("torch.nn.modules.module", "torch.nn.modules.container")
@@ -19,18 +19,18 @@ _CONTAINERS = ("torch.nn.modules.module", "torch.nn.modules.container")
 def sole_consumers(
     model: nn.Module, layers: tuple[type[nn.Module], ...], followers: tuple[type[nn.Module], ...]
 ) -> dict[str, str]:
-    """The layers whose output goes to one follower and nowhere else: the layer's name, then the follower's.
+    """Map the name of each layer whose output goes to one follower, and nowhere else, to the follower's name.
 
-    The forward pass is traced by `torch.fx`, in the mode that the model is in, with the optional arguments at their
-    defaults; no tensor is computed, and the model is not changed. A shared module has the first of its names. Left
-    out are a layer and a follower that the pass calls several times, under whatever names; and a layer one of whose
-    parameters another module has too, or the model uses, as an attribute, outside of the layer. Hooks are not looked
-    at, nor is what goes through ``parameters()`` or ``state_dict()``.
+    `torch.fx` traces the forward pass in the model's current mode, with the optional arguments at their defaults. No
+    tensor is computed, and the model is not changed. A shared module appears under the first of its names. Layers and
+    followers that the pass calls several times, under any name, are left out. So are layers with a parameter that
+    another module has too, or that the model reads as an attribute outside of the layer. Hooks are ignored, and so is
+    any use through ``parameters()`` or ``state_dict()``.
 
     Args:
-        model: any module. In a single layer nothing follows.
-        layers: the layers' types. Subclasses of them, which may compute otherwise, do not count.
-        followers: the types of what is to follow, likewise.
+        model: any module. For a single layer the result is empty.
+        layers: the layers' types. Subclasses, which may compute something else, do not count.
+        followers: the followers' types, likewise.
 
     Raises:
         ValueError: the model cannot be traced. The message says why, in one line.
@@ -41,7 +41,7 @@ def sole_consumers(
     try:
         copied = _copied(model)
         nodes = list(tracer.trace(copied, _defaults(copied)).nodes)
-    except Exception as error:  # whatever a forward pass raises that is given no tensors
+    except Exception as error:  # a forward pass without tensors may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"torch.fx cannot trace {type(model).__name__} ({reason})") from error
     modules = dict(copied.named_modules())
@@ -61,12 +61,12 @@ def sole_consumers(
 
 
 class _Tracer(fx.Tracer):
-    """Looks into no module of torch.nn but containers, of this library's layers and norms, or of the types asked about.
+    """Tracer that enters no torch.nn module but containers, no layer or norm of this library, and no given type.
 
-    Nor into a module of a subclass of theirs: of a norm of one's own it would not come to the end.
+    It does not enter subclasses of these either: tracing would fail inside a user's own norm.
     """
 
-    proxy_buffer_attributes = True  # else a forward pass that counts its calls in a buffer would count this one
+    proxy_buffer_attributes = True  # otherwise a forward pass that counts its calls in a buffer would count the trace
 
     def __init__(self, leaves: set[type[nn.Module]]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Tracer(fx.Tracer):
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A copy whose forward pass may set attributes. The tensors are the model's own."""
+    """Copy a model, so that its forward pass may set attributes. The copy shares the model's tensors."""
     kept: list[Any] = [*model.parameters(), *model.buffers()]
     uncopied = (torch.Tensor, dist.ProcessGroup) if dist.is_available() else (torch.Tensor,)
     for module in model.modules():
@@ -88,21 +88,21 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
-    """The optional arguments of a forward pass that are switches, not tensors or containers of them."""
+    """Return the defaults of a forward pass's arguments that are switches, not tensors or containers of them."""
     parameters = inspect.signature(model.forward).parameters
     switches = (type(None), bool, int, float, str)
     return {name: one.default for name, one in parameters.items() if isinstance(one.default, switches)}
 
 
 def _called(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
-    """Every module once for each call, and for each call of a module that has it within."""
+    """Yield, for each call of a module, that module and every module inside it."""
     for node in nodes:
         if node.op == "call_module":
             yield from modules[str(node.target)].modules()
 
 
 def _parameters_used(nodes: list[fx.Node], model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every parameter once for each module that has it, and for each time it is read outside of its module."""
+    """Yield every parameter once for each module that has it, and once for each read outside of its module."""
     for module in model.modules():
         yield from module.parameters(recurse=False)
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -110,7 +110,7 @@ def _parameters_used(nodes: list[fx.Node], model: nn.Module) -> Iterator[nn.Para
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
-    """The module's call that takes the output of a module's call as its one argument, if nothing else takes it."""
+    """Return the module call that takes a module call's output as its one argument, if nothing else uses it."""
     if node.op != "call_module" or len(node.users) != 1:
         return None
     (user,) = node.users

@@ -1,4 +1,4 @@
-"""Turning a model's layers into their whitened twins, and back."""
+"""Conversion of a model's layers to their whitened twins, and back."""
 
 import logging
 from collections.abc import Iterable
@@ -33,39 +33,39 @@ def whiten(
 ) -> M:
     """Turn every linear and (transposed) convolutional layer of a model into its whitened twin, in place.
 
-    A layer stays the same object with the same parameters, so optimizers, hooks, references, device,
-    dtype and training mode are as before; a module that is shared is converted once. Layers that are
-    whitened already keep their transform and its state. All whitened layers of the model keep step from then on:
-    what is due is decided by the number of the model's backward pass.
+    Each layer stays the same object with the same parameters, so optimizers, hooks, references, device, dtype and
+    training mode are as before. A shared module is converted once. Layers that are already whitened keep their
+    transform and its state. From then on all whitened layers of the model stay in sync: the number of the model's
+    backward pass decides what is due.
 
     Args:
-        model: any module; a single layer is one too.
-        transform: what each layer gets a copy of, as for `WhitenedLinear`.
+        model: any module, or a single layer.
+        transform: the transform that each layer gets a copy of, as for `WhitenedLinear`.
         include: names to convert, as glob patterns of `model.named_modules()` ("layer1.*"); None for all.
         skip: names to leave as they are.
-        psi: which of the layers that are converted get ``Chain(transform, PSIScaling())``, the others `transform`:
-            glob patterns as for `include`, or True for all whose rows' scale makes no difference. Those are the
-            layers that a forward pass calls once, with parameters that are used nowhere else, and whose output goes to
-            nothing but one norm, called once, that normalises each channel for itself (`nn.BatchNorm1d`, 2d, 3d,
-            `nn.SyncBatchNorm`, `nn.InstanceNorm1d`, 2d, 3d, `StochasticWhiteningBatchNorm1d`, 2d, 3d, and no subclass
-            of them) and whose ``num_features`` are the layer's outputs. A linear layer's norm is a `nn.BatchNorm1d`, a
-            `nn.SyncBatchNorm` or a `StochasticWhiteningBatchNorm1d`, and its inputs are rows: given sequences, these
-            normalise along another dimension, and True is wrong where both are of one size. Other whitening norms
-            are not among them: their output changes with the channels' scales. Not if the norm is frozen: if it
-            is in evaluation mode, with running statistics, and the layer in training mode. Where both are in evaluation
-            mode, that is taken to be for the time being. The pass is traced by `torch.fx`, in the mode that the
-            model is in, with optional arguments at their defaults; hooks are not looked at.
-        process_group: the processes that have statistics in common and share the work of a refresh, where
-            `torch.distributed` runs. None for those of the `DistributedDataParallel` that takes the
-            model, and else all.
+        psi: which of the converted layers get ``Chain(transform, PSIScaling())`` instead of `transform`: glob patterns
+            as for `include`, or True for all layers whose rows may be rescaled without changing what the model
+            computes. A forward pass must call such a layer once, its parameters must be used nowhere else, and its
+            output must go only to one norm, called once. The norm must normalise each channel separately
+            (`nn.BatchNorm1d`, 2d, 3d, `nn.SyncBatchNorm`, `nn.InstanceNorm1d`, 2d, 3d,
+            `StochasticWhiteningBatchNorm1d`, 2d, 3d, but no subclass), and its ``num_features`` must be the number of
+            the layer's outputs. A linear layer's norm must be a `nn.BatchNorm1d`, a `nn.SyncBatchNorm` or a
+            `StochasticWhiteningBatchNorm1d`, and its inputs must be rows: given sequences, these norms normalise along
+            another dimension, and True is wrong if both dimensions have the same size. Other whitening norms do not
+            count, since their output changes with the channels' scales. Nor does a frozen norm: one in evaluation mode,
+            with running statistics, while the layer is in training mode. If both are in evaluation mode, that is
+            assumed to be temporary. `torch.fx` traces the pass in the model's current mode, with optional arguments at
+            their defaults; hooks are ignored.
+        process_group: the processes that share statistics and the work of a refresh, if `torch.distributed` runs. None
+            for those of the `DistributedDataParallel` that wraps the model, or else all.
 
     Returns:
-        `model`. What was left alone that looks like a layer, and why, goes to the logger
-        "whiten_layers" at level INFO.
+        `model`. Modules that look like layers but were left are logged, with the reason, to "whiten_layers" at level
+        INFO.
 
     Raises:
         ValueError: a pattern matches no layer that could be converted; or, with ``psi=True``, the model cannot be
-            traced, or has no such layer. Nothing has been converted then.
+            traced or has no such layer. Nothing has been converted then.
     """
     psi = psi if isinstance(psi, bool) else pattern_list(psi) or []
     modules = model.named_modules(remove_duplicate=False)
@@ -75,7 +75,7 @@ def whiten(
         check_patterns("psi", psi, layers, "layer that can be whitened")
     scaled = _scaled(model, layers, psi)
     for module in layers.values():
-        # Whitened before, or shared and converted under another name; not asked for; without any feature.
+        # Already whitened (perhaps just now, under a shared layer's other name), not chosen, or without any feature.
         if type(module) in PLAIN or id(module) not in chosen or module.weight.numel() == 0:
             continue
         twin = TWINS[type(module)]
@@ -96,10 +96,10 @@ def whiten(
 
 
 def unwhiten(model: M) -> M:
-    """Turn every whitened layer back into the plain one, in place: the same objects and parameters.
+    """Turn every whitened layer back into the plain one, in place, keeping objects and parameters.
 
     Raises:
-        ValueError: a layer is of a class made from a whitened one, by a parametrization for instance.
+        ValueError: a layer's class was derived from a whitened one, for instance by a parametrization.
     """
     made: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}
     for name, module in made.items():
@@ -116,7 +116,7 @@ def unwhiten(model: M) -> M:
 
 
 def _scaled(model: nn.Module, layers: dict[str, Any], psi: bool | list[str]) -> set[int]:
-    """The ids of the layers that are named, or of those in front of a normalization that forgets their scale."""
+    """Return the ids of the layers that are named, or of those in front of a norm that cancels their scale."""
     if not isinstance(psi, bool):
         return {id(module) for name, module in layers.items() if matches(name, psi)}
     if not psi:
@@ -132,7 +132,7 @@ def _scaled(model: nn.Module, layers: dict[str, Any], psi: bool | list[str]) -> 
 
 
 def reasons_left(model: nn.Module) -> dict[str, str]:
-    """The modules that compute with a matrix of their own and are plain, by name, with the reason."""
+    """Return, by name, the plain modules that compute with a matrix of their own, and why they were left."""
     left = {}
     for name, module in model.named_modules():
         reason = _reason_left(module)

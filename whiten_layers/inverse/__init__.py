@@ -1,8 +1,8 @@
-"""Inverse powers of covariances: one method a file, each a pure function of tensors.
+"""Inverse powers of covariances: one file per method, each a pure function of tensors.
 
 A method takes n damped covariances ``(n, M, M)`` and, as far as it uses them, a power p, its own last result (or None)
 and a rank, in this order. It returns an `Inverse` with ``C^(-p)``, symmetric to rounding, and NaN for a matrix that it
-cannot invert: a bad matrix never raises. To add a method, write the function and give it a line in `METHODS`.
+cannot invert. It never raises for a bad matrix. To add a method, write the function and add it to `METHODS`.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from .recursive import recursive
 
 
 class Method(NamedTuple):
-    """A function and what it can do."""
+    """Inverse function and its capabilities."""
 
     inverse: Callable[..., Inverse]
-    arguments: int  # how many it takes of (covariance, power, warm_start, rank)
-    powers: tuple[float, ...] | None  # that it can compute; None for any
-    operations: int  # of an inverse, roughly, over M³ (of an approximate one, over M² · rank)
-    warm_powers: tuple[float, ...] | None = ()  # those for which it starts from its last result; None for all
-    is_approximate: bool = False  # and keeps directions from call to call
+    arguments: int  # how many of (covariance, power, warm_start, rank) it takes
+    powers: tuple[float, ...] | None  # powers that it can compute; None for any
+    operations: int  # rough count for one inverse, divided by M³ (approximate method: by M² · rank)
+    warm_powers: tuple[float, ...] | None = ()  # powers for which it starts from its last result; None: all
+    is_approximate: bool = False  # an approximate method also keeps directions between calls
 
 
 METHODS = {
@@ -43,7 +43,7 @@ def supports(method: str, power: float) -> bool:
 
 
 def resolve(method: str, power: float) -> str:
-    """Return the key of `METHODS` that `method` stands for: for "auto", the cheapest exact one that gives `power`."""
+    """Return the key of `METHODS` for `method`; "auto" stands for the cheapest exact one that supports `power`."""
     if method != "auto":
         return method
     return "cholesky" if supports("cholesky", power) else "eigh"

@@ -1,4 +1,4 @@
-"""The result of every method, and how one that starts from its last result starts afresh where it has to."""
+"""Result type of all methods, and the warm start that falls back to a cold start."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class Inverse(NamedTuple):
-    """Inverse powers of n matrices: a method's result, and what its next call starts from.
+    """Inverse powers of n matrices: a method's result, and the warm start of its next call.
 
-    ``matrix`` (n, M, M) is symmetric to rounding, NaN where there is none. ``directions`` (n, M, rank) is
-    what the recursive method keeps beside it. ``restarted`` (n,), of a result, tells where there was
-    something to start from that could not be used; it is None for a method that never starts warm.
+    ``matrix`` (n, M, M) is symmetric to rounding, and NaN where there is no inverse. ``directions`` (n, M, rank) is the
+    recursive method's additional state. ``restarted`` (n,) of a result tells where a warm start existed but could not
+    be used. It is None for a method that never starts warm.
     """
 
     matrix: Tensor
@@ -21,7 +21,7 @@ class Inverse(NamedTuple):
 
 
 def has_finite_trace(matrix: Tensor) -> Tensor:
-    """Tell whether each of n matrices is finite: where a positive definite one is not, its trace shows it."""
+    """Tell whether the trace of each of n matrices is finite: a positive definite matrix is finite if its trace is."""
     return torch.isfinite(matrix.diagonal(dim1=-2, dim2=-1).sum(-1))
 
 
@@ -32,9 +32,9 @@ def warm_started(
     cold: Callable[[Tensor], Inverse],
     is_safe: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Inverse:
-    """Run an iteration from `warm_start`; from `cold` where there is none, it is not safe, or the run fails.
+    """Run an iteration from `warm_start`, or from `cold` where that is missing or unsafe, or where the run fails.
 
-    A warm start that is not finite counts as none. Waits for the device to learn how the run ended.
+    A warm start that is not finite counts as missing. Waits for the device to learn how the run ended.
     """
     if warm_start is None:
         return run(covariance, cold(covariance))._replace(restarted=covariance.new_zeros(len(covariance)).bool())
@@ -50,7 +50,7 @@ def warm_started(
 
 
 def _replaced(inverse: Inverse, chosen: Tensor, others: Inverse) -> Inverse:
-    """Put `others` in the place of the chosen matrices, so that one bad matrix does not restart all."""
+    """Replace the chosen matrices by `others`, so that one bad matrix does not restart all."""
     matrix, directions = inverse.matrix.clone(), inverse.directions
     matrix[chosen] = others.matrix
     if directions is not None and others.directions is not None:

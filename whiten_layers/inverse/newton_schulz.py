@@ -1,12 +1,12 @@
-"""The inverse, or its root, by Newton–Schulz iteration: matrix products and nothing else.
+"""Inverse, or its root, by Newton–Schulz iteration, which uses matrix products only.
 
-For the inverse, ``P ← P (2I − C P)`` squares the residual ``I − C P`` at every step, from any symmetric
-positive P whose ``P C`` has eigenvalues below 2. The last refresh's P mostly is one, a
-few steps from the end; where it is not, ``P = I / b`` with b at least C's largest eigenvalue always is.
+For the inverse, ``P ← P (2I − C P)`` squares the residual ``I − C P`` at every step, from any symmetric positive P
+whose ``P C`` has eigenvalues below 2. The P of the last refresh usually qualifies, and is a few steps from the end.
+``P = I / b``, with b at least C's largest eigenvalue, always qualifies.
 
 For the root, the coupled form ``Y ← Y T, Z ← T Z, T = (3I − Z Y) / 2`` from ``Y = C / b, Z = I`` tends to
-``Z = (C / b)^(-½)`` (Higham 2008, Functions of Matrices, eq. 6.35). It can only start there: with
-one matrix alone rounding errors grow, and both together stay stable only while they commute with C.
+``Z = (C / b)^(-½)`` (Higham 2008, Functions of Matrices, eq. 6.35). It can only start there: an iteration on one matrix
+alone amplifies rounding errors, and the coupled form is stable only while both matrices commute with C.
 """
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .base import Inverse, warm_started
 
-ITERATIONS = 50  # what a condition number of 1e12 takes, and some: each multiplies the smallest eigenvalue by 2
-SAFE = 1.7  # below 2 by more than a power iteration underestimates
+ITERATIONS = 50  # more than a condition number of 1e12 takes: each step doubles the smallest eigenvalue
+SAFE = 1.7  # below 2 by more than the power iteration underestimates
 
 
 def newton_schulz(covariance: Tensor, power: float, warm_start: Inverse | None = None) -> Inverse:
@@ -24,8 +24,9 @@ def newton_schulz(covariance: Tensor, power: float, warm_start: Inverse | None =
     Args:
         covariance: ``(n, M, M)``, already damped.
         power: 1 or ½.
-        warm_start: the last result, to start from with power 1; otherwise, and where the largest eigenvalue of
-            ``P C`` is not well below 2, the start is the identity divided by a bound of the largest eigenvalue.
+        warm_start: the last result, from which power 1 starts. Without one, or where the largest eigenvalue of ``P C``
+            is not well below 2, the start is the identity divided by a bound on C's largest eigenvalue. Unused with
+            power ½.
 
     Returns:
         ``matrix`` (n, M, M), NaN where it did not converge; ``restarted`` where `warm_start` could not be used.
@@ -36,7 +37,7 @@ def newton_schulz(covariance: Tensor, power: float, warm_start: Inverse | None =
 
 
 def _bound(covariance: Tensor) -> Tensor:
-    """At least the largest eigenvalue: the largest sum of a row's absolute values."""
+    """Bound the largest eigenvalue from above, by the largest row sum of absolute values."""
     return covariance.abs().sum(-1).amax(-1)[:, None, None]
 
 
@@ -49,7 +50,7 @@ def _identity(covariance: Tensor) -> Tensor:
 
 
 def _is_safe(covariance: Tensor, matrix: Tensor) -> Tensor:
-    """Whether the largest eigenvalue of ``P C`` is below `SAFE`, by power iteration in the metric of C."""
+    """Tell whether the largest eigenvalue of ``P C`` is below `SAFE`, by power iteration in the metric of C."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(covariance.shape[-1], 8, generator=generator, dtype=covariance.dtype).to(covariance.device)
     vectors = vectors.expand(len(covariance), -1, -1)
@@ -89,9 +90,9 @@ def _minus_identity(product: Tensor) -> Tensor:
 
 
 class _Progress:
-    """Whether an iteration that squares its residuals is through, for n matrices together.
+    """Progress of an iteration that squares its residuals, for n matrices together.
 
-    Asks the device after every step: a step is two or three products of M×M matrices, the question nothing.
+    Reads a flag from the device after every step, which costs nothing next to two or three products of M×M matrices.
     """
 
     def __init__(self, covariance: Tensor) -> None:
@@ -100,7 +101,7 @@ class _Progress:
         self.goes_on = True
 
     def take(self, residual: Tensor) -> None:
-        """The residual before a step: the step squares its norm, down to where rounding holds it up."""
+        """Record the residual before a step. The step squares its norm, down to the level of rounding."""
         before, self.errors = self.errors, torch.linalg.vector_norm(residual, dim=(-2, -1))
         self.steps += 1
         settled = (self.errors < torch.finfo(residual.dtype).eps ** 0.5) | ~torch.isfinite(self.errors)

@@ -1,4 +1,4 @@
-"""Drop-ins for batch normalization that decorrelate the channels, too."""
+"""Drop-ins for batch normalization that also decorrelate the channels."""
 
 from .decorrelated import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, DecorrelatedBatchNorm3d
 from .iter_norm import IterNorm1d, IterNorm2d, IterNorm3d

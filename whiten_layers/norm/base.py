@@ -1,4 +1,4 @@
-"""What the whitening normalizations have in common: batch normalization's signature, checks and bookkeeping."""
+"""Base class of the whitening normalizations: batch normalization's signature, checks and bookkeeping."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from .samples import BatchMoments, Whitening, batch_moments, columns, normalize_
 
 
 class Part(NamedTuple):
-    """Groups of equal width: the channels that they are, and which of all groups."""
+    """Groups of equal width: their channels, and their place among all groups."""
 
     channels: slice
     first: int
@@ -25,32 +25,31 @@ class Part(NamedTuple):
     width: int
 
     def of(self, buffer: Tensor) -> Tensor:
-        """These groups' matrices of a buffer ``(groups, D, D)``, a view."""
+        """Return a view of these groups' matrices in a buffer ``(groups, D, D)``."""
         return buffer[self.first : self.first + self.groups, : self.width, : self.width]
 
 
 class WhiteningNorm(WideBuffers, ABC):
-    """A drop-in for `nn.BatchNorm1d`, `2d` or `3d` that also decorrelates the channels, a group at a time.
+    """A drop-in for `nn.BatchNorm1d`, `2d` or `3d` that also decorrelates the channels, group by group.
 
-    In training, and in evaluation without running statistics, it takes the mean and covariance of the batch, and
-    elsewhere running ones; the computation is in float32 at least, whatever the input's type and autocast
-    say. Where `torch.distributed` runs, statistics in training are those of all processes' batches together, as
-    they are of `nn.SyncBatchNorm`.
+    In training, and in evaluation without running statistics, it uses the mean and covariance of the batch; otherwise
+    the running ones. It computes in float32 or wider, whatever the input's dtype and autocast. Under
+    `torch.distributed`, training statistics are those of all processes' batches together, as in `nn.SyncBatchNorm`.
 
-    A forward pass inside a backward pass, which is what activation checkpointing repeats, changes no buffer (unless
-    what is checkpointed is a compiled graph). Neither does a batch whose statistics hold a NaN or Inf, or that is
-    empty: it is counted, and the output is what it is. In training there is no second derivative: double backward is
-    an error.
+    A forward pass inside a backward pass, as activation checkpointing runs it, changes no buffer (unless the
+    checkpoint holds a compiled graph). A batch that is empty, or whose statistics hold a NaN or Inf, changes none
+    either: it is only counted as skipped, and its output is returned as it is. Double backward through batch
+    statistics raises an error: the second derivative is not implemented.
 
-    Subclasses give the whitening that follows from a covariance, and what of it runs along; their ``__init__`` ends
-    with `reset_parameters`.
+    Subclasses compute the whitening from a covariance and choose the running statistics. Their ``__init__`` ends with
+    `reset_parameters`.
 
     Buffers, where running statistics are tracked: ``running_mean`` (C,), ``num_batches_tracked``,
-    ``num_batches_skipped``, and those of the subclass; matrices are ``(groups, D, D)``, of a smaller last group in the
-    upper left corner.
+    ``num_batches_skipped``, and those of the subclass. Matrices are ``(groups, D, D)``; a smaller last group is in the
+    upper left corner of its matrix.
     """
 
-    dims: ClassVar[tuple[int, ...]]  # that an input may have
+    dims: ClassVar[tuple[int, ...]]  # numbers of dimensions that an input may have
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -97,40 +96,40 @@ class WhiteningNorm(WideBuffers, ABC):
         *,
         has: bool = True,
     ) -> None:
-        """Register a buffer of float32 at least, or None."""
+        """Register a buffer of float32 or wider; None unless `has`."""
         dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype) if has else None)
 
     @abstractmethod
     def _reset_running(self) -> None:
-        """Fill the subclass's running buffers, if there are any, as a layer that has seen nothing has them."""
+        """Reset the subclass's running buffers, if any, to their values before the first batch."""
 
     @abstractmethod
     def _reset_learned(self) -> None:
-        """Fill the subclass's other buffers, if there are any, as at the start."""
+        """Reset the subclass's other buffers, if any, to their initial values."""
 
     @abstractmethod
     def _take_variance(self, variance: Tensor) -> None:
-        """Fill the subclass's buffers for channels ``(C,)`` of this variance that are not correlated."""
+        """Fill the subclass's running buffers as for uncorrelated channels of this variance ``(C,)``."""
 
     @abstractmethod
     def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
-        """What the covariance ``(G, D, D)`` of a batch comes to. `learns`: whether buffers may follow it."""
+        """Compute the whitening of a batch's covariance ``(G, D, D)``. `learns`: whether buffers may be updated."""
 
     @abstractmethod
     def _running(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> dict[str, Tensor]:
-        """What the subclass's running buffers are averages of, for this batch, by the buffer's name."""
+        """Return this batch's values for the subclass's running buffers to average, by buffer name."""
 
     @abstractmethod
     def _running_matrix(self, part: Part) -> Tensor:
-        """The whitening matrices ``(G, D, D)`` of the running statistics."""
+        """Compute the whitening matrices ``(G, D, D)`` from the running statistics."""
 
     @classmethod
     @torch.no_grad()
     def like(cls, layer: Any, **options: Any) -> Any:
-        """A layer of this class that evaluates as a `nn.BatchNorm1d`, 2d or 3d does, with parameters of its own.
+        """Make a layer of this class that evaluates like a `nn.BatchNorm1d`, 2d or 3d, but with new parameters.
 
-        `options` are those of this class, beyond the batch normalization's.
+        `options` are this class's own, beyond those of batch normalization.
         """
         tracks = layer.running_mean is not None
         settings = (layer.num_features, layer.eps, layer.momentum, layer.affine, tracks)
@@ -145,7 +144,7 @@ class WhiteningNorm(WideBuffers, ABC):
         return made
 
     def reset_running_stats(self) -> None:
-        """Forget the running statistics, and nothing that was learned."""
+        """Reset the running statistics, but nothing that was learned."""
         if self.running_mean is not None:
             self.running_mean.zero_()
             self.num_batches_tracked.zero_()
@@ -153,7 +152,7 @@ class WhiteningNorm(WideBuffers, ABC):
             self._reset_running()
 
     def reset_parameters(self) -> None:
-        """Weight 1, bias 0, nothing observed and nothing learned."""
+        """Reset everything: weight 1, bias 0, buffers as before the first batch."""
         self.reset_running_stats()
         self._reset_learned()
         if self.weight is not None:
@@ -163,23 +162,23 @@ class WhiteningNorm(WideBuffers, ABC):
 
     @property
     def groups(self) -> int:
-        """How many groups there are; the last may be smaller."""
+        """Number of groups; the last may be smaller."""
         return math.ceil(self.num_features / self.width)
 
     @property
     def width(self) -> int:
-        """Channels of a group."""
+        """Number of channels in a group."""
         return min(self.group_size or self.num_features, self.num_features)
 
     def parts(self) -> list[Part]:
-        """The groups, those of one width together."""
+        """List the groups, those of equal width together."""
         whole, rest = divmod(self.num_features, self.width)
         end = whole * self.width
         parts = [Part(slice(0, end), 0, whole, self.width)]
         return [*parts, Part(slice(end, None), whole, 1, rest)] if rest else parts
 
     def _fill_diagonal(self, buffer: Tensor, values: Tensor | float) -> None:
-        """Make a buffer of all groups diagonal, with a value for each channel or one for all."""
+        """Fill a buffer of all groups with diagonal matrices, from a value for each channel or one for all."""
         buffer.zero_()
         values = torch.as_tensor(values, device=buffer.device).expand(self.num_features)
         for part in self.parts():
@@ -218,24 +217,24 @@ class WhiteningNorm(WideBuffers, ABC):
         outputs = []
         for input, part in zip(inputs, parts, strict=True):
             dtype = torch.promote_types(input.dtype, torch.float32)
-            # Copies: a training pass may write to the buffers before this one's backward.
+            # Copy: a training pass may write to the buffers before this pass's backward.
             mean, matrix = (buffer.to(dtype, copy=True) for buffer in self.running_map(part))
             centred = columns(input, part.groups, mean)
             outputs.append(normalized(centred, matrix, *self.affine_of(part), input))
         return outputs
 
     def running_map(self, part: Part) -> tuple[Tensor, Tensor]:
-        """The mean ``(G, D)`` and the matrices ``(G, D, D)`` that evaluation normalizes by."""
+        """Return the mean ``(G, D)`` and the matrices ``(G, D, D)`` that evaluation normalizes by."""
         assert self.running_mean is not None
         return self.running_mean[part.channels].view(-1, part.width), self._running_matrix(part)
 
     def affine_of(self, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """The weight and the bias of a part's channels."""
+        """Return the weight and the bias of a part's channels."""
         weight, bias = self.weight, self.bias
         return None if weight is None else weight[part.channels], None if bias is None else bias[part.channels]
 
     def _follow(self, parts: list[Part], moments: list[BatchMoments], whitenings: list[Whitening]) -> None:
-        """Take this batch into the buffers, unless something in it is not finite."""
+        """Update the buffers with this batch, unless one of its values is not finite."""
         batch = {}
         if self.track_running_stats and self.running_mean is not None:
             mean = torch.cat([one.mean.flatten() for one in moments])
@@ -253,7 +252,7 @@ class WhiteningNorm(WideBuffers, ABC):
         for name, value in batch.items():
             running = self.get_buffer(name)
             weight: Any = self.momentum
-            if weight is None:  # the mean of all batches
+            if weight is None:  # average over all batches
                 weight = 1 / self.num_batches_tracked.clamp(min=1).to(running.dtype)
             average = torch.lerp(running, value.to(running.dtype), weight)
             running.copy_(torch.where(valid, average, running))
@@ -276,12 +275,12 @@ class WhiteningNorm(WideBuffers, ABC):
 
 
 def is_repeating() -> bool:
-    """Whether this forward pass repeats an earlier one: a backward pass is running. Of a graph one cannot ask."""
+    """Tell whether this forward pass repeats an earlier one: it runs in a backward pass. False in a compiled graph."""
     return not torch.compiler.is_compiling() and current_pass() is not None
 
 
 def stacked(parts: list[Tensor]) -> Tensor:
-    """Matrices of all groups as one buffer, those of a smaller last group with zeros around."""
+    """Stack the matrices of all groups into one buffer, padding a smaller last group's with zeros."""
     if len(parts) == 1:
         return parts[0]
     whole, last = parts
@@ -290,5 +289,5 @@ def stacked(parts: list[Tensor]) -> Tensor:
 
 
 def unbiased(moments: BatchMoments) -> Tensor:
-    """The covariance divided by n − 1, which is what runs along, as in batch normalization."""
+    """Return the covariance divided by n − 1, as batch normalization's running variance is."""
     return moments.covariance * (moments.rows / (moments.rows - 1).clamp(min=1))

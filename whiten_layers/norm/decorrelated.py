@@ -1,12 +1,12 @@
-"""Decorrelated batch normalization: the exact root of the covariance's inverse (arXiv 1804.08450).
+"""Decorrelated batch normalization: the exact inverse square root of the covariance (arXiv 1804.08450).
 
-With ``Σ + εI = U Λ Uᵀ`` the ZCA matrix is ``V = U Λ^(-½) Uᵀ``, the whitening that moves the samples least. Its
-gradient by divided differences of λ^(-½) (Daleckii & Krein 1965),
+With ``Σ + εI = U Λ Uᵀ`` the ZCA matrix is ``V = U Λ^(-½) Uᵀ``, the whitening that moves the samples least. Divided
+differences of λ^(-½) yield its gradient (Daleckii & Krein 1965):
 
     ∂L/∂Σ = U (K ∘ (Uᵀ sym(∂L/∂V) U)) Uᵀ        K_ij = −1 / (√λ_i √λ_j (√λ_i + √λ_j))
 
-has no difference of eigenvalues in a denominator, as the derivative of an eigenvector has: it is as good where they
-are equal, where K_ii = −½ λ_i^(-3/2).
+Unlike the derivative of an eigenvector, it has no difference of eigenvalues in a denominator. So it is as accurate
+where they are equal; there K_ii = −½ λ_i^(-3/2).
 """
 
 import torch
@@ -19,16 +19,20 @@ from .samples import BatchMoments, Whitening
 
 
 def zca(covariance: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``(covariance + eps I)^(-½)`` of n matrices ``(n, D, D)``; its eigenvalues' roots ``(n, D)`` and vectors."""
+    """Compute ``A^(-½)`` of n matrices A = covariance + eps I ``(n, D, D)``.
+
+    Returns:
+        ``A^(-½)``; the square roots ``(n, D)`` of A's eigenvalues; A's eigenvectors.
+    """
     values, vectors = decompose(covariance)
-    # What is rounding of the largest is no number, and the gradient has its power of -3/2: taken for that rounding.
+    # Clamp eigenvalues below the rounding error of the largest: they are noise, and the gradient has their power -3/2.
     rounding = torch.finfo(values.dtype).eps * values.shape[-1] * values[:, -1:]
     roots = (values.clamp(min=rounding) + eps).sqrt()
     return (vectors / roots.unsqueeze(-2)) @ vectors.mT, roots, vectors
 
 
 def zca_adjoint(grad: Tensor, matrix: Tensor, roots: Tensor, vectors: Tensor) -> Tensor:
-    """The gradient of the covariance, from that of `zca`'s matrix."""
+    """Compute the gradient of the covariance from that of `zca`'s matrix."""
     rows, columns = roots.unsqueeze(-1), roots.unsqueeze(-2)
     differences = -1 / (rows * columns * (rows + columns))
     turned = vectors.mT @ ((grad + grad.mT) / 2) @ vectors
@@ -94,16 +98,16 @@ class _DecorrelatedBatchNorm(WhiteningNorm):
 
 
 class DecorrelatedBatchNorm1d(_DecorrelatedBatchNorm):
-    """`nn.BatchNorm1d` that also decorrelates the channels of a group, exactly: ZCA (arXiv 1804.08450).
+    """`nn.BatchNorm1d` that also decorrelates the channels of a group exactly, by ZCA (arXiv 1804.08450).
 
-    Evaluation decomposes the running covariance at every forward pass, so that it is whitened as a batch is: `fold`
-    it for inference.
+    Evaluation decomposes the running covariance at every forward pass, to whiten as exactly as training does. `fold`
+    the layer for inference.
 
     Args:
         num_features, …, dtype, bias: as for `nn.BatchNorm1d`; `eps` is added to the covariance's diagonal.
-        group_size: channels that are whitened together, the last group may have fewer; None for all.
-        synchronize: take the statistics of all processes' batches together where `torch.distributed` runs.
-        process_group: the processes that are meant; None for all.
+        group_size: channels that are whitened together (the last group may have fewer); None for all.
+        synchronize: under `torch.distributed`, compute training statistics over all processes' batches.
+        process_group: the processes to synchronize; None for those of DDP's wrapper, or else all.
 
     Shape: ``(N, C)`` or ``(N, C, L)``.
     """

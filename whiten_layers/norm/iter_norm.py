@@ -1,19 +1,19 @@
-"""Iterative normalization: the root of the covariance's inverse by a few Newton steps (arXiv 1904.03441).
+"""Iterative normalization: the covariance's inverse square root by a few Newton steps (arXiv 1904.03441).
 
-With ``Σ_N = Σ / tr Σ``, whose eigenvalues are at most 1, ``P ← (3P − P³ Σ_N) / 2`` from ``P = I`` tends to
-``Σ_N^(-½)``, and the whitening matrix is ``V = P / √tr Σ``. After few steps directions of small variance are whitened
-in part; after many, rounding grows where Σ is ill-conditioned (the steps keep to matrices that commute with Σ only as
-far as it lets them).
+With ``Σ_N = Σ / tr Σ``, whose eigenvalues are at most 1, ``P ← (3P − P³ Σ_N) / 2`` from ``P = I`` converges to
+``Σ_N^(-½)``. The whitening matrix is ``V = P / √tr Σ``. After few steps, directions of small variance are only partly
+whitened. After many, rounding errors grow where Σ is ill-conditioned: the steps need P to commute with Σ, which
+rounding breaks.
 
-The gradient of one step, G that of its result and A = G Σ_N, by the product rule:
+The gradient of one step follows from the product rule. With G the gradient of its result and A = G Σ_N:
 
     ∂L/∂P = (3G − (A P² + P A P + P² A)) / 2        ∂L/∂Σ_N = −P³ G / 2, summed over the steps
 
-and of the normalization by the trace t, with U = ∂L/∂V:
+The gradient of the normalization by the trace t, with U = ∂L/∂V:
 
     G = U / √t at the last step      ∂L/∂Σ = ∂L/∂Σ_N / t − (⟨∂L/∂Σ_N, Σ_N⟩ + ⟨U, V⟩ / 2) I / t
 
-The steps are computed again in backward: nothing of them is kept.
+Backward computes the steps again instead of storing them.
 """
 
 from functools import partial
@@ -28,13 +28,13 @@ from .samples import BatchMoments, Whitening
 
 
 def newton_root(covariance: Tensor, iterations: int) -> Tensor:
-    """Towards ``covariance^(-½)``, of n symmetric positive definite matrices ``(n, D, D)``."""
+    """Approximate ``covariance^(-½)`` of n symmetric positive definite matrices ``(n, D, D)``."""
     trace = _trace(covariance)
     return _steps(covariance / trace, iterations)[-1] / trace.sqrt()
 
 
 def newton_root_adjoint(grad: Tensor, root: Tensor, covariance: Tensor, iterations: int) -> Tensor:
-    """The gradient of the covariance, from that of `newton_root`."""
+    """Compute the gradient of the covariance from that of `newton_root`'s result."""
     trace = _trace(covariance)
     normed = covariance / trace
     steps = _steps(normed, iterations - 1)
@@ -127,14 +127,14 @@ class _IterNorm(WhiteningNorm):
 
 
 class IterNorm1d(_IterNorm):
-    """`nn.BatchNorm1d` that also decorrelates the channels of a group, by a few Newton steps (arXiv 1904.03441).
+    """`nn.BatchNorm1d` that also decorrelates the channels of a group by a few Newton steps (arXiv 1904.03441).
 
     Args:
         num_features, …, dtype, bias: as for `nn.BatchNorm1d`; `eps` is added to the covariance's diagonal.
-        group_size: channels that are whitened together, the last group may have fewer; None for all.
-        iterations: Newton steps, at least 1; more than about ten are of use to no covariance but a mild one.
-        synchronize: take the statistics of all processes' batches together where `torch.distributed` runs.
-        process_group: the processes that are meant; None for all.
+        group_size: channels that are whitened together (the last group may have fewer); None for all.
+        iterations: Newton steps, at least 1; more than about ten help only a well-conditioned covariance.
+        synchronize: under `torch.distributed`, compute training statistics over all processes' batches.
+        process_group: the processes to synchronize; None for those of DDP's wrapper, or else all.
 
     Shape: ``(N, C)`` or ``(N, C, L)``.
     """

@@ -1,19 +1,19 @@
-"""Whitening a batch of samples by a matrix that follows from their covariance, and the gradient of that.
+"""Whitening of a batch of samples by a function of their covariance, and its gradient.
 
 A group of D channels has n samples, the columns of X. Its normalization is
 
     m = X 1 / n      Σ = (X − m)(X − m)ᵀ / n      V = f(Σ)      Y = γ V (X − m) + β
 
-with f what the kinds of normalization differ in. With δ = ∂L/∂Y the chain rule gives
+The kinds of normalization differ in f. With δ = ∂L/∂Y the chain rule yields
 
     ∂L/∂β = δ 1      ∂L/∂γ = diag(δ (X − m)ᵀ Vᵀ)      ∂L/∂V = γ δ (X − m)ᵀ      S = f'(Σ)* [∂L/∂V]
     ∂L/∂X = Vᵀ γ δ  −  Vᵀ γ δ 1 / n  +  (S + Sᵀ) (X − m) / n
 
-the second term from the mean; the third has none, since the columns of X − m sum to zero. Of X − m nothing
-is kept, nor of any step on the way: backward starts from the input, m and V, as batch normalization's does.
+The second term of ∂L/∂X is due to the mean. The third needs no such term, since the columns of X − m sum to zero.
+Neither X − m nor any intermediate result is kept: backward starts from the input, m and V, as in batch normalization.
 
-In several processes m and Σ are those of all samples, and n, ``δ 1`` and ``δ (X − m)ᵀ`` sums over all; the gradients of
-γ and β stay each process's own, as they do of `nn.SyncBatchNorm`: what takes the model averages them.
+With several processes, m and Σ are those of all samples, and n, ``δ 1`` and ``δ (X − m)ᵀ`` are sums over all. The
+gradients of γ and β stay each process's own, as in `nn.SyncBatchNorm`: the model's wrapper, such as DDP, averages them.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from ..processes import ProcessGroup
 
 
 class BatchMoments(NamedTuple):
-    """Of G groups of D channels: the number of samples, their mean ``(G, D)`` and covariance ``(G, D, D)``."""
+    """Moments of G groups of D channels: number of samples, mean ``(G, D)`` and covariance ``(G, D, D)``."""
 
     rows: Tensor
     mean: Tensor
@@ -37,10 +37,10 @@ class BatchMoments(NamedTuple):
 
 
 class Whitening(NamedTuple):
-    """The matrix ``(G, D, D)`` that a covariance comes to, and what the gradient needs of it.
+    """Whitening matrix ``(G, D, D)`` computed from a covariance, and what its gradient needs.
 
-    ``adjoint(∂L/∂V, V, *kept)`` returns ∂L/∂Σ, ``(G, D, D)``, or ``(G, D)`` of one that is diagonal. `learned` has what
-    buffers are to hold from now on, by their names, if the batch is a good one.
+    ``adjoint(∂L/∂V, V, *kept)`` returns ∂L/∂Σ ``(G, D, D)``, or only its diagonal ``(G, D)`` where the rest is 0.
+    `learned` holds the new values of buffers, by name. They are written if the batch is valid.
     """
 
     matrix: Tensor
@@ -50,7 +50,7 @@ class Whitening(NamedTuple):
 
 
 def columns(input: Tensor, groups: int, mean: Tensor | None = None) -> Tensor:
-    """A copy of samples ``(N, G D, …)`` as ``(G, D, n)`` of float32 at least, less their mean ``(G, D)`` if given.
+    """Copy samples ``(N, G D, …)`` to ``(G, D, n)``, in float32 or wider, minus their mean ``(G, D)`` if given.
 
     Differentiable in the samples.
     """
@@ -62,13 +62,13 @@ def columns(input: Tensor, groups: int, mean: Tensor | None = None) -> Tensor:
 
 
 def samples(columns: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `columns`, differentiable: of the shape, the type and the memory format of `like`."""
+    """Invert `columns`, differentiably, with the shape, dtype and memory format of `like`."""
     channels_first = columns.view(like.shape[1], like.shape[0], *like.shape[2:])
     return torch.empty_like(like).copy_(channels_first.transpose(0, 1))
 
 
 def batch_moments(input: Tensor, groups: int, process_group: ProcessGroup | None = None) -> tuple[BatchMoments, Tensor]:
-    """Moments of samples ``(N, G D, …)``, of all processes of the group together, and the samples' centred columns."""
+    """Compute moments of samples ``(N, G D, …)``, over all processes of the group, and the samples' centred columns."""
     dtype = torch.promote_types(input.dtype, torch.float32)
     by_sample = input.unsqueeze(-1).flatten(2)
     mean = by_sample.mean(2, dtype=dtype).mean(0).view(groups, -1)
@@ -85,12 +85,12 @@ def batch_moments(input: Tensor, groups: int, process_group: ProcessGroup | None
 
 
 def scaled(matrix: Tensor, weight: Tensor | None) -> Tensor:
-    """``γ V``, the rows of matrices ``(G, D, D)`` times a weight ``(G D,)``."""
+    """Compute ``γ V``: the rows of matrices ``(G, D, D)`` times a weight ``(G D,)``."""
     return matrix if weight is None else matrix * weight.to(matrix.dtype).view(*matrix.shape[:2], 1)
 
 
 def normalized(centred: Tensor, matrix: Tensor, weight: Tensor | None, bias: Tensor | None, like: Tensor) -> Tensor:
-    """``γ V (x − m) + β`` of columns ``(G, D, n)``, as samples like others; differentiable, with V constant."""
+    """Compute ``γ V (x − m) + β`` of centred columns ``(G, D, n)``, as samples like `like`; V counts as constant."""
     matrix = scaled(matrix, weight)
     if bias is None:
         return samples(matrix @ centred, like)
@@ -98,9 +98,9 @@ def normalized(centred: Tensor, matrix: Tensor, weight: Tensor | None, bias: Ten
 
 
 class NormalizeByBatch(torch.autograd.Function):
-    """`normalized`, for a mean and a matrix that follow from the samples themselves.
+    """Autograd function of `normalized` for a mean and a matrix computed from the samples themselves.
 
-    Of a second derivative nothing is known: double backward is an error.
+    Double backward raises an error: the second derivative is not implemented.
     """
 
     @staticmethod
@@ -166,7 +166,7 @@ def normalize_by_batch(
     whitening: Whitening,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Normalize samples, given as centred columns too, by their own moments and the whitening that they come to."""
+    """Normalize samples, also given as centred columns, by their own moments and whitening."""
     rows, mean, _ = moments
     matrix, adjoint, kept, _ = whitening
     return NormalizeByBatch.apply(input, weight, bias, centred, rows, mean, matrix, adjoint, process_group, *kept)

@@ -1,13 +1,14 @@
-"""Stochastic whitening batch normalization: a whitening matrix that learns, a step at each batch (arXiv 2106.04413).
+"""Stochastic whitening batch normalization: a whitening matrix learned by one step per batch (arXiv 2106.04413).
 
-Channels are standardised, ``x_s = (x − m) / s`` with ``s² = diag Σ + ε``, and multiplied by a matrix W that follows
-their correlation R = s⁻¹ (Σ + εI) s⁻¹ down the gradient of a criterion, before it is used:
+Channels are standardised, ``x_s = (x − m) / s`` with ``s² = diag Σ + ε``, and multiplied by a matrix W. Before W is
+used, it takes a step down the gradient (for "kl" the relative gradient, times WᵀW) of a criterion of the correlation
+R = s⁻¹ (Σ + εI) s⁻¹:
 
     "kl"         ½ (tr W R Wᵀ − ln det W R Wᵀ)        W ← W − α (W R Wᵀ − I) W
     "frobenius"  ½ ‖I − W R Wᵀ‖                       W ← W − α (W R Wᵀ − I) W R / ‖I − W R Wᵀ‖
 
-and is made symmetric, W ← ½ (W + Wᵀ). To backpropagation W is constant. So the normalization is
-``V (x − m)`` with V = W s⁻¹, and of ∂L/∂Σ only the diagonal is not zero: ``∂L/∂Σ_jj = −½ s_j⁻² Σ_k V_kj ∂L/∂V_kj``.
+Then W is made symmetric, W ← ½ (W + Wᵀ). Backpropagation treats W as constant. So the normalization is
+``V (x − m)`` with V = W s⁻¹, and only the diagonal of ∂L/∂Σ is not zero: ``∂L/∂Σ_jj = −½ s_j⁻² Σ_k V_kj ∂L/∂V_kj``.
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ CRITERIA = ("kl", "frobenius")
 
 
 def whitening_step(matrix: Tensor, correlation: Tensor, step_size: Tensor, criterion: str) -> Tensor:
-    """One step of n whitening matrices ``(n, D, D)`` towards ``W R Wᵀ = I``."""
+    """Take one step of n whitening matrices ``(n, D, D)`` towards ``W R Wᵀ = I``."""
     image = matrix @ correlation
     residual = image @ matrix.mT
     residual.diagonal(dim1=-2, dim2=-1).sub_(1)
@@ -33,13 +34,13 @@ def whitening_step(matrix: Tensor, correlation: Tensor, step_size: Tensor, crite
         direction = residual @ matrix
     else:
         norm = torch.linalg.matrix_norm(residual, keepdim=True)
-        direction = residual @ image / torch.where(norm > 0, norm, 1)  # white already: 0 / 0
+        direction = residual @ image / torch.where(norm > 0, norm, 1)  # avoids 0 / 0 where already white
     moved = matrix - step_size * direction
     return (moved + moved.mT) / 2
 
 
 def standardised_adjoint(grad: Tensor, matrix: Tensor, variance: Tensor) -> Tensor:
-    """The diagonal of the covariance's gradient, from that of V."""
+    """Compute the diagonal of the covariance's gradient from the gradient of V."""
     return (grad * matrix).sum(-2) / variance / -2
 
 
@@ -104,7 +105,7 @@ class _StochasticWhiteningBatchNorm(WhiteningNorm):
         scale = variance.rsqrt()
         if learns:
             correlation = scale.unsqueeze(-1) * covariance * scale.unsqueeze(-2)
-            # That of Σ + εI: else a channel that is dead, of variance 0, would have its row of W grow for ever.
+            # 1, as for Σ + εI: with Σ's own diagonal, W's row of a dead channel (variance 0) would grow for ever.
             correlation.diagonal(dim1=-2, dim2=-1).fill_(1)
             matrix = whitening_step(matrix, correlation.to(matrix.dtype), self.step_size, self.criterion)
             learned = {"whitening": matrix}
@@ -125,19 +126,19 @@ class _StochasticWhiteningBatchNorm(WhiteningNorm):
 
 
 class StochasticWhiteningBatchNorm1d(_StochasticWhiteningBatchNorm):
-    """`nn.BatchNorm1d` whose standardised channels a learning matrix decorrelates, step by step (arXiv 2106.04413).
+    """`nn.BatchNorm1d` that also decorrelates the channels, by a matrix learned step by step (arXiv 2106.04413).
 
-    The matrix takes one step of `step_size` at every training batch, and starts from the identity: at the default,
-    which is the paper's, whitening comes about over 10⁵ batches. It is a buffer, not a parameter: the optimizer knows
-    nothing of it, and `follow_learning_rate` lets the step size decay as a learning rate does.
+    The matrix starts from the identity and takes one step of size `step_size` at every training batch. At the default,
+    the paper's, whitening takes about 10⁵ batches. The matrix is a buffer, not a parameter, so the optimizer does not
+    update it. `follow_learning_rate` makes the step size decay with a learning rate.
 
     Args:
         num_features, …, dtype, bias: as for `nn.BatchNorm1d`. (The paper's momentum is 0.05.)
-        criterion: what the steps go down, "kl" or "frobenius".
-        step_size: α, at least 0, at first. The buffer ``step_size`` holds it, and may be filled with another.
-        group_size: channels that are whitened together, the last group may have fewer; None for all, as in the paper.
-        synchronize: take the statistics of all processes' batches together where `torch.distributed` runs.
-        process_group: the processes that are meant; None for all.
+        criterion: criterion that the steps minimise, "kl" or "frobenius".
+        step_size: initial α, at least 0. The buffer ``step_size`` holds the current α and may be overwritten.
+        group_size: channels that are whitened together (the last group may have fewer); None for all, as in the paper.
+        synchronize: under `torch.distributed`, compute training statistics over all processes' batches.
+        process_group: the processes to synchronize; None for those of DDP's wrapper, or else all.
 
     Shape: ``(N, C)`` or ``(N, C, L)``.
     """
@@ -164,14 +165,14 @@ class StochasticWhiteningBatchNorm3d(_StochasticWhiteningBatchNorm):
 
 
 def follow_learning_rate(model: nn.Module, optimizer: Optimizer) -> Any:
-    """Let the step sizes of a model's stochastic whitening layers decay with an optimizer's learning rate.
+    """Make the step sizes of a model's stochastic whitening layers decay with an optimizer's learning rate.
 
-    After every step of the optimizer each layer's step size is its initial one times the learning rate of that
-    step over the highest: the group's ``max_lr`` or ``initial_lr``, which schedulers leave there, or else the
-    present one. The group is the one that holds the layer's weight, or the first.
+    Now and after every optimizer step, each layer's step size is set to its initial one times the learning rate over
+    the highest one. The highest is the parameter group's ``max_lr`` or ``initial_lr``, which schedulers set, or else
+    the learning rate at this call. The group is the one that holds the layer's weight, or else the first.
 
     Returns:
-        A handle whose ``remove()`` ends it.
+        A handle whose ``remove()`` stops this.
     """
     layers = [module for module in model.modules() if isinstance(module, _StochasticWhiteningBatchNorm)]
     places = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}

@@ -1,1 +1,1 @@
-"""When a model's statistics and inverses are renewed (`schedule`), how (`update`), and with whom (`collectives`)."""
+"""Refreshes of statistics and inverses: when (`schedule`), how (`update`), and with which processes (`collectives`)."""

@@ -1,4 +1,4 @@
-"""Refreshing in several processes: statistics in common, and every process a share of the inverses.
+"""Refreshes by several processes: they share the statistics, and each computes a part of the inverses.
 
 Process r has a window of nᵣ rows with mean mᵣ and covariance Cᵣ. With N = Σ nᵣ the rows of all have
 

@@ -1,4 +1,4 @@
-"""Which backward pass of a model this is, which of its layers have come to it, and what is due in it.
+"""Counts the backward passes of a model, knows which layers have come, and decides what is due.
 
 A *pass* is one run of autograd's engine. All layers of a model that come in one pass bring one *batch*, and share its
 number, however often each is called: statistics or a refresh are *due* at batches 1, 2, 4, 8, … and then at the
@@ -41,7 +41,7 @@ def is_due(batch: int, interval: int) -> bool:
 
 
 class Arrival(Enum):
-    """How a layer's batch comes to the schedule."""
+    """Ways in which a layer's batch arrives at the schedule."""
 
     IN_KNOWN_PASS = auto()  # the layer, or another of the model's, came in this pass before
     IN_NEW_PASS = auto()  # the first layer of the model in a pass that calls back at its end
@@ -50,10 +50,10 @@ class Arrival(Enum):
 
 @dataclass
 class Attendance:
-    """What a schedule notes about one layer: the numbers of batches, and the engine's number of the last pass."""
+    """Notes of a schedule about one layer: numbers of batches, and the engine's number of the last pass."""
 
-    batch: int = 0  # at which the layer last came
-    observed: int = 0  # the last of which it took, or was to take, statistics
+    batch: int = 0  # the last one that reached the layer
+    observed: int = 0  # the last one that it observed, or should have observed
     engine_pass: int | None = None
     is_announced: bool = False  # outside of a pass: the output's gradient has come, the weight's will follow
 
@@ -63,7 +63,7 @@ class Attendance:
 
 
 class Scheduled(Protocol):
-    """What a schedule needs of a layer's gradient transform."""
+    """Interface of a layer's gradient transform towards its schedule."""
 
     name: str
     handle: Tensor  # a number by which transforms have the same order on every process
@@ -158,7 +158,7 @@ class Schedule:
         return attendance.observed == self.batch
 
     def end_batch(self, member: Scheduled) -> None:
-        """Note that a layer has observed its batch: its refresh, if due, follows at the end of the pass, or at once."""
+        """Note that a layer has observed its batch. Its refresh, if due, follows at the end of the pass, or at once."""
         if not is_due(self.batch, member.update_interval):
             return
         number = current_pass()
@@ -169,13 +169,13 @@ class Schedule:
             call_at_end_of_pass(number, _end_pass)
 
     def close_pass(self, number: int) -> list[Scheduled]:
-        """End a pass; return the members whose refresh is due: of a pass around which another may run, those it met."""
+        """End a pass and return the members whose refresh is due; of a nested pass, only those that it reached."""
         is_known, self._open_pass = self._open_pass is not None, None
         together = [one for one in self._members if is_known or one.attendance.engine_pass == number]
         return [one for one in together if is_due(self.batch, one.update_interval)]
 
     def reset(self, member: Scheduled) -> None:
-        """Count from the start again, as a layer asks when its state is reset."""
+        """Count from the start again, when a layer's state is reset."""
         self.restore(member, [0, 0, 0])
 
     def state(self, member: Scheduled) -> list[int]:

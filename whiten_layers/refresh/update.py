@@ -1,4 +1,4 @@
-"""The refresh itself: close windows of statistics, and compute from them what gradients are multiplied by.
+"""The refresh: closes windows of statistics, and computes from them what gradients are multiplied by.
 
 All transforms that are due are refreshed together: matrices of one size are inverted in one batched call, and the
 results are written in place. Processes that train one model do it together, each its share (`collectives`).
@@ -20,7 +20,7 @@ from . import collectives
 
 
 class DueTransform(NamedTuple):
-    """A transform that is to be refreshed: its layer's name, the batch's number, and the batches since the last one."""
+    """Transform to refresh: its layer's name, the batch's number, and the batches since its last refresh."""
 
     name: str
     batch: int
@@ -32,8 +32,8 @@ class DueTransform(NamedTuple):
 def refresh_transforms(due: Iterable[DueTransform], group: ProcessGroup | None = None) -> None:
     """Close the windows of transforms that are due, and refresh what follows, with the processes of a group.
 
-    Statistics of which no process has observed anything new stay as they are, unless their method gets nearer to
-    the exact result at every refresh.
+    Where no process has observed anything new, statistics stay as they are, unless their method gets nearer to the
+    exact result at every refresh.
     """
     pairs = [(transform, statistics) for transform in due for statistics in transform.statistics]
     if group is not None:

@@ -1,1 +1,1 @@
-"""What a layer's inputs and output gradients are like: sampled rows, their covariance, and its inverse."""
+"""Statistics of a layer's inputs and output gradients: sampled rows, their covariance, and its inverse."""

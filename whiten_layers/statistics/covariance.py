@@ -1,4 +1,4 @@
-"""The mean and the covariance of rows of features, of one batch and as a running average."""
+"""Mean and covariance of rows of features: of one batch, and as a running average."""
 
 import math
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from .._torch.precision import full_precision
 
 
 class Moments(NamedTuple):
-    """A number of rows, their mean and covariance, for each group: (groups,), (groups, M), (groups, M, M).
+    """Number of rows, their mean and covariance, for each group: (groups,), (groups, M), (groups, M, M).
 
     Where there are no rows the others are 0.
     """
@@ -58,7 +58,7 @@ def merged(first: Moments, second: Moments) -> Moments:
 
 
 class FeatureCovariance(WideBuffers):
-    """A running mean and covariance of features, one for each group, in which every row counts by its age.
+    """Running mean and covariance of features, one for each group, in which every row counts by its age.
 
     Batches are gathered in a *window*, in which every row counts alike. Closing the window takes it into the running
     average; until then each of several processes gathers its own part. A window of n rows enters with the weight n,
@@ -142,7 +142,7 @@ class FeatureCovariance(WideBuffers):
 
     @property
     def window(self) -> Moments | None:
-        """What was observed since the last window was closed; None for nothing."""
+        """Moments of what was observed since the last window was closed; None for nothing."""
         if self.window_count is None or self.window_mean is None or self.window_covariance is None:
             return None
         return Moments(self.window_count, self.window_mean, self.window_covariance)

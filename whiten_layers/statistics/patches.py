@@ -1,9 +1,9 @@
-"""The rows of features that a layer sees: sampled positions, patches, and the autocovariance of a kernel's taps.
+"""Rows of features that a layer sees: sampled positions, patches, and the autocovariance of a kernel's taps.
 
-A linear layer sees the rows of its input; a convolution sees a patch of its input at every output
-position. Statistics need only a sample of those rows, so everything here takes ``max_rows`` and a
-``phase``: rows are taken at even steps through the batch and through space, and the phase (which
-batch this is) moves the first one, so that a run needs no random numbers and can be repeated.
+A linear layer sees the rows of its input; a convolution sees a patch of its input at every output position. Statistics
+need only a sample of those rows, so everything here takes ``max_rows`` and a ``phase``. Rows are taken at even steps
+through the batch and through space. The phase (the number of the batch) shifts the first row, so a run needs no random
+numbers and can be repeated.
 """
 
 import itertools
@@ -23,7 +23,7 @@ class Geometry:
     """Shape of a layer and the way it reads its input. Channels are counted within one group.
 
     A linear layer has no kernel: ``kernel_size == ()``, and its features are its channels. Padding with anything but
-    zeros does not belong to the geometry: the layer's input has then been padded already.
+    zeros is not part of the geometry, since the layer's input has then been padded already.
     """
 
     in_channels: int
@@ -33,7 +33,7 @@ class Geometry:
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()  # as F.pad takes it: last dimension first, both sides
-    upsampling: tuple[int, ...] = ()  # transposed: how far apart its input is spread. Its weight is (C, S)
+    upsampling: tuple[int, ...] = ()  # transposed convolution: step of the spread input. Its weight is (C, S)
 
     @cached_property
     def taps(self) -> int:
@@ -42,7 +42,7 @@ class Geometry:
 
     @cached_property
     def spread(self) -> int:
-        """One in so many positions of a transposed convolution's spread input is not a zero put in between."""
+        """Factor by which inserted zeros multiply the positions of a transposed convolution's input; otherwise 1."""
         return math.prod(self.upsampling)
 
     @cached_property
@@ -52,10 +52,10 @@ class Geometry:
 
     @cached_property
     def displacements(self) -> tuple[list[tuple[int, ...] | None], list[int]]:
-        """The distinct displacements between two taps, and which of them belongs to each of taps × taps pairs.
+        """Distinct displacements between two taps, and the index of the one that belongs to each of taps × taps pairs.
 
-        In positions of the input. Two opposite displacements are one, since an autocovariance is even; None stands for
-        those at which one of the two positions is always a zero put in between.
+        Displacements are in positions of the input. Opposite displacements count as one, since an autocovariance is
+        even. None stands for those at which one of the two positions is always an inserted zero.
         """
         steps = self.upsampling or (1,) * len(self.kernel_size)
         taps = list(itertools.product(*map(range, self.kernel_size)))
@@ -87,7 +87,7 @@ class Geometry:
 def _even_steps(batch: int, sizes: Sequence[int], max_rows: int | None, phase: int) -> tuple[slice, tuple[slice, ...]]:
     """Choose slices of the batch and of each spatial dimension that leave at most `max_rows` positions.
 
-    Space is thinned before the batch: two images tell more than two positions of one image do.
+    Space is thinned before the batch, since two images tell more than two positions of one image.
     """
     if max_rows is None:
         return slice(None), tuple(slice(None) for _ in sizes)
@@ -101,12 +101,12 @@ def _even_steps(batch: int, sizes: Sequence[int], max_rows: int | None, phase: i
 
 
 def _batched(input: Tensor, spatial_dims: int) -> Tensor:
-    """Bring an input without a batch dimension, or (under `torch.vmap`) with several, to one."""
+    """Reshape an input with no batch dimension, or (under `torch.vmap`) with several, to have one."""
     return input.reshape(-1, *input.shape[-spatial_dims - 1 :])
 
 
 def _spread(input: Tensor, upsampling: tuple[int, ...]) -> Tensor:
-    """Put zeros between the positions of an input, so that they lie `upsampling` apart."""
+    """Insert zeros between the positions of an input, so that they lie `upsampling` apart."""
     if all(step == 1 for step in upsampling):
         return input
     sizes = [(size - 1) * step + 1 for size, step in zip(input.shape[2:], upsampling, strict=True)]
@@ -120,7 +120,7 @@ def linear_rows(input: Tensor, max_rows: int | None = None, phase: int = 0) -> T
     """Sample rows of a linear layer's input (or output gradient): ``(..., M) -> (1, rows, M)``."""
     rows = input.reshape(-1, input.shape[-1])
     every = 1 if max_rows is None else max(1, math.ceil(len(rows) / max_rows))
-    # A step that shares a divisor with the sequence length would meet the same positions of every sequence.
+    # A step that shares a divisor with the sequence length would sample the same positions of every sequence.
     length = input.shape[-2] if input.dim() > 2 else 1
     while every < len(rows) and math.gcd(every, length) > 1:
         every += 1
@@ -135,7 +135,7 @@ def channel_rows(input: Tensor, groups: int, spatial_dims: int, max_rows: int | 
 
 
 def output_sizes(geometry: Geometry, sizes: Sequence[int]) -> list[int]:
-    """Count the positions that `patch_rows` finds along each spatial dimension of an input of these sizes."""
+    """Count the output positions of `patch_rows` along each spatial dimension, for an input of these sizes."""
     padding = geometry.padding or (0, 0) * len(sizes)
     outputs = []
     for axis, size in enumerate(sizes):
@@ -163,8 +163,8 @@ def patch_rows(input: Tensor, geometry: Geometry, max_rows: int | None = None, p
     images, space = _even_steps(window.shape[0], outputs, max_rows, phase)
     window = window[(images, slice(None), *space)]
     if geometry.upsampling:
-        window = window.flip([*range(2 + geometry.spatial_dims, window.dim())])  # the kernel is turned round
-    window = window.flatten(2 + geometry.spatial_dims)  # copies the sampled patches, and only those
+        window = window.flip([*range(2 + geometry.spatial_dims, window.dim())])  # the kernel is flipped
+    window = window.flatten(2 + geometry.spatial_dims)  # copies only the sampled patches
     return rearrange(window, "n (g c) ... taps -> g (n ...) (c taps)", g=geometry.groups)
 
 
@@ -175,13 +175,13 @@ def tap_autocovariance(
 
     The entry of two taps is the autocovariance of the channels about `mean` ``(groups, C)``, summed over channels, at
     the displacement from one tap to the other: a sum over positions, divided by their number. So it is linear in the
-    images, and several processes can add up theirs. For a transposed convolution, whose spread input is mostly zeros,
-    the diagonal is that of the positions in between which the zeros were put. The image counts as zero outside its
+    images, and several processes can add up their results. The spread input of a transposed convolution is mostly
+    inserted zeros; the diagonal counts only the positions that are not such zeros. The image counts as zero outside its
     borders, so the result is positive semidefinite. Whole images are sampled: at least one, and otherwise at most
     `max_rows` positions.
 
-    No patch is unfolded. With zeros between the rows and between the images, a displacement is an
-    offset in memory: its autocovariance is the inner product of the images with themselves, shifted.
+    No patch is unfolded. With zeros between the rows and between the images, a displacement is an offset in memory. Its
+    autocovariance is the inner product of the images with themselves, shifted by that offset.
 
     Returns:
         The number of positions, and the autocovariances.

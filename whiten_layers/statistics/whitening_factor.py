@@ -1,4 +1,4 @@
-"""One side of a whitening: a running covariance, and the inverse power of it that gradients are multiplied by."""
+"""Whitening of one side: a running covariance, and the inverse power of it that gradients are multiplied by."""
 
 import math
 from typing import NamedTuple
@@ -37,7 +37,7 @@ def snapshot_for_graph(state: Tensor) -> Tensor:
 class RefreshResult(NamedTuple):
     """New values for n matrices of a `WhiteningFactor`, to be used where they are `valid` (n,); see its buffers.
 
-    ``restarted`` (n,) tells whose iteration had to start afresh.
+    ``restarted`` (n,) tells which iterations had to restart.
     """
 
     valid: Tensor
@@ -48,7 +48,7 @@ class RefreshResult(NamedTuple):
 
 
 class WhiteningFactor(FeatureCovariance):
-    """A running covariance C and the matrix ``precision = k·(C/m + λI)^(-p)`` that was last computed from it.
+    """Running covariance C and the matrix ``precision = k·(C/m + λI)^(-p)`` that was last computed from it.
 
     m is the mean variance of a group's features, so λ, `damping`, is relative to it. k is ``m^(-p)``
     (for an approximate inverse and power 1 such that the whitened features have variance 1 on the mean)

@@ -1,4 +1,4 @@
-"""The interface of what may happen to a layer's gradient in backward."""
+"""Interface of a gradient transform: a linear map of a layer's gradients in backward."""
 
 from abc import ABC, abstractmethod
 from typing import Any, Self
@@ -14,7 +14,7 @@ from .handles import new_handle
 
 
 class GradientTransform(StatefulModule, ABC):
-    """A linear map of a layer's weight and bias gradients, and the statistics it is computed from.
+    """Linear map of a layer's weight and bias gradients, and the statistics it is computed from.
 
     A layer owns one transform, bound to its geometry. In the layer's backward pass the transform
     first maps the gradient with its state as it is, then observes the batch. It must change what
@@ -37,7 +37,7 @@ class GradientTransform(StatefulModule, ABC):
 
     Buffer: ``num_batches_skipped``, the batches that were left out of the statistics because they held a NaN or
     Inf, in this process. The extra state of a checkpoint is the schedule's batch, the last batch that
-    came to this layer, and the last of which it was to take statistics.
+    came to this layer, and the last one that it observed or should have observed.
     """
 
     update_interval: int = 10

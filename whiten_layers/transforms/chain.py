@@ -1,4 +1,4 @@
-"""Several transforms of one gradient, applied one after the other."""
+"""Chain of transforms, applied to one gradient one after the other."""
 
 import copy
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from .base import GradientTransform
 
 
 class Chain(GradientTransform):
-    """Apply transforms in order: ``Chain(FeatureWhitening(), PSIScaling())`` whitens, then scales.
+    """Several transforms applied in order: ``Chain(FeatureWhitening(), PSIScaling())`` whitens, then scales.
 
-    Each maps the result of the one before it, and observes what it would alone: the layer's input, the plain
-    gradient, and the gradient of the layer's output. They count batches together.
+    Each maps the result of the one before it. Each observes the same as it would alone: the layer's input, the plain
+    gradient, and the gradient of the layer's output. They share one count of batches.
 
     Args:
-        transforms: at least one `GradientTransform`, of which the chain takes a copy.
+        transforms: at least one `GradientTransform`. The chain copies them.
 
     Raises:
         ValueError: no transform is given.
-        TypeError: something that is given is no `GradientTransform`; the message names it.
+        TypeError: an argument is not a `GradientTransform`; the message names it.
 
-    State: that of its members, under their place ("0.inputs.running_covariance"). The chain itself skips no batch.
+    State: its members' state, under their index ("0.inputs.running_covariance"). The chain itself skips no batch.
     """
 
     def __init__(self, *transforms: GradientTransform) -> None:

@@ -1,4 +1,4 @@
-"""Numbers that stand for gradient transforms in compiled graphs, which can hold a tensor but no Python object."""
+"""Numbers that stand for gradient transforms in compiled graphs, which can hold tensors but no Python objects."""
 
 import itertools
 from typing import Any

@@ -1,16 +1,15 @@
 """Optimisation on the manifold of positively scale-invariant weights (arXiv 2101.02916).
 
-In front of a normalization per channel, a row w of the weight and αw, α > 0, are one function: the
-network depends on the row's direction alone, yet plain SGD depends on its scale. Differentiating
-``L(αw) = L(w)`` by w gives ``∇L(αw) = ∇L(w) / α``. On the manifold of the classes {αw} with the metric
-``⟨U, V⟩ / ‖w‖²`` the gradient of a row is
+In front of a per-channel normalization, a row w of the weight and αw, α > 0, define the same function: the network
+depends only on the row's direction. Yet plain SGD depends on its scale. Differentiating ``L(αw) = L(w)`` by w yields
+``∇L(αw) = ∇L(w) / α``. On the manifold of the classes {αw} with the metric ``⟨U, V⟩ / ‖w‖²`` the gradient of a row is
 
     ĝ(w) = ‖w‖² ∇L(w)            so that ĝ(αw) = α² ‖w‖² ∇L(w) / α = α ĝ(w)
 
-and a step from αw, ``αw − η ĝ(αw) = α (w − η ĝ(w))``, ends in the class in which the step from w does: the
-function learned does not depend on the rows' scale, nor does it if the gradient passes a linear map of the
-input side before, such as whitening: ``ĝ(w) = ‖w‖² ∇L(w) P``. Of whitening the output's gradients that is not so:
-their statistics scale with ``1/α`` themselves.
+A step from αw, ``αw − η ĝ(αw) = α (w − η ĝ(w))``, ends in the same class as the step from w: the learned function
+does not depend on the rows' scale. This still holds if a linear map on the input side, such as whitening, is applied
+to the gradient first: ``ĝ(w) = ‖w‖² ∇L(w) P``. It does not hold for whitening of the output's gradients, whose
+statistics scale with ``1/α`` themselves.
 """
 
 from typing import Self
@@ -23,20 +22,20 @@ from .base import GradientTransform
 
 
 class PSIScaling(GradientTransform):
-    """Multiply each output row's weight gradient by that row's squared norm. There are no options, and no statistics.
+    """Transform that multiplies each output row's weight gradient by the row's squared norm. No options or statistics.
 
-    For layers whose output goes to nothing but a normalization per channel, such as `nn.BatchNorm2d`: elsewhere
-    a row's scale is part of the function. There the bias has no effect, and its gradient is left alone.
-    A row that is zero stays zero.
+    For layers whose output goes only to a per-channel normalization, such as `nn.BatchNorm2d`: elsewhere a row's scale
+    is part of the function. In such layers the bias has no effect, and its gradient stays as it is. A row that is zero
+    stays zero.
 
-    The independence of the rows' scale is exact for plain SGD and a normalization whose eps goes to 0; with
-    the usual eps it holds up to that. Momentum and weight decay are not the paper's. They too are linear in a row and
-    its scaled gradients, so a row α times as long takes α times each step; but decay, which shrinks the rows, no
-    longer makes the effective step grow, and so does next to nothing to these layers. An optimizer that divides by the
+    The independence of the rows' scale is exact for plain SGD and a normalization whose eps goes to 0. With the usual
+    eps it is approximate. Momentum and weight decay are not in the paper. They too are linear in a row and its scaled
+    gradients, so a row α times as long takes α times each step. But weight decay, which shrinks the rows, no longer
+    increases the effective step, and so has almost no effect on these layers. An optimizer that divides by the
     gradient's own size, as Adam does, undoes the scaling.
 
-    The norm is that of the weight in the forward pass. Autograd saves it for backward, so that running one graph
-    backward again after an optimizer's step is an error.
+    The norm is that of the weight in the forward pass. Autograd saves the weight for backward, so running a graph
+    backward again after an optimizer step is an error.
     """
 
     geometry: Geometry
@@ -53,7 +52,7 @@ class PSIScaling(GradientTransform):
     def transform(
         self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        assert weight is not None  # it reads the weight
+        assert weight is not None  # since `reads_weight` is set
         dtype = torch.promote_types(grad_weight.dtype, torch.float32)
         squares = self.geometry.matrix(weight).to(dtype).square().sum((-2, -1), keepdim=True)
         matrix = self.geometry.matrix(grad_weight).to(dtype) * squares

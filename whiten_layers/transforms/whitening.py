@@ -7,11 +7,11 @@ gradient step on ``(W̃, b̃)`` therefore moves the plain parameters by
 
     Ĝ = (G − g μᵀ) P            ĝ = g − Ĝ μ
 
-for one product a batch, where whitening the samples takes two for each sample. Without a bias
-nothing can absorb the shift, the samples are ``x̃ = T x``, and ``Ĝ = G P``.
+This costs one product per batch, where whitening the samples costs two per sample. Without a bias nothing can absorb
+the shift: the samples are ``x̃ = T x``, and ``Ĝ = G P``.
 
-On the other side, an output ``y = R ỹ`` with ``R Rᵀ = Q`` has ``∂L/∂ỹ = Rᵀ δ``: the plain parameters
-move by ``Q Ĝ`` and ``Q ĝ``. Here ``Q = k' (D + λI)^(-q)``, D the second moment of δ, as ``P = k (C + λI)^(-p)``.
+On the output side, ``y = R ỹ`` with ``R Rᵀ = Q`` has ``∂L/∂ỹ = Rᵀ δ``: the plain parameters move by ``Q Ĝ`` and
+``Q ĝ``. Here ``Q = k' (D + λI)^(-q)`` with D the second moment of δ, as ``P = k (C + λI)^(-p)``.
 """
 
 import math
@@ -31,45 +31,45 @@ FEATURES = ("kronecker", "patch")
 
 
 class FeatureWhitening(GradientTransform):
-    """Whiten a layer's input features, and with `output_power` the gradients of its outputs.
+    """Transform that whitens a layer's input features, and with `output_power` the gradients of its outputs.
 
     Args:
-        method: how the inverse is computed: "cholesky" (power 1), "eigh" (any power), "newton_schulz"
-            (powers 1 and ½, matrix products only), "recursive" (any power, approximate, a few
-            products with `rank` columns), or "auto", the cheapest exact one that gives the power.
-        features: what is whitened together in a convolution. "patch": all ``M = C·taps`` entries
-            of a patch, the paper's form. "kronecker": ``C ≈ A ⊗ B`` with the channels' covariance
-            A and the taps' correlation B (unit diagonal), each damped and inverted for itself;
-            no patch is unfolded, and C² + taps² numbers are kept. B is about the mean in the statistics before
-            a batch, and so starts with the second window (below). The same for a linear layer
-            and for a kernel of one tap. Groups are whitened each for itself.
-        power: p in ``P = k (C + λI)^(-p)``, in [0, 1]: 1 whitens (the paper), ½ half way.
-        output_power: q in ``Q = k' (D + λI)^(-q)``, in [0, 1]: D is the second moment of the
-            output's gradient, its trace normalised at each refresh so that loss scaling cancels.
-        damping: λ as a multiple of the mean variance of the features, at least 0. Each factor of a
-            Kronecker product is damped by the root of it, so that the product's floor is λ.
-        decay: weight of the past at each batch, taken into the statistics or not, in [0, 1). What is observed
-            between two refreshes is one window, in which all rows count alike.
+        method: how the inverse is computed: "cholesky" (power 1), "eigh" (any power), "newton_schulz" (powers 1 and ½,
+            matrix products only), "recursive" (any power, approximate, a few products with `rank` columns), or "auto",
+            the cheapest exact method that supports the power.
+        features: the features of a convolution that are whitened together. "patch": all ``M = C·taps`` entries of a
+            patch, as in the paper. "kronecker": ``C ≈ A ⊗ B`` with the channels' covariance A and the taps' correlation
+            B (unit diagonal), each damped and inverted separately. No patch is unfolded, and C² + taps² numbers are
+            kept. B is taken about the running mean from before the batch, and so starts with the second window (see
+            `decay`). Both are the same for a linear layer and for a kernel of one tap. Each group is whitened
+            separately.
+        power: p in ``P = k (C + λI)^(-p)``, in [0, 1]: 1 whitens fully (as in the paper), ½ half way.
+        output_power: q in ``Q = k' (D + λI)^(-q)``, in [0, 1]. D is the second moment of the output's gradient, with
+            its trace normalised at each refresh so that loss scaling cancels.
+        damping: λ as a multiple of the mean variance of the features, at least 0. Each factor of a Kronecker product is
+            damped by the root of λ, so that the product's floor is λ.
+        decay: factor on the weight of past rows at each batch, observed or not, in [0, 1). All that is observed between
+            two refreshes forms one window, in which all rows have the same weight.
         center: whiten about the mean (covariance) or about zero (second moment).
-        rescale: choose k such that the expected norm of the gradient stays that of the plain one,
-            so that a learning rate tuned for the plain network still fits; otherwise k = 1 (of the
-            recursive method, power 1: such that the whitened features have variance 1 on the mean).
-        update_interval: batches between two refreshes of P, after 1, 2, 4, 8, … at first.
-        statistics_interval: batches between two that are observed, after 1, 2, 4, 8, … at first. A layer that
-            such a batch does not reach observes the next one that does.
-        max_rows: rows (positions, for a convolution) sampled for an update; None for all.
-        block_size: how many channels (of a linear layer: features) are whitened together at most, in
-            order, as equal parts: the covariance is then block-diagonal. With "patch" features a
-            channel's taps stay together. None for all. It divides memory by the number of blocks, and
-            the cost of an inverse by its square (of a recursive one by the number).
-        rank: columns that the recursive method works with, at least 1: with power 1 a refresh clears
-            twice as many directions, with another power so many eigenvectors are followed.
+        rescale: choose k so that the expected norm of the gradient stays that of the plain one. A learning rate tuned
+            for the plain network then still fits. Otherwise k = 1 (recursive method with power 1: k such that the
+            whitened features have mean variance 1).
+        update_interval: batches between two refreshes of P; before that many, P is refreshed after 1, 2, 4, 8, …
+        statistics_interval: batches between two that are observed; before that many, batches 1, 2, 4, 8, … are
+            observed. A layer that such a batch does not reach observes the next one that does.
+        max_rows: rows (positions, for a convolution) sampled from each observed batch; None for all.
+        block_size: largest number of channels (of a linear layer: features) that are whitened together; None for all.
+            They are split in order into equal parts, and the covariance becomes block-diagonal. With "patch" features a
+            channel's taps stay together. Divides memory by the number of blocks, and the cost of an inverse by its
+            square (of a recursive one, by the number).
+        rank: number of columns in the recursive method, at least 1. With power 1 a refresh whitens twice as many
+            directions; another power tracks this many eigenvectors.
 
     Raises:
-        ValueError: an option is outside what is allowed; the message names it, its value and the choices.
+        ValueError: an option has a value that is not allowed; the message names it, its value and the choices.
 
-    State, after `bind`: one `WhiteningFactor` each for ``inputs``, or ``channels`` and ``taps``,
-    and ``outputs`` where they are whitened.
+    State, after `bind`: a `WhiteningFactor` called ``inputs``, or two called ``channels`` and ``taps``, and one called
+    ``outputs`` if the outputs are whitened.
     """
 
     geometry: Geometry
@@ -116,7 +116,7 @@ class FeatureWhitening(GradientTransform):
 
     @classmethod
     def exact(cls, method: str = "auto", **options: Any) -> Self:
-        """The paper's form: whole patches, power 1, no rescaling, every row of every batch, a refresh after each."""
+        """Make the paper's form: whole patches, power 1, no rescaling, all rows, and a refresh after every batch."""
         exact: dict[str, Any] = {"features": "patch", "power": 1.0, "rescale": False}
         every = {"update_interval": 1, "statistics_interval": 1, "max_rows": None}
         return cls(method, **(exact | every | options))
@@ -175,12 +175,12 @@ class FeatureWhitening(GradientTransform):
 
         mean = None
         if bias is not None and self.power > 0 and self.center:
-            # The mean of a patch: over its taps the mean of a channel, where the two are separate.
+            # The mean of a patch. If channels and taps are separate, all taps of a channel have the channel's mean.
             mean = (self.channels if self.separable else self.inputs).current_mean()
             mean = mean.unsqueeze(-1) / geometry.spread if self.separable else mean.view(shape[0], *shape[2:])
             matrix = matrix - bias[:, :, None, None] * mean.unsqueeze(1)
         if self.power > 0 and self.separable:
-            # Two plain products; a broadcast one would multiply row by row, at three times the time.
+            # Two plain products: a broadcast one would multiply row by row, which takes three times as long.
             matrix = self.taps.multiply(matrix.flatten(1, 2)).view(shape)
             matrix = self.channels.multiply(matrix.transpose(2, 3).flatten(1, 2))
             matrix = matrix.view(shape[0], shape[1], shape[3], shape[2]).transpose(2, 3)
@@ -200,7 +200,7 @@ class FeatureWhitening(GradientTransform):
     def observe_output(self, grad_output: Tensor) -> None:
         batch = self.schedule.begin_batch(self, announced=True)
         if grad_output.numel() > 0 and self.schedule.statistics_are_due(self):
-            # Kept until `observe` knows whether the batch is a good one.
+            # Kept until `observe` knows whether the batch is valid.
             self._output_moments = moments(self.outputs.split(self._rows(grad_output, batch)), center=False)
 
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:
@@ -209,7 +209,7 @@ class FeatureWhitening(GradientTransform):
         if input.numel() > 0:
             # A NaN or Inf anywhere in the input or in the output's gradient reaches the weight's gradient.
             total = grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32))
-            # Reading a number from the CPU waits for nothing, and spares every step three small operations.
+            # Reading a number on the CPU does not block, and saves three small operations per step.
             valid = math.isfinite(total) if total.is_cpu else torch.isfinite(total)
             if is_observed:
                 valid = self._observe_factors(input, batch, valid)
@@ -226,12 +226,12 @@ class FeatureWhitening(GradientTransform):
         return channel_rows(tensor, self.geometry.groups, self.geometry.spatial_dims, self.max_rows, phase)
 
     def _observe_factors(self, input: Tensor, batch: int, valid: Tensor | bool) -> Tensor | bool:
-        """Take a batch into the statistics unless it is not valid; return whether it is."""
+        """Add a batch to the statistics if it is valid; return whether it is."""
         phase = batch // self.statistics_interval
         if self.power > 0 and self.separable:
             channels = self.channels
             valid = channels.observe_rows(self._rows(input, batch), self.center, valid)
-            # About a mean that every process has, and has had since the window was opened.
+            # About a mean that is the same in every process and has not changed since the window was opened.
             mean = channels.join_mean(channels.running_mean)
             positions, covariance = tap_autocovariance(input, self.geometry, mean, self.max_rows, phase)
             count = covariance.new_full((len(covariance),), positions)
