@@ -1,1 +1,1 @@
-"""One question a file, each run as ``python -m benchmarks.NAME``."""
+"""Benchmarks: each file answers one question, and is run as ``python -m benchmarks.NAME``."""

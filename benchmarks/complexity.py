@@ -1,16 +1,17 @@
-"""The paper's two complexity claims (arXiv 2010.01546), measured.
+"""Do the paper's two complexity claims hold (arXiv 2010.01546)?
 
 (a) Whitening by transforming the gradient, against transforming the samples forward and backward: the
 multiplications and the time of both, and the factor S / (2B) that the paper predicts between them.
 (b) Refreshing the inverse by recursion, against the eigendecomposition: time over M, and the exponent of M.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -22,11 +23,12 @@ from whiten_layers.inverse import METHODS, supports
 from whiten_layers.refresh.update import refresh_factors
 from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
-from .environment import describe, environment
-from .output import aligned, write
+from .environment import describe
+from .options import PositiveFloat, PositiveInt, read, reject
+from .output import show, write
 from .timing import median_seconds, steady_allocator
-from .training import positive
 
+PROGRAM = "python -m benchmarks.complexity"
 BASELINE = "eigh"
 DAMPING = 0.03
 KEYS = ("inverse", "refresh")
@@ -34,13 +36,13 @@ LARGE = 1000  # from this M on arithmetic outweighs the cost of calls
 
 
 def covariance_of(size: int) -> Tensor:
-    """A sample covariance whose variances fall as 1/i."""
+    """Draw a sample covariance whose variances fall as 1/i."""
     rows = torch.randn(2 * size, size) / torch.arange(1, size + 1).sqrt()
     return rows.mT @ rows / len(rows)
 
 
 def transformation(batch: int, outputs: int, features: int) -> dict[str, float]:
-    """Cell (B, S, M) of claim (a): both ways on the same numbers, the answers compared, then timed in turns."""
+    """Time both ways of claim (a) in turns for a cell (B, S, M), after checking that their answers agree."""
     inputs, delta = torch.randn(batch, features) + 0.5, torch.randn(batch, outputs)
     mean, weight = inputs.mean(0), torch.randn(outputs, features)
     covariance = covariance_of(features) + DAMPING * torch.eye(features)
@@ -80,7 +82,7 @@ def transformation(batch: int, outputs: int, features: int) -> dict[str, float]:
 
 
 def agreement(cell: dict[str, float]) -> str:
-    """Whether the measured factor is within twice the predicted one, and if not, why."""
+    """Tell whether the measured factor is within twice the predicted one, and if not, why."""
     off = cell["measured"] / cell["predicted"]
     if 0.5 <= off <= 2:
         return "yes"
@@ -92,7 +94,7 @@ def agreement(cell: dict[str, float]) -> str:
 
 
 def refreshes(size: int, power: float, rank: int, largest: int) -> dict[str, dict[str, float]]:
-    """Claim (b) at one M: seconds of each method alone, and of a whole refresh with statistics scaled and P written.
+    """Time claim (b) at one M: each method alone, and a whole refresh, which scales statistics and writes P too.
 
     As in training, C has moved since the last refresh, by ten batches at a decay of 0.95. It goes back and forth
     between two covariances, so that every call has as far to go as the one before.
@@ -104,7 +106,14 @@ def refreshes(size: int, power: float, rank: int, largest: int) -> dict[str, dic
     for name, method in METHODS.items():
         if not supports(name, power) or (name in (BASELINE, "newton_schulz") and size > largest):
             continue
-        options = {"method": name, "power": power, "damping": DAMPING, "decay": 0.95, "rescale": True, "rank": rank}
+        options: dict[str, Any] = {
+            "method": name,
+            "power": power,
+            "damping": DAMPING,
+            "decay": 0.95,
+            "rescale": True,
+            "rank": rank,
+        }
         factor = WhiteningFactor(1, size, **options)
         factor.running_covariance = covariance
         for _ in range(10 if method.is_approximate else 1):
@@ -128,7 +137,7 @@ def refreshes(size: int, power: float, rank: int, largest: int) -> dict[str, dic
 
 
 def large_products(covariance: Tensor, rank: int) -> list[Callable[[], Tensor]]:
-    """What a recursive inverse cannot do without: in two steps C and P times `rank` columns, and one update of P."""
+    """The large products of a recursive inverse: in both of its steps C and P times `rank` columns, then P's update."""
     columns, pairs = torch.randn(1, covariance.shape[-1], rank), torch.randn(1, covariance.shape[-1], 4 * rank)
     precision = covariance.clone()
     thin = [lambda: covariance @ columns, lambda: precision @ columns]
@@ -136,7 +145,7 @@ def large_products(covariance: Tensor, rank: int) -> list[Callable[[], Tensor]]:
 
 
 def pair(values: dict, name: str, compute: Callable[[float, float], float], text: str) -> str:
-    """A cell of table (b): of an inverse, and of a whole refresh; empty where the method was left out."""
+    """A cell of table (b): the figure of an inverse, and of a whole refresh; empty where the method was left out."""
     if name not in values:
         return ""
     return text.format(*(compute(values[name][key], values["recursive"][key]) for key in KEYS))
@@ -152,7 +161,7 @@ def exponent(seconds: dict[int, float]) -> float:
 
 
 def plot(cells: list[dict], measured: dict[int, dict], exponents: dict[str, dict[str, float]]) -> Figure:
-    """Measured against predicted factors, and seconds of an inverse over M."""
+    """Plot measured against predicted factors, and seconds of an inverse over M."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for features in sorted({cell["M"] for cell in cells}):
@@ -173,22 +182,26 @@ def plot(cells: list[dict], measured: dict[int, dict], exponents: dict[str, dict
     return figure
 
 
+@dataclass(frozen=True)
+class Options:
+    """The options of the benchmark."""
+
+    batches: tuple[PositiveInt, ...] = (32, 128, 512, 2048)  # B of (a)
+    outputs: tuple[PositiveInt, ...] = (64, 256, 1024)  # S of (a)
+    features: tuple[PositiveInt, ...] = (144, 576, 2304)  # M of (a)
+    sizes: tuple[PositiveInt, ...] = (128, 288, 576, 1152, 2304, 4608)  # M of (b)
+    largest: PositiveInt = 4608  # the largest M for the slow methods of (b)
+    power: PositiveFloat = 1.0  # of (b)
+    rank: PositiveInt = 16
+    seed: int = 0
+    out: Path = Path("results/complexity")  # folder for the results
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.complexity", description=__doc__.split("\n\n")[0])
-    sizes = [128, 288, 576, 1152, 2304, 4608]
-    parser.add_argument("--batches", type=positive(int), nargs="+", default=[32, 128, 512, 2048], help="B of (a)")
-    parser.add_argument("--outputs", type=positive(int), nargs="+", default=[64, 256, 1024], help="S of (a)")
-    parser.add_argument("--features", type=positive(int), nargs="+", default=[144, 576, 2304], help="M of (a)")
-    parser.add_argument("--sizes", type=positive(int), nargs="+", default=sizes, help="M of (b)")
-    parser.add_argument("--largest", type=positive(int), default=4608, help="M of the slow methods of (b) at most")
-    parser.add_argument("--power", type=positive(float), default=1.0, help="of (b)")
-    parser.add_argument("--rank", type=positive(int), default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("results/complexity"), help="folder for the results")
-    options = parser.parse_args(arguments)
+    options = read(Options(), PROGRAM, __doc__, arguments)
     if options.largest < min(options.sizes):
-        parser.error(f"--largest {options.largest}: --sizes begins at {min(options.sizes)}")
+        reject(PROGRAM, f"--largest {options.largest}: --sizes begins at {min(options.sizes)}")
     steady_allocator()
     torch.manual_seed(options.seed)
     print(describe())
@@ -200,26 +213,25 @@ def main(arguments: list[str] | None = None) -> int:
             for size in tqdm(sorted(options.sizes), unit="size", desc="(b)", dynamic_ncols=True)
         }
 
-    print("\n(a) transforming the gradient against transforming the samples; the factor is gradient / samples")
+    result: dict[str, Any] = {}
     heads = ["B", "S", "M", "multiplications", "ms, samples", "ms, gradient", "S/(2B)", "counted", "measured"]
-    table = [[*heads, "within 2×"]]
+    lines = [[*heads, "within 2×"]]
     for cell in cells:
         counts = f"{cell['multiplications_gradient']:.3g} / {cell['multiplications_samples']:.3g}"
         times = [f"{1e3 * cell[key]:.3f}" for key in ("seconds_samples", "seconds_gradient")]
         factors = [f"{cell[key]:.3g}" for key in ("predicted", "counted", "measured")]
-        table.append([str(cell["B"]), str(cell["S"]), str(cell["M"]), counts, *times, *factors, agreement(cell)])
-    print(aligned(table))
+        lines.append([str(cell["B"]), str(cell["S"]), str(cell["M"]), counts, *times, *factors, agreement(cell)])
+    show(result, "(a) transforming the gradient against the samples; the factor is gradient / samples", lines)
 
     title = f"(b) milliseconds of an inverse (of a whole refresh), power {options.power:g}, rank {options.rank}"
-    print(f"\n{title}, from the last one, after C has moved")
     names = [name for name in METHODS if supports(name, options.power)]
     others = [name for name in (BASELINE, "cholesky") if name in names]
     floor = options.power == 1
-    table = [["M", *names, *(f"{name} / recursive" for name in others), *(["its products alone"] if floor else [])]]
+    lines = [["M", *names, *(f"{name} / recursive" for name in others), *(["its products alone"] if floor else [])]]
     for size, values in measured.items():
         row = [pair(values, name, lambda own, _: 1e3 * own, "{:.2f} ({:.2f})") for name in names]
         row += [pair(values, name, lambda own, recursive: own / recursive, "{:.1f} ({:.1f})") for name in others]
-        table.append([str(size), *row, *([f"{1e3 * values['recursive']['floor']:.2f}"] if floor else [])])
+        lines.append([str(size), *row, *([f"{1e3 * values['recursive']['floor']:.2f}"] if floor else [])])
     exponents: dict[str, dict[str, dict[str, float]]] = {}
     for label, least in {"exponent": 0, f"from {LARGE} on": LARGE}.items():
         known = {size: values for size, values in measured.items() if size >= least}
@@ -228,13 +240,10 @@ def main(arguments: list[str] | None = None) -> int:
             for name in names
         }
         slopes = ["{inverse:.2f} ({refresh:.2f})".format(**exponents[label][name]) for name in names]
-        table.append([label, *slopes, *[""] * (len(table[0]) - 1 - len(names))])
-    print(aligned(table))
-    chosen = {key: value for key, value in vars(options).items() if key != "out"}
-    result = {"environment": environment(), "options": chosen, "transformation": cells}
-    result |= {"refresh": measured, "exponents": exponents}
-    write(options.out, result, {"complexity": lambda: plot(cells, measured, exponents["exponent"])})
-    return 0
+        lines.append([label, *slopes, *[""] * (len(lines[0]) - 1 - len(names))])
+    show(result, f"{title}, from the last one, after C has moved", lines)
+    result |= {"transformation": cells, "refresh": measured, "exponents": exponents}
+    return write(options, result, {"complexity": lambda: plot(cells, measured, exponents["exponent"])})
 
 
 if __name__ == "__main__":

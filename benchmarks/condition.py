@@ -1,18 +1,18 @@
 """How fast does each method whiten? The condition number of P^½ C P^½ against refreshes and against seconds.
 
-Each case is a covariance that stays as it is: the spectra 1/i and 1/√i in a random basis, and what the
-layers of a ResNet-20 have, damped as the library damps it, after some epochs on the crops. A method
-refreshes from its own last result, in float32; condition numbers are taken in float64. "textbook" is the
-recursion that `recursive` started from, with random directions at each refresh.
+Each case is a constant covariance: of spectrum 1/i or 1/√i in a random basis, or that of a layer of a ResNet-20 after
+some epochs on the crops, damped as the library damps it. A method refreshes from its own last result, in float32;
+condition numbers are computed in float64. "textbook" is the recursion on which the method `recursive` improves, with
+random directions at each refresh.
 """
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import whiten_layers.models
@@ -26,11 +26,13 @@ from whiten_layers.inverse import METHODS, Inverse
 from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .data import DATASETS
-from .environment import describe, environment
-from .output import aligned, write
+from .environment import describe
+from .options import POSITIVE_INT, PositiveInt, read, reject, several
+from .output import annotate, show, write
 from .timing import steady_allocator
-from .training import Curve, positive, train
+from .training import Curve, train
 
+PROGRAM = "python -m benchmarks.condition"
 SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {"1/i": lambda i: 1 / i, "1/√i": lambda i: i**-0.5}
 SHOWN = (1, 2, 3, 5, 10, 20, 50, 100)  # refreshes in the table
 Case = tuple[str, Tensor]  # a name and (1, M, M), float32
@@ -57,7 +59,7 @@ def with_spectrum(values: Tensor) -> Tensor:
 
 
 def trained(epochs: int, seed: int) -> list[Case]:
-    """The damped patch covariances of all layers of a ResNet-20, after training it whitened on the crops."""
+    """Train a whitened ResNet-20 on the crops; return the damped patch covariances of its layers."""
     data = DATASETS["crops"]()
     torch.manual_seed(seed)
     network = whiten_layers.models.resnet20(data.num_classes)
@@ -69,17 +71,22 @@ def trained(epochs: int, seed: int) -> list[Case]:
 
 
 def condition(matrix: Tensor, covariance: Tensor) -> float:
-    """Of ``P^½ C P^½``, whose eigenvalues are those of ``Lᵀ C L`` with ``L Lᵀ = P``; infinite unless P is positive."""
+    """The condition number of ``P^½ C P^½``, infinite unless P is positive.
+
+    Its eigenvalues are those of ``Lᵀ C L`` with ``L Lᵀ = P``.
+    """
     lower, info = torch.linalg.cholesky_ex(matrix.double())
     values = torch.linalg.eigvalsh(lower.mT @ covariance.double() @ lower)[0]
     return (values[-1] / values[0]).item() if not info.any() else float("inf")
 
 
 def refreshed(name: str, covariance: Tensor, power: float, rank: int, refreshes: int) -> dict[str, Any]:
-    """Refresh as often as is asked; an exact method has no more to tell after a few."""
-    inverse, arguments = (textbook, 4) if name == "textbook" else METHODS[name][:2]
+    """Condition numbers and seconds of successive refreshes; three of an exact method, which never improves."""
+    inverse: Callable[..., Inverse] = textbook if name == "textbook" else METHODS[name].inverse
+    arguments = 4 if name == "textbook" else METHODS[name].arguments
     inverse(*(covariance, power, None, rank)[:arguments])  # to warm up
-    last, seconds, conditions, total = None, [], {}, 0.0
+    last: Inverse | None = None
+    seconds, conditions, total = [], {}, 0.0
     for number in range(1, (refreshes if name in ("recursive", "textbook") else 3) + 1):
         start = time.perf_counter()
         last = inverse(*(covariance, power, last, rank)[:arguments])
@@ -91,7 +98,7 @@ def refreshed(name: str, covariance: Tensor, power: float, rank: int, refreshes:
 
 
 def lines(case: str, size: int, before: float, runs: list[dict], shown: list[int]) -> list[list[str]]:
-    """Rows of the table: a method's condition numbers, and the milliseconds of a refresh."""
+    """Rows of the table, one for each method: condition numbers, and the milliseconds of a refresh."""
     rows = []
     for run in runs:
         after = {number: value["condition"] for number, value in run["after"].items()}
@@ -102,24 +109,24 @@ def lines(case: str, size: int, before: float, runs: list[dict], shown: list[int
 
 
 def summary(layers: list[dict], shown: list[int]) -> list[list[str]]:
-    """Of many layers: the median and the worst condition number after each number of refreshes."""
+    """Rows of the table for all layers together: the median and the worst condition number."""
     rows = []
     for index, run in enumerate(layers[0]["runs"]):
-        for name, reduce in {"median": statistics.median, "worst": max}.items():
+        reductions: dict[str, Callable[..., float]] = {"median": statistics.median, "worst": max}
+        for name, reduce in reductions.items():
             runs = [layer["runs"][index] for layer in layers]
             after = {n: {"condition": reduce(r["after"][n]["condition"] for r in runs)} for n in run["after"]}
             total = {**run, "after": after, "seconds": sum(r["seconds"] for r in runs)}
-            rows += lines(
-                f"ResNet-20, {name}", len(layers), reduce(layer["before"] for layer in layers), [total], shown
-            )
+            before = reduce(layer["before"] for layer in layers)
+            rows += lines(f"ResNet-20, {name}", len(layers), before, [total], shown)
     return rows
 
 
 def plot(results: list[dict]) -> Figure:
-    """Condition numbers against refreshes, and against seconds, for the largest case of each kind."""
+    """Plot condition numbers against refreshes, and against seconds, for the largest case of each kind."""
     spectra = sorted((result for result in results if result["kind"] == "spectrum"), key=lambda result: result["size"])
     chosen = list({result["case"]: result for result in spectra}.values())
-    layers = [result for result in results if result["kind"] == "layer"]
+    layers = [one for one in results if one["kind"] == "layer"]
     chosen += [max(layers, key=lambda result: (result["size"], result["before"]))] if layers else []
     figure = Figure(figsize=(4 * len(chosen), 7), layout="constrained")
     panels = figure.subplots(2, len(chosen), squeeze=False)
@@ -133,28 +140,30 @@ def plot(results: list[dict]) -> Figure:
             panels[0, column].semilogy(numbers, conditions, "o-", markersize=3, label=run["method"])
             panels[1, column].loglog(seconds[1:], conditions[1:], "o-", markersize=3, label=run["method"])
         panels[0, column].set_title(f"{result['case']}, M = {result['size']}")
-        panels[0, column].set_xlabel("refreshes")
-        panels[1, column].set_xlabel("seconds")
-    for row in panels:
-        row[0].set_ylabel("condition number")
-    panels[0, 0].legend()
+        for panel, x in zip(panels[:, column], ("refreshes", "seconds"), strict=True):
+            annotate(panel, x, "condition number", legend=panel is panels[0, 0])
     return figure
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the benchmark."""
+
+    sizes: Annotated[tuple[int, ...], several(tuple, POSITIVE_INT, least=0)] = (144, 576, 2304)  # M of the spectra
+    epochs: int = 2  # of training for the layers' covariances; 0 for none
+    rank: PositiveInt = 16
+    refreshes: PositiveInt = 20  # of the recursive methods
+    seed: int = 0
+    out: Path = Path("results/condition")  # folder for the results
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.condition", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--sizes", type=positive(int), nargs="*", default=[144, 576, 2304], help="M of the spectra")
-    parser.add_argument("--epochs", type=int, default=2, help="of training for the layers' covariances; 0 for none")
-    parser.add_argument("--rank", type=positive(int), default=16)
-    parser.add_argument("--refreshes", type=positive(int), default=20, help="of the recursive methods")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("results/condition"), help="folder for the results")
-    options = parser.parse_args(arguments)
+    options = read(Options(), PROGRAM, __doc__, arguments)
     if options.epochs < 0:
-        parser.error(f"--epochs {options.epochs}: give at least 0")
+        reject(PROGRAM, f"--epochs {options.epochs}: give at least 0")
     if not options.sizes and not options.epochs:
-        parser.error("--sizes and --epochs 0 leave nothing to measure")
+        reject(PROGRAM, "--sizes and --epochs 0 leave nothing to measure")
     steady_allocator()
     print(describe())
     cases = [("layer", *case) for case in trained(options.epochs, options.seed)] if options.epochs else []
@@ -172,19 +181,17 @@ def main(arguments: list[str] | None = None) -> int:
         results.append({"kind": kind, "case": name, "size": size, "before": before, "runs": runs})
     shown = [n for n in SHOWN if n <= options.refreshes]
     table = [["covariance", "M", "method", "at first", *(f"after {n}" for n in shown), "ms"]]
-    layers = [result for result in results if result["kind"] == "layer"]
+    layers = [one for one in results if one["kind"] == "layer"]
     if layers:
         table += summary(layers, shown)
-    for result in results:
-        if result["kind"] == "spectrum":
-            table += lines(result["case"], result["size"], result["before"], result["runs"], shown)
-    print(f"\nrank {options.rank}, condition number of P^½ C P^½ after so many refreshes, milliseconds a refresh")
-    print(aligned(table))
+    for one in results:
+        if one["kind"] == "spectrum":
+            table += lines(one["case"], one["size"], one["before"], one["runs"], shown)
+    result: dict[str, Any] = {"cases": results}
+    title = f"rank {options.rank}, condition number of P^½ C P^½ after so many refreshes, milliseconds a refresh"
+    show(result, title, table)
     print("ResNet-20: M is the number of layers, all refreshed; the milliseconds are those of all.")
-    chosen = {key: value for key, value in vars(options).items() if key != "out"}
-    result = {"environment": environment(), "options": chosen, "cases": results}
-    write(options.out, result, {"condition": lambda: plot(results)})
-    return 0
+    return write(options, result, {"condition": lambda: plot(results)})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """Does a network of whitened layers converge in fewer steps and less time than the plain one?
 
-Trains the same network plain and whitened: same initial weights, same batches, same schedule. Of
-several learning rates the one that is best for the plain network is used for both.
+Trains the same network plain and whitened, from the same initial weights, on the same batches, with the same schedule.
+Of several learning rates the one that is best for the plain network is used for both.
 """
 
-import argparse
 import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import whiten_layers.models
@@ -22,20 +22,13 @@ from torch import nn
 from whiten_layers import GradientTransform, whiten
 
 from .data import DATASETS, Images
-from .environment import describe, environment
-from .output import aligned, write
-from .training import (
-    OPTIMIZERS,
-    SMOOTHING,
-    Curve,
-    add_transform_options,
-    changed,
-    positive,
-    train,
-    transform_from,
-    transform_options,
-)
+from .environment import describe
+from .options import PositiveFloat, PositiveInt, choice, read, reject
+from .output import Column, annotate, cells, interruptible, medians, show, write
+from .training import SMOOTHING, Curve, train
+from .transforms import TransformOptions, settings_of
 
+PROGRAM = "python -m benchmarks.convergence"
 PLAIN = [name for name in whiten_layers.models.__all__ if not name.startswith("whitened_")]
 # Those for images as small as the data sets'.
 MODELS = [name for name in PLAIN if getattr(whiten_layers.models, name).__module__.endswith("resnet_cifar")]
@@ -43,63 +36,46 @@ EPOCHS = {"digits": 20, "crops": 5}
 Runs = dict[tuple[str, float, int], Curve]  # by variant, learning rate, seed
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; a wrong option ends the program with one line and status 2."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--dataset", choices=DATASETS, default="digits")
-    parser.add_argument("--model", choices=MODELS, default="resnet20")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
-    parser.add_argument(
-        "--lr", type=positive(float), nargs="+", help="several: the plain network's best is used (0.1; adamw 0.003)"
-    )
-    parser.add_argument("--epochs", type=positive(int), help="default: 20 for digits, 5 for crops")
-    parser.add_argument("--batch-size", type=positive(int), default=128)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--out", type=Path, default=Path("results/convergence"), help="folder for results.json and curves.png"
-    )
-    add_transform_options(parser)
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE[,NAME=VALUE]",
-        help="several transforms, each given by what is different in it: rank=8 transform=optimal_gain",
-    )
-    options = parser.parse_args(arguments)
-    options.lr = options.lr or [{"sgd": 0.1, "adamw": 0.003}[options.optimizer]]
-    options.epochs = options.epochs or EPOCHS[options.dataset]
-    options.data = DATASETS[options.dataset]()
-    images = len(options.data.train[1])
-    if options.batch_size > images:
-        parser.error(f"--batch-size {options.batch_size}: {options.dataset} has {images} training images")
-    try:
-        options.transforms = {"whitened": transform_from(options)}
-        if options.compare:
-            options.transforms = {text: transform_from(changed(options, text)) for text in options.compare}
-    except ValueError as error:
-        parser.error(str(error))
-    return options
+@dataclass(frozen=True)
+class Options:
+    """The options of the benchmark."""
+
+    dataset: Annotated[str, choice(DATASETS)] = "digits"
+    model: Annotated[str, choice(MODELS)] = "resnet20"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: tuple[PositiveFloat, ...] = ()  # of several the plain network's best is used; none is 0.1 (adamw 0.003)
+    epochs: PositiveInt | None = None  # None is 20 for digits and 5 for crops
+    batch_size: PositiveInt = 128
+    seeds: tuple[int, ...] = (0, 1, 2)
+    out: Path = Path("results/convergence")  # folder for results.json and curves.png
+    compare: tuple[str, ...] = ()  # several transforms, each as NAME=VALUE[,NAME=VALUE]: rank=8 transform=optimal_gain
+    transform: TransformOptions = field(default_factory=TransformOptions)
+
+    def transforms(self) -> dict[str, GradientTransform]:
+        """The transforms to compare, by name."""
+        if not self.compare:
+            return {"whitened": self.transform.make()}
+        return {text: self.transform.changed(text).make() for text in self.compare}
 
 
-def variants(options: argparse.Namespace) -> dict[str, Callable[[], nn.Module]]:
-    """What makes the plain network, and one with each transform."""
-
-    def plain() -> nn.Module:
-        return getattr(whiten_layers.models, options.model)(num_classes=options.data.num_classes)
+def variants(
+    model: str, num_classes: int, transforms: dict[str, GradientTransform]
+) -> dict[str, Callable[[], nn.Module]]:
+    """Functions that make the plain network, and one with each transform."""
+    plain = partial(getattr(whiten_layers.models, model), num_classes=num_classes)
 
     def whitened(transform: GradientTransform) -> nn.Module:
         return whiten(plain(), transform)
 
-    return {"plain": plain, **{name: partial(whitened, one) for name, one in options.transforms.items()}}
+    return {"plain": plain, **{name: partial(whitened, one) for name, one in transforms.items()}}
 
 
 def run(
     runs: Runs,
     networks: Mapping[str, Callable[[], nn.Module]],
     data: Images,
-    rates: list[float],
-    seeds: list[int],
+    rates: Sequence[float],
+    seeds: Sequence[int],
     **settings: Any,
 ) -> float:
     """Fill `runs`, the first network at every learning rate and the others at its best; return that rate."""
@@ -108,9 +84,9 @@ def run(
     def measure(variant: str, lr: float, seed: int) -> None:
         torch.manual_seed(seed)
         network = networks[variant]()
-        label = f"{variant:8}  lr {lr:g}  seed {seed}"
+        name = f"{variant:8}  lr {lr:g}  seed {seed}"
         curve = runs[variant, lr, seed] = Curve()
-        train(network, data, lr=lr, seed=seed, label=label, curve=curve, **settings)
+        train(network, data, lr=lr, seed=seed, label=name, curve=curve, **settings)
 
     def last(curve: Curve) -> float:
         return curve.final_loss if math.isfinite(curve.final_loss) else math.inf  # a rate that diverged is the worst
@@ -129,7 +105,7 @@ def run(
 
 
 def summarise(runs: Runs, baseline: str = "plain") -> list[dict]:
-    """One row a run; the target of a run is the final smoothed loss of the baseline's with its seed and rate."""
+    """One row for each run; its target is the final smoothed loss of the baseline with the same seed and rate."""
     rows = []
     for (variant, lr, seed), curve in runs.items():
         reached = curve.steps_until(runs.get((baseline, lr, seed), Curve()).final_loss)
@@ -150,50 +126,30 @@ def summarise(runs: Runs, baseline: str = "plain") -> list[dict]:
     return rows
 
 
-def medians(rows: list[dict], variant: str, lr: float) -> dict:
-    """The median over seeds of every figure; a run that never reached the plain loss counts as infinitely late."""
-    chosen = [row for row in rows if row["variant"] == variant and row["lr"] == lr]
-    if not chosen:
-        return {}
-    median = {"variant": variant, "lr": lr, "seed": "median"}
-    for key in [key for key in chosen[0] if key not in median]:
-        median[key] = statistics.median(float("inf") if row[key] is None else row[key] for row in chosen)
-    return median
+def columns(baseline: str = "plain") -> list[Column]:
+    """The columns of the table of `summarise`'s rows."""
 
+    def reached(row: dict, unit: str, form: str) -> str:
+        value = row[f"{unit}_to_{baseline}"]
+        return "never" if value is None or value == math.inf else format(value, form)
 
-def table(rows: list[dict], baseline: str = "plain") -> str:
-    """The rows of `summarise` and `medians`, aligned."""
-    heads = [
-        "",
-        "lr",
-        "seed",
-        "steps",
-        "seconds",
-        "training loss",
-        "test loss",
-        "test acc.",
-        f"steps to {baseline}",
-        f"seconds to {baseline}",
+    return [
+        ("", "{variant}"),
+        ("lr", "{lr:g}"),
+        ("seed", "{seed}"),
+        ("steps", "{steps:g}"),
+        ("seconds", "{seconds:.1f}"),
+        ("training loss", "{training_loss:.4f}"),
+        ("test loss", "{test_loss:.4f}"),
+        ("test acc.", "{test_accuracy:.4f}"),
+        (f"steps to {baseline}", lambda row: reached(row, "steps", "g")),
+        (f"seconds to {baseline}", lambda row: reached(row, "seconds", ".1f")),
     ]
-    lines = [heads]
-    for row in rows:
-        steps, seconds = (row[f"{unit}_to_{baseline}"] for unit in ("steps", "seconds"))
-        late = steps is None or steps == float("inf")
-        lines.append(
-            [
-                row["variant"],
-                f"{row['lr']:g}",
-                str(row["seed"]),
-                f"{row['steps']:g}",
-                f"{row['seconds']:.1f}",
-                f"{row['training_loss']:.4f}",
-                f"{row['test_loss']:.4f}",
-                f"{row['test_accuracy']:.4f}",
-                "never" if late else f"{steps:g}",
-                "never" if late else f"{seconds:.1f}",
-            ]
-        )
-    return aligned(lines)
+
+
+def curves(runs: Runs) -> list[dict]:
+    """The curves of all runs, for a JSON file."""
+    return [{"variant": v, "lr": r, "seed": s, **vars(curve)} for (v, r, s), curve in runs.items()]
 
 
 def draw(panels: Sequence[Axes], runs: Runs, lr: float, baseline: str = "plain") -> None:
@@ -206,19 +162,14 @@ def draw(panels: Sequence[Axes], runs: Runs, lr: float, baseline: str = "plain")
             continue
         steps = range(SMOOTHING, len(curve.losses) + 1)
         for panel, xs in zip(panels, [steps, curve.seconds[SMOOTHING - 1 :]], strict=True):
-            known = variant in panel.get_legend_handles_labels()[1]
-            panel.plot(xs, losses, color=colors[variant], alpha=0.8, label=None if known else variant)
+            panel.plot(xs, losses, color=colors[variant], alpha=0.8, label=variant)
     for panel, name in zip(panels, ["steps", "seconds of training"], strict=True):
-        panel.set_xlabel(name)
         panel.set_yscale("log")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel(f"training loss (mean of {SMOOTHING} steps)")
-    if panels[0].lines:
-        panels[0].legend()
+        annotate(panel, name, f"training loss (mean of {SMOOTHING} steps)", legend=panel is panels[0])
 
 
 def plot(runs: Runs, lr: float, title: str) -> Figure:
-    """The curves of every run at the rate `lr`."""
+    """Draw the curves of every run at the rate `lr`."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     draw(figure.subplots(1, 2, sharey=True), runs, lr)
     figure.suptitle(title)
@@ -227,30 +178,34 @@ def plot(runs: Runs, lr: float, title: str) -> Figure:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status: 130 where Ctrl-C cut it short."""
-    options = parse(arguments)
+    options = read(Options(), PROGRAM, __doc__, arguments)
+    rates = options.lr or {"sgd": (0.1,), "adamw": (0.003,)}[options.optimizer]
+    options = replace(options, lr=rates, epochs=options.epochs or EPOCHS[options.dataset])
+    data = DATASETS[options.dataset]()
+    if options.batch_size > len(data.train[1]):
+        images = f"{options.dataset} has {len(data.train[1])} training images"
+        reject(PROGRAM, f"--batch-size {options.batch_size}: {images}")
+    try:
+        transforms = options.transforms()
+    except ValueError as error:
+        reject(PROGRAM, str(error))
     print(describe())
     runs: Runs = {}
-    best, interrupted = options.lr[0], False
-    try:
+    best = rates[0]
+    result: dict[str, Any] = {}
+    with interruptible(result):
         settings = {name: getattr(options, name) for name in ("optimizer", "epochs", "batch_size")}
-        best = run(runs, variants(options), options.data, options.lr, options.seeds, **settings)
-    except KeyboardInterrupt:
-        interrupted = True
-        print("\ninterrupted: what follows is what was measured until then", file=sys.stderr)
-    rows, names = summarise(runs), ["plain", *options.transforms]
-    summary = [row for row in (medians(rows, name, best) for name in names) if row]
-    parts = [part for transform in options.transforms.values() for part in transform.parts()]
-    transforms = "; ".join(part.extra_repr() for part in parts if part.extra_repr())
-    title = f"{options.model} on {options.dataset}, {options.optimizer}, lr {best:g}, {transforms}"
-    print(f"\n{title}\n{table([*rows, *(summary if len(options.seeds) > 1 else [])])}")
+        best = run(runs, variants(options.model, data.num_classes, transforms), data, rates, options.seeds, **settings)
+    rows = summarise(runs)
+    summary = medians([row for row in rows if row["lr"] == best], ["variant", "lr"])
+    parts = [part for transform in transforms.values() for part in transform.parts()]
+    described = "; ".join(part.extra_repr() for part in parts if part.extra_repr())
+    title = f"{options.model} on {options.dataset}, {options.optimizer}, lr {best:g}, {described}"
+    show(result, title, cells(columns(), [*rows, *(summary if len(options.seeds) > 1 else [])]))
     print(f"'to plain': until the mean loss of {SMOOTHING} steps is at most the plain run's last, with the same seed.")
-    chosen = {key: value for key, value in vars(options).items() if key not in ("transforms", "data", "out")}
-    result = {"environment": environment(), "options": chosen, "lr": best}
-    result["transforms"] = {name: transform_options(transform) for name, transform in options.transforms.items()}
-    result |= {"interrupted": interrupted, "rows": rows, "medians": summary}
-    result["curves"] = [{"variant": v, "lr": r, "seed": s, **vars(c)} for (v, r, s), c in runs.items()]
-    write(options.out, result, {"curves": lambda: plot(runs, best, title)})
-    return 130 if interrupted else 0
+    result |= {"lr": best, "transforms": {name: settings_of(transform) for name, transform in transforms.items()}}
+    result |= {"rows": rows, "medians": summary, "curves": curves(runs)}
+    return write(options, result, {"curves": lambda: plot(runs, best, title)})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ class Images:
 
 
 def random_affine(images: Tensor, generator: Generator) -> Tensor:
-    """Turn by up to 25°, scale by up to a quarter, shift by up to an eighth, and add noise."""
+    """Rotate images by up to 25°, scale by up to a quarter, shift by up to an eighth, and add noise."""
 
     def uniform(limit: float) -> Tensor:
         return (2 * torch.rand(len(images), generator=generator) - 1) * limit
@@ -35,7 +35,7 @@ def random_affine(images: Tensor, generator: Generator) -> Tensor:
 
 
 def all_digits() -> tuple[Tensor, Tensor]:
-    """1,797 handwritten digits of 8×8 pixels, at 16×16."""
+    """Load 1,797 handwritten digits of 8×8 pixels, enlarged to 16×16."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None]
     images = F.interpolate(images, size=16, mode="bilinear").expand(-1, 3, -1, -1)
@@ -43,19 +43,19 @@ def all_digits() -> tuple[Tensor, Tensor]:
 
 
 def photographs() -> list[Tensor]:
-    """Two photographs, (3, 427, 640)."""
+    """Load two photographs, (3, 427, 640)."""
     images = [torch.tensor(np.ascontiguousarray(image)) for image in load_sample_images().images]
     return [image.permute(2, 0, 1).float() / 255 for image in images]
 
 
 def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the training images' means and deviations, of each colour, taken out."""
+    """Standardise both by the means and deviations of the training images, for each colour."""
     mean, std = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True)
     return (train - mean) / std, (test - mean) / std
 
 
 def digits() -> Images:
-    """The digits, a quarter held out for testing."""
+    """Load the digits, a quarter held out for testing."""
     images, labels = all_digits()
     order = torch.randperm(len(labels), generator=Generator().manual_seed(0))
     test, train = order[: len(order) // 4], order[len(order) // 4 :]
@@ -63,7 +63,7 @@ def digits() -> Images:
 
 
 def crops() -> Images:
-    """6,400 crops of 32×32 from two photographs, turned: which photograph, and which of four rotations?
+    """Cut 6,400 crops of 32×32 from two photographs; the class is the photograph and one of four rotations.
 
     The 1,600 test crops come from the photographs' right quarter, which no training crop touches.
     """
@@ -85,7 +85,7 @@ def crops() -> Images:
 
 
 def digit_classes(seed: int) -> Images:
-    """The digits of five classes for training and, for testing, those of the other five, which `seed` draws."""
+    """Load the digits of five classes, drawn by `seed`, for training, and those of the other five for testing."""
     images, labels = all_digits()
     order = torch.randperm(10, generator=Generator().manual_seed(seed))
     known = torch.isin(labels, order[:5])
@@ -93,7 +93,7 @@ def digit_classes(seed: int) -> Images:
 
 
 def place_classes(seed: int) -> Images:
-    """40 crops of 32×32 of each of 40 places for training and of 40 others for testing: where was it taken?
+    """Cut 40 crops of 32×32 from each of 40 places for training, and of 40 others for testing; the class is the place.
 
     A place is a cell of 85×80 pixels of a photograph, in its left half for training and its right half for testing. A
     crop is turned by any angle and shifted as far as the cell has room. `seed` draws both.

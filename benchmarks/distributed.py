@@ -1,20 +1,21 @@
-"""What whitening sends and computes where several processes train one model, counted; and from that, on paper, on many.
+"""What does whitening send and compute where several processes train one model? Counted for few, predicted for many.
 
 Trains a network under DistributedDataParallel, plain and whitened with the defaults, in 1, 2 and 4 processes on this
-machine. Counted are the bytes and messages of every step (by wrapping what sends), the operations of
-every process's inverses, and the seconds of a refresh.
+machine, and counts the bytes and messages of every step (by wrapping the functions that send), the operations of every
+process's inverses, and the seconds of a refresh.
 """
 
-import argparse
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -29,9 +30,9 @@ from whiten_layers import FeatureWhitening, whiten
 from whiten_layers.refresh import collectives, schedule, update
 from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
-from .environment import describe, environment
-from .output import aligned, write
-from .training import positive
+from .environment import describe
+from .options import PositiveFloat, PositiveInt, choice, read
+from .output import Column, cells, show, write
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet50": torchvision.models.resnet50,
@@ -39,10 +40,47 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "cifar-resnet20": whiten_layers.models.resnet20,
 }
 GPUS = (8, 64, 1024)
+MIB = 2**20
+COUNTED: list[Column] = [
+    ("ranks", "{ranks}"),
+    ("gradients MiB a step", lambda row: f"{row['gradient_bytes_a_step'] / MIB:.1f}"),
+    ("messages in other steps", "{messages_in_other_steps:.0f}"),
+    ("in a refresh", "{messages_in_a_refresh:.0f}"),
+    ("statistics MiB", lambda row: f"{row['statistics_bytes'] / MIB:.1f}"),
+    ("outcomes MiB", lambda row: f"{row['outcome_bytes'] / MIB:.1f}"),
+    ("extra a step", "{extra:.1%}"),
+    ("busiest", "{busiest:.1%}"),
+    ("idlest", "{idlest:.1%}"),
+    ("refresh s", "{refresh_seconds:.2f}"),
+    ("of it inverses s", "{inverse_seconds:.2f}"),
+]
+ON_PAPER: list[Column] = [
+    ("processes", "{processes}"),
+    ("gradients MB a step", lambda row: f"{row['gradient_bytes_a_step'] / 1e6:.1f}"),
+    ("extra MB a step", lambda row: f"{row['extra_bytes_a_step'] / 1e6:.2f}"),
+    ("extra", "{extra:.1%}"),
+    ("messages in a refresh", "{messages_in_a_refresh}"),
+    ("ms a step", "{milliseconds_a_step:.2f}"),
+    ("busiest", "{busiest:.2%}"),
+    ("its 10⁹ operations a step", lambda row: f"{row['operations_of_the_busiest_a_step'] / 1e9:.2f}"),
+]
 
 
-def train(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> None:
-    """One process: train plain, then whitened; write what was counted."""
+@dataclass(frozen=True)
+class Options:
+    """The options of the benchmark."""
+
+    model: Annotated[str, choice(MODELS)] = "resnet50"
+    ranks: tuple[PositiveInt, ...] = (1, 2, 4)
+    batch_size: PositiveInt = 2  # of each rank
+    image_size: PositiveInt = 64
+    bandwidth: PositiveFloat = 50e9  # bytes a second of a GPU, on paper
+    latency: PositiveFloat = 50e-6  # seconds of a message, on paper
+    out: Path = Path("results/distributed")  # folder for results.json
+
+
+def train(rank: int, ranks: int, options: Options, folder: str) -> None:
+    """Train plain, then whitened, as one of several processes, and write the counts to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks)
     result = {"plain": steps(options, ranks, False), "whitened": steps(options, ranks, True)}
@@ -50,13 +88,13 @@ def train(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> No
     dist.destroy_process_group()
 
 
-def steps(options: argparse.Namespace, ranks: int, is_whitened: bool) -> list[dict[str, float]]:
-    """Train, and count step by step."""
+def steps(options: Options, ranks: int, is_whitened: bool) -> list[dict[str, float]]:
+    """Train for twenty steps; return the counts of each."""
     torch.manual_seed(0)
     model = MODELS[options.model]()
     if is_whitened:
         whiten(model)
-    count: Counter[str] = Counter()
+    count: defaultdict[str, float] = defaultdict(int)
 
     def counted(call: Callable[..., Any], kind: str) -> Callable[..., Any]:
         def wrapped(tensor: Any, *arguments: Any, **more: Any) -> Any:
@@ -68,35 +106,34 @@ def steps(options: argparse.Namespace, ranks: int, is_whitened: bool) -> list[di
 
     def gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         count["gradient_bytes"] += bucket.buffer().nbytes
-        work = kept[0]["all_reduce"](bucket.buffer().div_(ranks), async_op=True)
+        work = all_reduce(bucket.buffer().div_(ranks), async_op=True)
         return work.get_future().then(lambda done: done.value()[0])
 
-    kept = (
-        {name: getattr(dist, name) for name in ("all_reduce", "broadcast")},
-        schedule.refresh_transforms,
-        update.invert,
-    )
+    all_reduce, refresh, inverses = dist.all_reduce, schedule.refresh_transforms, update.invert
     wrapped = DistributedDataParallel(model)
     wrapped.register_comm_hook(None, gradients)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
     def timed(due: Any, group: Any) -> None:
         begun = time.perf_counter()
-        kept[1](due, group)
-        count["refresh_seconds"] += time.perf_counter() - begun  # type: ignore[assignment]
+        refresh(due, group)
+        count["refresh_seconds"] += time.perf_counter() - begun
 
     def invert(factors: Any) -> Any:
         factors = list(factors)
         count["operations"] += sum(update.cost(factor) for factor in factors)
         begun = time.perf_counter()
-        outcomes = list(kept[2](factors))
-        count["inverse_seconds"] += time.perf_counter() - begun  # type: ignore[assignment]
+        outcomes = list(inverses(factors))
+        count["inverse_seconds"] += time.perf_counter() - begun
         return outcomes
 
     lines = []
-    dist.all_reduce, dist.broadcast = (counted(call, name) for name, call in kept[0].items())
-    schedule.refresh_transforms, update.invert = timed, invert
-    try:
+    with (
+        patch.object(dist, "all_reduce", counted(dist.all_reduce, "all_reduce")),
+        patch.object(dist, "broadcast", counted(dist.broadcast, "broadcast")),
+        patch.object(schedule, "refresh_transforms", timed),
+        patch.object(update, "invert", invert),
+    ):
         for step in range(1, 21):
             count.clear()
             generator = torch.Generator().manual_seed(step * ranks + dist.get_rank())
@@ -105,14 +142,11 @@ def steps(options: argparse.Namespace, ranks: int, is_whitened: bool) -> list[di
             F.cross_entropy(wrapped(images), torch.arange(options.batch_size) % 10).backward()
             optimizer.step()
             lines.append({"step": step, **count})
-    finally:
-        dist.all_reduce, dist.broadcast = kept[0].values()
-        schedule.refresh_transforms, update.invert = kept[1:]
     return lines
 
 
-def measure(options: argparse.Namespace) -> dict[int, list[dict[str, list[dict[str, float]]]]]:
-    """The counts of every rank, by the number of ranks."""
+def measure(options: Options) -> dict[int, list[dict[str, list[dict[str, float]]]]]:
+    """Count in every rank, for each number of ranks."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for ranks in options.ranks:
@@ -122,8 +156,8 @@ def measure(options: argparse.Namespace) -> dict[int, list[dict[str, list[dict[s
     return results
 
 
-def table(results: dict[int, list[dict[str, list[dict[str, float]]]]]) -> list[dict[str, float]]:
-    """A row for each number of ranks, of one interval: ten steps with one refresh at the end."""
+def summarise(results: dict[int, list[dict[str, list[dict[str, float]]]]]) -> list[dict[str, float]]:
+    """One row for each number of ranks, about the second interval: ten steps with a refresh in the last."""
     rows = []
     for ranks, everyone in results.items():
         first, plain = everyone[0]["whitened"], everyone[0]["plain"]
@@ -159,8 +193,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(*size, bias=False) for _ in range(32) for size in sizes)
 
 
-def on_paper(model: nn.Module, options: argparse.Namespace, interval: int = 10) -> list[dict[str, float]]:
-    """What R processes send and compute, from the sizes of a model's gradients and factors.
+def on_paper(model: nn.Module, options: Options, interval: int = 10) -> list[dict[str, float]]:
+    """Predict what R processes send and compute, from the sizes of a model's gradients and factors.
 
     A ring sends 2 (R − 1) / R of what it sums; of what is sent round every process receives the others' part:
 
@@ -199,86 +233,29 @@ def on_paper(model: nn.Module, options: argparse.Namespace, interval: int = 10) 
     return rows
 
 
-def paper_models(options: argparse.Namespace) -> dict[str, nn.Module]:
-    """Models of which the sizes alone are wanted."""
+def paper_models(options: Options) -> dict[str, nn.Module]:
+    """Models of which only the sizes matter, and which have no memory."""
     with torch.device("meta"):
         decoder = whiten(Transformer().bfloat16(), FeatureWhitening(block_size=1024))
         return {options.model: whiten(MODELS[options.model]()), "7B decoder, block_size=1024": decoder}
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; a wrong option ends the program with one line and status 2."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", choices=MODELS, default="resnet50")
-    parser.add_argument("--ranks", type=positive(int), nargs="+", default=[1, 2, 4])
-    parser.add_argument("--batch-size", type=positive(int), default=2, help="of each rank")
-    parser.add_argument("--image-size", type=positive(int), default=64)
-    parser.add_argument("--bandwidth", type=positive(float), default=50e9, help="bytes a second of a GPU, on paper")
-    parser.add_argument("--latency", type=positive(float), default=50e-6, help="seconds of a message, on paper")
-    parser.add_argument("--out", type=Path, default=Path("results/distributed"), help="folder for results.json")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    options = parse(arguments)
+    options = read(Options(), "python -m benchmarks.distributed", __doc__, arguments)
     print(describe())
-    rows = table(measure(options))
-    heads = "ranks,gradients MiB a step,messages in other steps,in a refresh,statistics MiB,outcomes MiB,extra a step"
-    lines = [f"{heads},busiest,idlest,refresh s,of it inverses s".split(",")]
-    for row in rows:
-        mebibytes = [row[key] / 2**20 for key in ("gradient_bytes_a_step", "statistics_bytes", "outcome_bytes")]
-        lines.append(
-            [
-                str(row["ranks"]),
-                f"{mebibytes[0]:.1f}",
-                f"{row['messages_in_other_steps']:.0f}",
-                f"{row['messages_in_a_refresh']:.0f}",
-                f"{mebibytes[1]:.1f}",
-                f"{mebibytes[2]:.1f}",
-                f"{row['extra']:.1%}",
-                f"{row['busiest']:.1%}",
-                f"{row['idlest']:.1%}",
-                f"{row['refresh_seconds']:.2f}",
-                f"{row['inverse_seconds']:.2f}",
-            ]
-        )
-    print(
-        f"{options.model}, {options.batch_size} images a rank, one thread a rank; steps 11 to 20, a refresh in the last"
-    )
-    print(aligned(lines))
+    rows = summarise(measure(options))
+    batch = f"{options.batch_size} images a rank"
+    result: dict[str, Any] = {"counted": rows}
+    title = f"{options.model}, {batch}, one thread a rank; steps 11 to 20, a refresh in the last"
+    show(result, title, cells(COUNTED, rows))
     print(on_paper.__doc__.split("\n\n", 1)[1].rstrip() if on_paper.__doc__ else "")
-    paper = {}
-    for name, model in paper_models(options).items():
-        paper[name] = on_paper(model, options)
-        heads = "processes,gradients MB a step,extra MB a step,extra,messages in a refresh,ms a step,busiest,its 10⁹"
-        lines = [f"{heads} operations a step".split(",")]
-        for row in paper[name]:
-            lines.append(
-                [
-                    str(row["processes"]),
-                    f"{row['gradient_bytes_a_step'] / 1e6:.1f}",
-                    f"{row['extra_bytes_a_step'] / 1e6:.2f}",
-                    f"{row['extra']:.1%}",
-                    str(row["messages_in_a_refresh"]),
-                    f"{row['milliseconds_a_step']:.2f}",
-                    f"{row['busiest']:.2%}",
-                    f"{row['operations_of_the_busiest_a_step'] / 1e9:.2f}",
-                ]
-            )
-        print(
-            f"{name}: on paper, {options.bandwidth / 1e9:g} GB/s and {1e6 * options.latency:g} µs a message; ", end=""
-        )
-        print(f"state {paper[name][0]['state_bytes'] / 1e9:.2f} GB on each")
-        print(aligned(lines))
-    result = {
-        "environment": environment(),
-        "options": vars(options) | {"out": str(options.out)},
-        "table": rows,
-        "paper": paper,
-    }
-    write(options.out, result, {})
-    return 0
+    paper = {name: on_paper(model, options) for name, model in paper_models(options).items()}
+    for name, predicted in paper.items():
+        speed = f"{options.bandwidth / 1e9:g} GB/s and {1e6 * options.latency:g} µs a message"
+        title = f"{name}: on paper, {speed}; state {predicted[0]['state_bytes'] / 1e9:.2f} GB on each"
+        show(result, title, cells(ON_PAPER, predicted))
+    return write(options, result | {"paper": paper})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a measurement was taken on."""
+"""The machine and the versions that a measurement was taken with."""
 
 import importlib.metadata
 import os
@@ -9,7 +9,7 @@ import torchvision
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells."""
+    """The name of the processor, as far as the system knows it."""
     try:
         with open("/proc/cpuinfo") as lines:
             names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -19,12 +19,12 @@ def processor() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What a GPU is called; "cpu"."""
+    """The name of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def environment() -> dict[str, str | int]:
-    """Machine and versions, to stand beside every figure."""
+    """The machine and the versions, to be stored with every measurement."""
     return {
         "processor": processor(),
         "cores": os.cpu_count() or 0,
@@ -37,5 +37,5 @@ def environment() -> dict[str, str | int]:
 
 
 def describe() -> str:
-    """One line of `environment()`."""
+    """Format `environment()` as one line."""
     return ", ".join(f"{name} {value}" for name, value in environment().items())

@@ -1,17 +1,17 @@
 """Do normalizations that whiten help where classes are new? Prototypical networks (Snell et al., arXiv 1703.05175).
 
-A network of four convolutions learns from episodes over some classes to put images of one class near their mean; it
-is tested on episodes over classes that it has never seen, whose means follow from one image each, or from five. Initial
-weights and episodes are the same for every normalization.
+A network of four convolutions is trained on episodes over some classes to map the images of a class close to their
+mean. It is tested on episodes over other classes, whose means are taken of one image each, or of five. Initial weights
+and episodes are the same for every normalization.
 """
 
-import argparse
-import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from matplotlib.figure import Figure
@@ -19,20 +19,38 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from .data import CLASSES, Images
-from .environment import describe, environment
+from .environment import describe
 from .norms import NORMS
-from .output import aligned, write
+from .options import PositiveFloat, PositiveInt, choice, read, reject
+from .output import annotate, interruptible, medians, show, write
 from .timing import steady_allocator
-from .training import Curve, fit, positive
+from .training import Curve, fit
 
+PROGRAM = "python -m benchmarks.fewshot"
 EPISODES = {"digits": 600, "crops": 250}
 SHOTS, QUERIES = 5, 10  # images of a class in an episode of training: of its mean, and to be classified
 TEST_QUERIES = 15
 Runs = dict[tuple[str, int], dict]  # by normalization and seed: the curve, and accuracies by shots
 
 
+@dataclass(frozen=True)
+class Options:
+    """The options of the benchmark."""
+
+    dataset: tuple[Annotated[str, choice(CLASSES)], ...] = tuple(CLASSES)
+    norms: tuple[Annotated[str, choice(NORMS)], ...] = tuple(name for name in NORMS if name != "DBN")
+    ways: PositiveInt = 5  # classes of an episode
+    shots: tuple[PositiveInt, ...] = (1, 5)  # of tests; training has 5
+    episodes: PositiveInt | None = None  # of training; None is 600 for digits and 250 for crops
+    test_episodes: PositiveInt = 600
+    lr: PositiveFloat = 0.001  # AdamW's, at the top of one cycle
+    step_size: PositiveFloat = 0.01  # SWBN's, at the same
+    seeds: tuple[int, ...] = (0, 1, 2)
+    out: Path = Path("results/fewshot")  # folder for the results
+
+
 class Prototypes(nn.Module):
-    """Classifies images by squared Euclidean distance to the means of others of their class, in what it embeds.
+    """Classifies images by the squared Euclidean distance of their embeddings to the mean embeddings of the classes.
 
     Shape: ``(W, S + Q, 3, H, W)``, W classes of S images for their mean and Q more -> ``(W Q, W)``.
     """
@@ -56,15 +74,19 @@ def logits(embedded: Tensor, shots: int) -> Tensor:
 
 
 def episodes(labels: Tensor, ways: int, images: int, number: int, generator: Generator) -> Iterator[Tensor]:
-    """Indices ``(ways, images)``: of each episode other classes, and of a class other images, none of them twice."""
+    """Draw for each episode some classes, and some images of each class, none of them twice.
+
+    Yields:
+        Indices ``(ways, images)``.
+    """
     members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
     for _ in range(number):
         chosen = torch.randperm(len(members), generator=generator)[:ways].tolist()
         yield torch.stack([members[c][torch.randperm(len(members[c]), generator=generator)[:images]] for c in chosen])
 
 
-def train(network: Prototypes, data: Images, options: argparse.Namespace, number: int, label: str, run: dict) -> None:
-    """Train on so many episodes, which depend on the seed alone."""
+def train(network: Prototypes, data: Images, options: Options, number: int, label: str, run: dict) -> None:
+    """Train on `number` episodes, which depend on the seed alone."""
     generator = Generator().manual_seed(run["seed"])
     images, labels = data.train
     targets = torch.arange(options.ways).repeat_interleave(QUERIES)
@@ -78,7 +100,7 @@ def train(network: Prototypes, data: Images, options: argparse.Namespace, number
 
 
 @torch.no_grad()
-def test(network: Prototypes, data: Images, options: argparse.Namespace, shots: int, seed: int) -> dict[str, float]:
+def test(network: Prototypes, data: Images, options: Options, shots: int, seed: int) -> dict[str, float]:
     """Mean accuracy over episodes of the held-out classes, and half its 95 % confidence interval."""
     network.eval()
     images, labels = data.test
@@ -91,8 +113,8 @@ def test(network: Prototypes, data: Images, options: argparse.Namespace, shots: 
     return {"accuracy": accuracies.mean().item(), "confidence": 1.96 * accuracies.std().item() / len(right) ** 0.5}
 
 
-def run(options: argparse.Namespace, dataset: str, runs: Runs) -> None:
-    """Fill `runs`: at each seed the normalizations take turns."""
+def run(options: Options, dataset: str, runs: Runs) -> None:
+    """Fill `runs`; with each seed the normalizations take turns."""
     for seed in options.seeds:
         data = CLASSES[dataset](seed)
         for name in options.norms:
@@ -106,11 +128,11 @@ def run(options: argparse.Namespace, dataset: str, runs: Runs) -> None:
                 one["shots"][shots] = test(network, data, options, shots, seed)
 
 
-def summarise(runs: Runs, shots: list[int]) -> list[dict]:
-    """One row a run; what an accuracy is ahead of BN's with the same seed, if there is one."""
+def summarise(runs: Runs, shots: Sequence[int]) -> list[dict]:
+    """One row for each run; "ahead" is the lead over the accuracy of BN with the same seed."""
     rows = []
     for (name, seed), one in runs.items():
-        row = {"norm": name, "seed": seed, "training_loss": one["curve"].final_loss}
+        row: dict[str, Any] = {"norm": name, "seed": seed, "training_loss": one["curve"].final_loss}
         row["seconds"] = one["curve"].seconds[-1] if one["curve"].seconds else 0.0
         for count in shots:
             tested, plain = one["shots"].get(count, {}), runs.get(("BN", seed), {"shots": {}})["shots"].get(count, {})
@@ -121,20 +143,8 @@ def summarise(runs: Runs, shots: list[int]) -> list[dict]:
     return rows
 
 
-def medians(rows: list[dict]) -> list[dict]:
-    """The median over seeds of every figure, of each normalization."""
-    summary = []
-    for name in dict.fromkeys(row["norm"] for row in rows):
-        chosen = [row for row in rows if row["norm"] == name]
-        figures = {
-            key: statistics.median(row[key] for row in chosen) for key in chosen[0] if key not in ("norm", "seed")
-        }
-        summary.append({"norm": name, "seed": "median", **figures})
-    return summary
-
-
-def table(rows: list[dict], ways: int, shots: list[int]) -> str:
-    """Per cent; the confidence interval of a median is no figure."""
+def lines(rows: list[dict], ways: int, shots: Sequence[int]) -> list[list[str]]:
+    """The lines of the table of `summarise`'s rows, in per cent; a median has no confidence interval."""
     heads = [head for count in shots for head in (f"{ways}-way {count}-shot %", "ahead of BN")]
     lines = [["", "seed", "seconds", "training loss", *heads]]
     for row in rows:
@@ -143,16 +153,16 @@ def table(rows: list[dict], ways: int, shots: list[int]) -> str:
             spread = "" if row["seed"] == "median" else f" ± {100 * row[f'confidence_{count}']:.1f}"
             cells += [f"{100 * row[f'accuracy_{count}']:.1f}{spread}", f"{100 * row[f'ahead_{count}']:+.1f}"]
         lines.append(cells)
-    return aligned(lines)
+    return lines
 
 
-def plot(results: dict[str, list[dict]], ways: int, shots: list[int]) -> Figure:
-    """A panel for each data set: accuracies of every seed with their confidence, and the medians."""
+def plot(results: dict[str, list[dict]], ways: int, shots: Sequence[int]) -> Figure:
+    """Draw a panel for each data set: accuracies of every seed with their confidence, and the medians."""
     figure = Figure(figsize=(6 * len(results), 4.5), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for panel, (dataset, rows) in zip(panels, results.items(), strict=True):
         names = list(dict.fromkeys(row["norm"] for row in rows))
-        summary = medians(rows)
+        summary = medians(rows, ["norm"])
         for index, count in enumerate(shots):
             places = Counter[str]()
             for row in rows:
@@ -164,65 +174,46 @@ def plot(results: dict[str, list[dict]], ways: int, shots: list[int]) -> Figure:
             panel.plot(range(len(names)), middles, "_", markersize=24, color=f"C{index}", label=f"{count}-shot")
         panel.set_xticks(range(len(names)), names)
         panel.set_title(f"{dataset}: {ways}-way, classes never seen")
-        panel.grid(alpha=0.3)
-        panel.legend()
-    panels[0].set_ylabel("accuracy, per cent")
+        annotate(panel, y="accuracy, per cent")
     return figure
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; a wrong option ends the program with one line and status 2."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fewshot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--dataset", choices=CLASSES, nargs="+", default=list(CLASSES))
-    parser.add_argument("--norms", choices=NORMS, nargs="+", default=[name for name in NORMS if name != "DBN"])
-    parser.add_argument("--ways", type=positive(int), default=5, help="classes of an episode")
-    parser.add_argument("--shots", type=positive(int), nargs="+", default=[1, 5], help="of tests; training has 5")
-    parser.add_argument("--episodes", type=positive(int), help="of training; default: 600 for digits, 250 for crops")
-    parser.add_argument("--test-episodes", type=positive(int), default=600)
-    parser.add_argument("--lr", type=positive(float), default=0.001, help="AdamW's, at the top of one cycle")
-    parser.add_argument("--step-size", type=positive(float), default=0.01, help="SWBN's, at the same")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("results/fewshot"), help="folder for the results")
-    options = parser.parse_args(arguments)
+def check(options: Options) -> None:
+    """Reject options that a data set has too few classes or images for."""
     for name in options.dataset:
         data = CLASSES[name](0)
         if not 2 <= options.ways <= data.num_classes:
-            parser.error(f"--ways {options.ways}: {name} has 2 to {data.num_classes} classes for an episode")
+            reject(PROGRAM, f"--ways {options.ways}: {name} has 2 to {data.num_classes} classes for an episode")
         images = min(data.test[1].unique(return_counts=True)[1].tolist())
-        if max(options.shots) + TEST_QUERIES > images:
-            parser.error(f"--shots {max(options.shots)}: {name} has {images} images of a class, {TEST_QUERIES} to ask")
+        most = max(options.shots)
+        if most + TEST_QUERIES > images:
+            reject(PROGRAM, f"--shots {most}: {name} has {images} images of a class, {TEST_QUERIES} to ask")
     if options.test_episodes < 2:
-        parser.error("--test-episodes 1: an interval takes at least 2")
-    return options
+        reject(PROGRAM, "--test-episodes 1: an interval takes at least 2")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status: 130 where Ctrl-C cut it short."""
-    options = parse(arguments)
+    options = read(Options(), PROGRAM, __doc__, arguments)
+    check(options)
     steady_allocator()
     print(describe())
     measured: dict[str, Runs] = {}
-    interrupted = False
-    try:
+    result: dict[str, Any] = {}
+    with interruptible(result):
         for dataset in options.dataset:
             run(options, dataset, measured.setdefault(dataset, {}))
-    except KeyboardInterrupt:
-        interrupted = True
-        print("\ninterrupted: what follows is what was measured until then", file=sys.stderr)
-    chosen = {key: value for key, value in vars(options).items() if key != "out"}
-    result = {"environment": environment(), "options": chosen, "interrupted": interrupted}
     rows = {dataset: summarise(runs, options.shots) for dataset, runs in measured.items()}
     for dataset, runs in measured.items():
-        summary = medians(rows[dataset])
+        summary = medians(rows[dataset], ["norm"])
         number = options.episodes or EPISODES[dataset]
-        print(f"\n{dataset}, {number} episodes, adamw, lr {options.lr:g}, SWBN's step size {options.step_size:g}")
+        title = f"{dataset}, {number} episodes, adamw, lr {options.lr:g}, SWBN's step size {options.step_size:g}"
         shown = [*rows[dataset], *(summary if len(options.seeds) > 1 else [])]
-        print(table(shown, options.ways, options.shots))
+        show(result, title, lines(shown, options.ways, options.shots))
         curves = [{"norm": norm, "seed": seed, **vars(one["curve"])} for (norm, seed), one in runs.items()]
         result[dataset] = {"rows": rows[dataset], "medians": summary, "curves": curves}
     print(f"±: 95 % over {options.test_episodes} test episodes, the same for every normalization with one seed.")
-    write(options.out, result, {"fewshot": lambda: plot(rows, options.ways, options.shots)})
-    return 130 if interrupted else 0
+    return write(options, result, {"fewshot": lambda: plot(rows, options.ways, options.shots)})
 
 
 if __name__ == "__main__":

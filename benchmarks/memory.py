@@ -1,4 +1,4 @@
-"""The memory of operations, counted by what they make, on any device, without reading the allocator."""
+"""Counting the memory of operations by the tensors that they make, on any device, without asking the allocator."""
 
 import weakref
 from typing import Any
@@ -45,7 +45,7 @@ class KeptMemory(saved_tensors_hooks):
         self._sizes: dict[int, int] = {}
         super().__init__(self._keep, lambda tensor: tensor)
 
-    def __enter__(self) -> "KeptMemory":  # torch's own returns None
+    def __enter__(self) -> "KeptMemory":  # type: ignore[override]  # torch's own returns None
         super().__enter__()
         return self
 
@@ -56,5 +56,5 @@ class KeptMemory(saved_tensors_hooks):
 
     @property
     def bytes(self) -> int:
-        """What was saved, the inputs that are needed again included."""
+        """The bytes saved so far, including inputs that backward needs again."""
         return sum(self._sizes.values())

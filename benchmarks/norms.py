@@ -1,16 +1,16 @@
-"""What do the normalizations that whiten cost, against batch normalization, and what do they gain?
+"""What do the normalizations that whiten cost, compared with batch normalization, and what do they gain?
 
 Three parts in one run: the time of one layer, forward and with backward; its memory; and the training of a
 ResNet-20 with each of them, with the same initial weights, batches and schedule. SWBN's claim (arXiv 2106.04413) is
 that it costs less than IterNorm: the two are compared at equal groups, of 64 channels and of all.
 """
 
-import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import whiten_layers.models
@@ -18,34 +18,27 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from whiten_layers import (
-    DecorrelatedBatchNorm1d,
-    DecorrelatedBatchNorm2d,
-    IterNorm1d,
-    IterNorm2d,
-    StochasticWhiteningBatchNorm1d,
-    StochasticWhiteningBatchNorm2d,
-)
+from whiten_layers import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, IterNorm1d, IterNorm2d
+from whiten_layers import StochasticWhiteningBatchNorm1d as SWBN1d
+from whiten_layers import StochasticWhiteningBatchNorm2d as SWBN2d
 
-from .convergence import EPOCHS, Runs, draw, medians, run, summarise, table
+from .convergence import EPOCHS, Runs, columns, curves, draw, run, summarise
 from .data import DATASETS
-from .environment import describe, environment
+from .environment import describe
 from .memory import KeptMemory, PeakMemory
-from .output import aligned, write
+from .options import PositiveFloat, PositiveInt, choice, read, reject, several, value
+from .output import annotate, cells, interruptible, medians, show, write
 from .timing import median_seconds, steady_allocator
-from .training import SMOOTHING, positive
+from .training import SMOOTHING
 
 Shape = tuple[int, ...]
-PARTS = ("time", "memory", "convergence")
+PROGRAM = "python -m benchmarks.norms"
 NORMS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {  # of vectors, of images
     "BN": (nn.BatchNorm1d, nn.BatchNorm2d),
     "IterNorm": (IterNorm1d, IterNorm2d),
     "DBN": (DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d),
-    "SWBN kl": (StochasticWhiteningBatchNorm1d, StochasticWhiteningBatchNorm2d),
-    "SWBN frobenius": (
-        partial(StochasticWhiteningBatchNorm1d, criterion="frobenius"),
-        partial(StochasticWhiteningBatchNorm2d, criterion="frobenius"),
-    ),
+    "SWBN kl": (SWBN1d, SWBN2d),
+    "SWBN frobenius": (partial(SWBN1d, criterion="frobenius"), partial(SWBN2d, criterion="frobenius")),
 }
 VARIANTS: dict[str, tuple[str, int | None]] = {  # a normalization and its group size
     "BN": ("BN", None),
@@ -61,7 +54,7 @@ CHECKED_STEP = 0.1  # large enough a step size for its effect to stand out from 
 
 
 def make(variant: str, shape: Shape, **options: Any) -> nn.Module:
-    """A layer for inputs of this shape."""
+    """Make a layer for inputs of a shape."""
     name, group_size = VARIANTS[variant]
     options |= {} if name == "BN" else {"group_size": group_size}
     return NORMS[name][len(shape) == 4](shape[1], **options)
@@ -73,7 +66,7 @@ def applicable(channels: int) -> list[str]:
 
 
 def draw_samples(shape: Shape) -> tuple[Tensor, Tensor]:
-    """An input whose channels are correlated, and a gradient of the output."""
+    """Draw an input whose channels are correlated, and a gradient of the output."""
     channels = shape[1]
     mixing = torch.eye(channels) + 0.5 * torch.randn(channels, channels) / channels**0.5
     input = (torch.randn(*shape).transpose(1, -1) @ mixing + 0.5).transpose(1, -1).contiguous()
@@ -86,7 +79,7 @@ def step(layer: nn.Module, input: Tensor, grad_output: Tensor) -> tuple[Tensor, 
 
 
 def covariances(samples: Tensor, width: int) -> Tensor:
-    """Of the groups of so many channels, in float64 ``(groups, width, width)``; a smaller last group is left out."""
+    """Covariances of groups of `width` channels, in float64 ``(groups, width, width)``; no smaller last group."""
     rows = samples.detach().transpose(0, 1).flatten(1).double()
     rows = rows[: len(rows) // width * width]
     rows = (rows - rows.mean(1, keepdim=True)).view(-1, width, rows.shape[1])
@@ -94,7 +87,7 @@ def covariances(samples: Tensor, width: int) -> Tensor:
 
 
 def whitened(variant: str, covariance: Tensor, eps: float = 1e-5) -> Tensor:
-    """The covariance that a layer's first outputs must have, from that of its inputs: a map of the eigenvalues."""
+    """The covariance that the first outputs of a layer must have, as a function of that of its inputs."""
     name, _ = VARIANTS[variant]
     if name.startswith("SWBN"):
         scale = (covariance.diagonal(dim1=-2, dim2=-1) + eps).rsqrt()
@@ -115,10 +108,10 @@ def whitened(variant: str, covariance: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def check(shape: Shape, input: Tensor, grad_output: Tensor) -> None:
-    """The answers, before anything is timed: whitened as they should be, and without steps SWBN is BN.
+    """Check that layers whiten as they should, and that SWBN with a step size of 0 is BN, before anything is timed.
 
     Raises:
-        AssertionError: a layer of the two gives something else.
+        AssertionError: a layer computes something else.
     """
     compare = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
     plain = make("BN", shape)
@@ -152,7 +145,7 @@ def times(shape: Shape, budget: float) -> dict[str, Any]:
 
 
 def bytes_of(variant: str, shape: Shape) -> dict[str, Any]:
-    """What a training step allocates at most, its output included, and what its forward pass saves for backward."""
+    """Peak memory of a training step, including its output, and the memory that forward saves for backward."""
     input, grad_output = draw_samples(shape)
     layer = make(variant, shape)
     with PeakMemory() as peak:
@@ -162,8 +155,8 @@ def bytes_of(variant: str, shape: Shape) -> dict[str, Any]:
     return {"shape": shape, "variant": variant, "input": input.nbytes, "saved": kept.bytes, "peak": peak.peak}
 
 
-def networks(num_classes: int, step_sizes: list[float]) -> dict[str, Callable[[], nn.Module]]:
-    """What makes a ResNet-20 with each normalization; SWBN with each step size."""
+def networks(num_classes: int, step_sizes: Sequence[float]) -> dict[str, Callable[[], nn.Module]]:
+    """Functions that make a ResNet-20 with each normalization, and with SWBN at each step size."""
     layers: dict[str, Callable[..., nn.Module]] = {}
     for name, (_, layer) in NORMS.items():
         swbn = {f"{name} {size:g}": partial(layer, step_size=size) for size in step_sizes}
@@ -172,12 +165,12 @@ def networks(num_classes: int, step_sizes: list[float]) -> dict[str, Callable[[]
 
 
 def named(shape: Shape) -> str:
-    """Such as 128×64×32."""
+    """A shape as text, such as 128×64×32."""
     return "×".join(str(size) for size in shape)
 
 
-def time_table(cells: list[dict], kind: str) -> str:
-    """A row for each shape: milliseconds, and in brackets that over BN's; at last SWBN over IterNorm."""
+def time_table(cells: list[dict], kind: str) -> list[list[str]]:
+    """A row for each shape: milliseconds, and in brackets the ratio to BN's; finally SWBN's ratios to IterNorm."""
     lines = [["shape", *VARIANTS, "SWBN / IterNorm 64", "all"]]
     for cell in cells:
         seconds = cell[kind]
@@ -190,22 +183,22 @@ def time_table(cells: list[dict], kind: str) -> str:
             pair = [seconds[f"SWBN {c} {group}"] / seconds[f"IterNorm {group}"] for c in ("kl", "frobenius") if known]
             row.append("{:.2f} ({:.2f})".format(*pair) if known else "")
         lines.append(row)
-    return aligned(lines)
+    return lines
 
 
-def memory_table(rows: list[dict]) -> str:
-    """A row for each shape and variant: MiB, and in brackets that over BN's."""
+def memory_table(rows: list[dict]) -> list[list[str]]:
+    """A row for each shape and variant: MiB, and in brackets the ratio to BN's."""
     lines = [["shape", "", "input MiB", "saved for backward MiB", "peak MiB"]]
     plain = {row["shape"]: row for row in rows if row["variant"] == "BN"}
     for row in rows:
         pairs = [(row[key], plain[row["shape"]][key]) for key in ("saved", "peak")]
         cells = [f"{size / 2**20:.2f} ({size / of_plain:.2f})" for size, of_plain in pairs]
         lines.append([named(row["shape"]), row["variant"], f"{row['input'] / 2**20:.2f}", *cells])
-    return aligned(lines)
+    return lines
 
 
 def plot_times(cells: list[dict]) -> Figure:
-    """Times over BN's, by shape."""
+    """Plot times over BN's, by shape."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, (kind, title) in zip(panels, {"step": "forward + backward", "forward": "forward"}.items(), strict=True):
@@ -216,14 +209,12 @@ def plot_times(cells: list[dict]) -> Figure:
                 panel.semilogy(*zip(*points, strict=True), "o-", color=color, markersize=4, label=name)
         panel.set_xticks(range(len(cells)), [named(cell["shape"]) for cell in cells], rotation=60)
         panel.set_title(title)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("time / that of BN")
-    panels[0].legend()
+        annotate(panel, y="time / that of BN", legend=panel is panels[0])
     return figure
 
 
 def plot_curves(trained: dict[str, tuple[Runs, float]]) -> Figure:
-    """A row of panels for each data set."""
+    """Plot the training curves, a row of panels for each data set."""
     figure = Figure(figsize=(12, 5 * len(trained)), layout="constrained")
     rows = figure.subplots(len(trained), 2, sharey="row", squeeze=False)
     for panels, (name, (runs, lr)) in zip(rows, trained.items(), strict=True):
@@ -232,101 +223,84 @@ def plot_curves(trained: dict[str, tuple[Runs, float]]) -> Figure:
     return figure
 
 
-def shape(text: str) -> Shape:
-    """128x64x32 is (128, 64, 32, 32), images; 256x512 is (256, 512), vectors."""
+def shape_of(text: str) -> Shape:
+    """Read a shape: 128x64x32 is (128, 64, 32, 32), of images; 256x512 is (256, 512), of vectors."""
     sizes = tuple(int(size) for size in text.split("x"))
     if len(sizes) not in (2, 3) or min(sizes) < 1 or sizes[0] < 2:
         raise ValueError
     return sizes if len(sizes) == 2 else (*sizes, sizes[2])
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; a wrong option ends the program with one line and status 2."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.norms", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts to run")
-    grid = "128x16x32 128x32x16 128x64x8 128x64x32 128x128x16 128x256x8 128x512x4 64x64x32 64x512x4 256x64 256x512"
-    parser.add_argument(
-        "--shapes", type=shape, nargs="+", default=[shape(one) for one in grid.split()], help="of time, N x C (x H)"
-    )
-    parser.add_argument("--budget", type=positive(float), default=10.0, help="seconds to time a shape for, about")
-    parser.add_argument(
-        "--memory-shapes", type=shape, nargs="+", default=[shape("128x64x32"), shape("128x512x4")], metavar="SHAPE"
-    )
-    parser.add_argument("--dataset", choices=DATASETS, nargs="+", default=list(DATASETS))
-    parser.add_argument("--lr", type=positive(float), nargs="+", default=[0.1], help="several: BN's best is used")
-    parser.add_argument("--epochs", type=positive(int), help="default: 20 for digits, 5 for crops")
-    parser.add_argument("--batch-size", type=positive(int), default=128)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--step-size",
-        type=positive(float),
-        nargs="+",
-        default=[1e-5, 1e-2],
-        help="of SWBN, at the highest learning rate: the paper's, for long runs, and one for short runs",
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/norms"), help="folder for the results")
-    options = parser.parse_args(arguments)
-    options.data = {name: DATASETS[name]() for name in options.dataset} if "convergence" in options.only else {}
-    for name, data in options.data.items():
-        if options.batch_size > len(data.train[1]):
-            parser.error(f"--batch-size {options.batch_size}: {name} has {len(data.train[1])} training images")
-    return options
+GRID = "128x16x32 128x32x16 128x64x8 128x64x32 128x128x16 128x256x8 128x512x4 64x64x32 64x512x4 256x64 256x512"
+SHAPES = tuple(shape_of(one) for one in GRID.split())
+Shapes = Annotated[tuple[Shape, ...], several(tuple, value("shape", shape_of))]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the benchmark."""
+
+    only: tuple[Literal["time", "memory", "convergence"], ...] = ("time", "memory", "convergence")  # parts to run
+    shapes: Shapes = SHAPES  # of time, N x C (x H)
+    budget: PositiveFloat = 10.0  # seconds to time a shape for, about
+    memory_shapes: Shapes = (SHAPES[3], SHAPES[6])
+    dataset: tuple[Annotated[str, choice(DATASETS)], ...] = tuple(DATASETS)
+    lr: tuple[PositiveFloat, ...] = (0.1,)  # of several BN's best is used
+    epochs: PositiveInt | None = None  # None is 20 for digits and 5 for crops
+    batch_size: PositiveInt = 128
+    seeds: tuple[int, ...] = (0, 1, 2)
+    step_size: tuple[PositiveFloat, ...] = (1e-5, 1e-2)  # SWBN's at the highest lr: the paper's, and one for short runs
+    out: Path = Path("results/norms")  # folder for the results
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status: 130 where Ctrl-C cut it short."""
-    options = parse(arguments)
+    options = read(Options(), PROGRAM, __doc__, arguments)
+    opened = {name: DATASETS[name]() for name in options.dataset} if "convergence" in options.only else {}
+    for name, data in opened.items():
+        if options.batch_size > len(data.train[1]):
+            reject(PROGRAM, f"--batch-size {options.batch_size}: {name} has {len(data.train[1])} training images")
     steady_allocator()
     torch.manual_seed(0)
     print(describe())
-    cells: list[dict] = []
+    timed: list[dict] = []
     sizes: list[dict] = []
     trained: dict[str, tuple[Runs, float]] = {}
-    interrupted = False
-    try:
+    result: dict[str, Any] = {"time": timed, "memory": sizes, "convergence": {}}
+    with interruptible(result):
         if "time" in options.only:
             for one in tqdm(options.shapes, unit="shape", desc="time", dynamic_ncols=True):
-                cells.append(times(one, options.budget))
+                timed.append(times(one, options.budget))
         if "memory" in options.only:
             for one in tqdm(options.memory_shapes, unit="shape", desc="memory", dynamic_ncols=True):
                 sizes += [bytes_of(variant, one) for variant in applicable(one[1])]
-        for name, data in options.data.items():
+        for name, data in opened.items():
             runs: Runs = {}
             trained[name] = runs, options.lr[0]
             settings = {"optimizer": "sgd", "batch_size": options.batch_size}
             settings["epochs"] = options.epochs or EPOCHS[name]
             made = networks(data.num_classes, options.step_size)
             trained[name] = runs, run(runs, made, data, options.lr, options.seeds, **settings)
-    except KeyboardInterrupt:
-        interrupted = True
-        print("\ninterrupted: what follows is what was measured until then", file=sys.stderr)
-    chosen = {key: value for key, value in vars(options).items() if key not in ("data", "out")}
-    result = {"environment": environment(), "options": chosen, "interrupted": interrupted}
-    result |= {"time": cells, "memory": sizes, "convergence": {}}
     figures: dict[str, Callable[[], Figure]] = {}
-    if cells:
+    if timed:
         for kind, title in {"step": "forward and backward", "forward": "forward in training"}.items():
-            print(f"\n{title} of one layer: milliseconds (over BN's); SWBN / IterNorm by kl (frobenius)")
-            print(time_table(cells, kind))
+            title += " of one layer: milliseconds (over BN's); SWBN / IterNorm by kl (frobenius)"
+            show(result, title, time_table(timed, kind))
         print("64, 16, all: channels that are whitened together. Of up to 64 channels 64 is all.")
-        figures["times"] = lambda: plot_times(cells)
+        figures["times"] = lambda: plot_times(timed)
     if sizes:
-        print("\nforward and backward of one layer: MiB (over BN's)")
-        print(memory_table(sizes))
+        show(result, "forward and backward of one layer: MiB (over BN's)", memory_table(sizes))
         print("saved: the input included. peak: of what operations return, the output included, the input not.")
     for name, (runs, lr) in trained.items():
         rows = summarise(runs, "BN")
-        variants = dict.fromkeys(variant for variant, _, _ in runs)
-        summary = [medians(rows, variant, lr) for variant in variants]
-        print(f"\nResNet-20 on {name}, sgd, lr {lr:g}; SWBN's number is its step size at that rate")
-        print(table([*rows, *(summary if len(options.seeds) > 1 else [])], "BN"))
-        curves = [{"variant": v, "lr": r, "seed": s, **vars(c)} for (v, r, s), c in runs.items()]
-        result["convergence"][name] = {"lr": lr, "rows": rows, "medians": summary, "curves": curves}
+        summary = medians([row for row in rows if row["lr"] == lr], ["variant", "lr"])
+        title = f"ResNet-20 on {name}, sgd, lr {lr:g}; SWBN's number is its step size at that rate"
+        show(result, title, cells(columns("BN"), [*rows, *(summary if len(options.seeds) > 1 else [])]))
+        result["convergence"][name] = {"lr": lr, "rows": rows, "medians": summary, "curves": curves(runs)}
     if trained:
         print(f"'to BN': until the mean loss of {SMOOTHING} steps is at most BN's last, with the same seed.")
         figures["curves"] = lambda: plot_curves(trained)
-    write(options.out, result, figures)
-    return 130 if interrupted else 0
+    return write(options, result, figures)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measuring time, so that two figures of one run can be compared."""
+"""Measuring time so that two measurements of one run can be compared."""
 
 import ctypes
 import statistics
@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 
 def steady_allocator() -> bool:
-    """Keep glibc from giving memory back to the system between two calls; return whether that could be asked for.
+    """Keep glibc from giving memory back to the system between two calls; return whether the system allows that.
 
-    It takes and returns the top of its heap many times a step, thousands of page faults, more or fewer
-    as small allocations happen to lie: between two processes the same work alone was seen to
-    differ by more than what is measured here.
+    By default it takes and returns the top of its heap many times a step. That causes thousands of page faults, whose
+    number depends on how small allocations happen to lie: the seconds of the same work differed between two processes
+    by more than the effects that are measured here.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     try:

@@ -1,13 +1,12 @@
-"""How near do first-order trainers with optimal input gains come to Levenberg–Marquardt, at which cost?
+"""How close do first-order trainers with optimal input gains come to Levenberg–Marquardt, and at what cost?
 
 Networks of one hidden layer on seven regression sets: the four trainers of `whiten_layers.TwoStageNetwork`, plain
 backpropagation (a Newton scalar step along the gradient of all weights) and Levenberg–Marquardt (MINPACK's, by
 `scipy.optimize.least_squares`, with the exact Jacobian), all from the same weights: hidden ones drawn at random, output
-ones solved for. Inputs and targets are standardised, a quarter is held out; errors are means over outputs, so that 1
-is the error of the mean.
+ones solved for. Inputs and targets are standardised, a quarter is held out; errors are means over outputs, so that
+predicting the mean has an error of 1.
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -15,33 +14,28 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.optimize import least_squares
-from sklearn.datasets import (
-    load_diabetes,
-    load_digits,
-    load_linnerud,
-    make_friedman1,
-    make_friedman2,
-    make_friedman3,
-)
+from sklearn import datasets
 from torch import Tensor
 from tqdm import tqdm
 
 from whiten_layers.two_stage import HALVINGS, TwoStageNetwork, augmented, negative_gradient
 
-from .environment import describe, environment
-from .output import aligned, write
-from .training import positive
+from .environment import describe
+from .options import PositiveFloat, PositiveInt, choice, read, reject
+from .output import Column, annotate, cells, interruptible, medians, show, write
 
+PROGRAM = "python -m benchmarks.two_stage"
 Arrays = tuple[np.ndarray, np.ndarray]
 
 
 def linear_plus_sine(seed: int) -> Arrays:
-    """1,000 rows of 20 features with variances 1 to 1/1000 along random axes: a line, a sine across it, some noise."""
+    """Draw 1,000 rows of 20 features with variances 1 to 1/1000 along random axes; targets are linear plus a sine."""
     generator = np.random.default_rng(seed)
     axes = np.linalg.qr(generator.normal(size=(20, 20)))[0]
     inputs = generator.normal(size=(1000, 20)) * np.logspace(0, -1.5, 20) @ axes
@@ -50,24 +44,24 @@ def linear_plus_sine(seed: int) -> Arrays:
 
 
 def digits(_: int) -> Arrays:
-    """The pixels of 1,797 handwritten digits, and which of ten each is."""
-    data = load_digits()
+    """Load the pixels of 1,797 handwritten digits, and their classes as one-hot vectors."""
+    data = datasets.load_digits()
     return data.data, np.eye(10)[data.target]
 
 
 def shipped(load: Callable) -> Callable[[int], Arrays]:
-    """A set that is what it is, whatever the seed."""
+    """Make a function of the seed that loads the same set for every seed."""
     return lambda _: load(return_X_y=True)
 
 
-# Of each the data at a seed, and the number of hidden units.
+# The data as a function of a seed, and the number of hidden units.
 SETS: dict[str, tuple[Callable[[int], Arrays], int]] = {
-    "diabetes": (shipped(load_diabetes), 10),
-    "linnerud": (shipped(load_linnerud), 3),
+    "diabetes": (shipped(datasets.load_diabetes), 10),
+    "linnerud": (shipped(datasets.load_linnerud), 3),
     "digits": (digits, 20),
-    "friedman1": (lambda seed: make_friedman1(1000, noise=1.0, random_state=seed), 10),
-    "friedman2": (lambda seed: make_friedman2(1000, noise=125.0, random_state=seed), 10),
-    "friedman3": (lambda seed: make_friedman3(1000, noise=0.1, random_state=seed), 10),
+    "friedman1": (lambda seed: datasets.make_friedman1(1000, noise=1.0, random_state=seed), 10),
+    "friedman2": (lambda seed: datasets.make_friedman2(1000, noise=125.0, random_state=seed), 10),
+    "friedman3": (lambda seed: datasets.make_friedman3(1000, noise=0.1, random_state=seed), 10),
     "linear+sine": (linear_plus_sine, 10),
 }
 TWO_STAGE = {
@@ -81,7 +75,7 @@ TRAINERS = ("BP", *TWO_STAGE, "LM")
 
 @dataclass(frozen=True)
 class Problem:
-    """A set at a seed: standardised inputs and targets (rows, features), by those of training, and hidden units."""
+    """Inputs and targets (rows, features), standardised by those of training, and the number of hidden units."""
 
     inputs: Tensor
     targets: Tensor
@@ -91,7 +85,7 @@ class Problem:
 
     @staticmethod
     def draw(name: str, seed: int, hidden: int | None = None) -> "Problem":
-        """The set of this name, dealt by the seed; with its own number of hidden units, or another."""
+        """Make the set of this name, split at random; `hidden` replaces its own number of hidden units."""
         make, own = SETS[name]
         arrays = [torch.as_tensor(array, dtype=torch.float64) for array in make(seed)]
         arrays = [array.unsqueeze(1) if array.dim() == 1 else array for array in arrays]
@@ -107,19 +101,19 @@ class Problem:
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """N rows, M features with the constant, h hidden units, o outputs."""
+        """The numbers of rows N, features M with the constant, hidden units h, and outputs o."""
         return len(self.inputs), self.inputs.shape[1] + 1, self.hidden, self.targets.shape[1]
 
     @property
     def jacobian(self) -> tuple[int, int]:
-        """Residuals and parameters: what Levenberg–Marquardt decomposes."""
+        """The size of the Jacobian that Levenberg–Marquardt decomposes: residuals and parameters."""
         rows, features, hidden, outputs = self.sizes
         return rows * outputs, hidden * features + outputs * (hidden + features)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Of a network: hidden (h, M), output (o, h) and direct (o, M)."""
+    """The weights of a network: hidden (h, M), output (o, h) and direct (o, M)."""
 
     hidden: Tensor
     output: Tensor
@@ -127,7 +121,7 @@ class Weights:
 
     @staticmethod
     def of(network: TwoStageNetwork) -> "Weights":
-        """A copy of a network's."""
+        """Copy the weights of a network."""
         weights = (network.hidden_weight, network.output_weight, network.direct_weight)
         return Weights(*(weight.clone() for weight in weights))
 
@@ -147,14 +141,14 @@ class Weights:
         return -torch.cat([part.reshape(len(rows) * outputs, -1) for part in parts], 1)
 
     def plus(self, step: float, others: "Weights") -> "Weights":
-        """These, and so much of others."""
+        """These weights plus `step` times others."""
         pairs = zip(vars(self).values(), vars(others).values(), strict=True)
         return Weights(*(weight + step * other for weight, other in pairs))
 
 
 @dataclass
 class Curve:
-    """What a run measured at the start and after each iteration: errors, seconds, multiplications."""
+    """Measurements of a run at the start and after each iteration: errors, seconds, multiplications."""
 
     training: list[float] = field(default_factory=list)
     held: list[float] = field(default_factory=list)
@@ -162,14 +156,14 @@ class Curve:
     multiplications: list[int] = field(default_factory=list)
 
     def take(self, problem: Problem, weights: Weights, seconds: float, multiplications: int) -> None:
-        """A point more."""
+        """Add a point."""
         self.training.append(weights.residuals(problem.inputs, problem.targets).square().mean().item())
         self.held.append(weights.residuals(problem.held_inputs, problem.held_targets).square().mean().item())
         self.seconds.append(seconds)
         self.multiplications.append(multiplications)
 
     def best_within(self, multiplications: float) -> float:
-        """The lowest training error at no more than so many multiplications; infinite if there is none."""
+        """The lowest training error that was reached within a number of multiplications; infinite if there is none."""
         pairs = zip(self.training, self.multiplications, strict=True)
         return min((error for error, spent in pairs if spent <= multiplications), default=math.inf)
 
@@ -183,14 +177,14 @@ Point = tuple[Weights, int]  # weights, and the multiplications up to them
 
 
 def two_stage(problem: Problem, seed: int, iterations: int, options: dict) -> Iterator[Point]:
-    """A trainer of the library."""
+    """Train by a trainer of the library."""
     network = TwoStageNetwork(problem.hidden, iterations=iterations, seed=seed, **options)
     for progress in network.iterate(problem.inputs, problem.targets):
         yield Weights.of(network), progress.multiplications
 
 
 def backpropagation(problem: Problem, seed: int, iterations: int) -> Iterator[Point]:
-    """All weights along their gradient, by the Newton step of the two-stage trainers, which halves where E would rise.
+    """Move all weights along their gradient, by the two-stage trainers' Newton step, halved while the error would rise.
 
     Multiplications of an iteration: N h (M + o) for the hidden weights' gradient, N o (h + M) for the others';
     N (h M + 2 h o + M o) for the derivatives u of the outputs along it; a forward pass for each step that is tried.
@@ -230,7 +224,7 @@ def decomposition(problem: Problem) -> int:
 
 
 def levenberg_marquardt(problem: Problem, seed: int, iterations: int, curve: Curve) -> None:
-    """MINPACK's lmder until it converges, or has tried so many steps: an iteration is a step that is tried.
+    """Run MINPACK's lmder until it converges or has tried `iterations` steps; every tried step is an iteration.
 
     Multiplications: a forward pass for each function evaluation; for each Jacobian, of m = N o residuals by n
     parameters, those to build it and of its QR `decomposition`. What is left out favours it: the solutions for the
@@ -271,7 +265,7 @@ def levenberg_marquardt(problem: Problem, seed: int, iterations: int, curve: Cur
 
 
 def left_out(problem: Problem, limit: float) -> str | None:
-    """Why Levenberg–Marquardt is not run on a problem."""
+    """The reason why Levenberg–Marquardt is not run on a problem; None if it is run."""
     residuals, parameters = problem.jacobian
     size = f"{residuals} residuals × {parameters} parameters"
     if residuals < parameters:
@@ -281,7 +275,7 @@ def left_out(problem: Problem, limit: float) -> str | None:
 
 
 def measure(trainer: str, problem: Problem, seed: int, iterations: int, curve: Curve) -> None:
-    """Fill a curve, so that an interrupted run keeps what it measured; evaluations are not in the seconds."""
+    """Fill a curve point by point, so that it survives an interruption; evaluations do not count as seconds."""
     if trainer == "LM":
         levenberg_marquardt(problem, seed, iterations, curve)
         return
@@ -299,11 +293,24 @@ def measure(trainer: str, problem: Problem, seed: int, iterations: int, curve: C
         curve.take(problem, point[0], seconds, point[1])
 
 
+@dataclass(frozen=True)
+class Options:
+    """The options of the benchmark."""
+
+    sets: tuple[Annotated[str, choice(SETS)], ...] = tuple(SETS)
+    trainers: tuple[Annotated[str, choice(TRAINERS)], ...] = TRAINERS
+    iterations: PositiveInt = 300
+    hidden: PositiveInt | None = None  # units, of every set; None is each set's own number
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    lm_limit: PositiveFloat = 1e9  # multiplications of one Jacobian's QR above which LM is left out
+    out: Path = Path("results/two_stage")  # folder for the results
+
+
 Runs = dict[tuple[str, str, int], Curve]  # by set, trainer, seed
 
 
-def run(options: argparse.Namespace, runs: Runs, reasons: dict[str, str]) -> None:
-    """Fill `runs`, and by set the `reasons` for which Levenberg–Marquardt is left out."""
+def run(options: Options, runs: Runs, reasons: dict[str, str]) -> None:
+    """Fill `runs`, and `reasons`: why Levenberg–Marquardt is left out, by set."""
     total = len(options.sets) * len(options.seeds) * len(options.trainers)
     with tqdm(total=total, unit="run", dynamic_ncols=True) as bar:
         for name in options.sets:
@@ -321,7 +328,7 @@ def run(options: argparse.Namespace, runs: Runs, reasons: dict[str, str]) -> Non
 
 
 def summarise(runs: Runs) -> list[dict]:
-    """One row a run: what it came to."""
+    """One row for each run: its last errors and its cost."""
     return [
         {
             "set": name,
@@ -332,7 +339,7 @@ def summarise(runs: Runs) -> list[dict]:
             "held_out_error": curve.held[-1],
             "seconds": curve.seconds[-1],
             "multiplications": curve.multiplications[-1],
-            # Of Levenberg–Marquardt until it had come to this run's last error, over all of this run's.
+            # Multiplications of Levenberg–Marquardt until it reached this run's last error, over all of this run's.
             "lm_to_reach": runs.get((name, "LM", seed), Curve()).spent_until(curve.training[-1])
             / curve.multiplications[-1],
             "held_out_start": curve.held[0],
@@ -342,46 +349,31 @@ def summarise(runs: Runs) -> list[dict]:
     ]
 
 
-def medians(rows: list[dict]) -> list[dict]:
-    """The rows of a set and a trainer as one, every figure the median over seeds."""
-    keys = list(dict.fromkeys((row["set"], row["trainer"]) for row in rows))
-    result = []
-    for name, trainer in keys:
-        chosen = [row for row in rows if (row["set"], row["trainer"]) == (name, trainer)]
-        median: dict = {"set": name, "trainer": trainer, "seeds": len(chosen)}
-        median |= {key: statistics.median(row[key] for row in chosen) for key in list(rows[0])[3:]}
-        result.append(median)
-    return result
+def columns(other: dict | None) -> list[Column]:
+    """The columns of the table of a set, whose row of Levenberg–Marquardt is `other`."""
 
+    def compared(compute: Callable[[dict, dict], float]) -> Callable[[dict], str]:
+        return lambda row: "–" if other is None else f"{compute(row, other):.3g}"
 
-def table(summary: list[dict], reasons: dict[str, str]) -> str:
-    """The medians, a table for each set."""
-    heads = ["", "iterations", "training", "held out", "(start)", "seconds", "multiplications", "training / LM"]
-    heads += ["LM / mult.", "LM to reach it / mult."]
-    parts = []
-    for name in dict.fromkeys(row["set"] for row in summary):
-        chosen = {row["trainer"]: row for row in summary if row["set"] == name}
-        lines, other = [heads], chosen.get("LM")
-        for trainer, row in chosen.items():
-            cells = [trainer, f"{row['iterations']:g}", f"{row['training_error']:.4g}", f"{row['held_out_error']:.4g}"]
-            cells += [f"{row['held_out_start']:.3g}", f"{row['seconds']:.3f}", f"{row['multiplications']:.2e}"]
-            if other is None:
-                cells += ["–", "–", "–"]
-            else:
-                cells.append(f"{row['training_error'] / max(other['training_error'], 1e-30):.3g}")
-                cells.append(f"{other['multiplications'] / row['multiplications']:.3g}")
-                cells.append(f"{row['lm_to_reach']:.3g}")
-            lines.append(cells)
-        note = f"\nLM left out, {reasons[name]}" if name in reasons else ""
-        parts.append(f"{name}\n{aligned(lines)}{note}")
-    return "\n\n".join(parts)
+    return [
+        ("", "{trainer}"),
+        ("iterations", "{iterations:g}"),
+        ("training", "{training_error:.4g}"),
+        ("held out", "{held_out_error:.4g}"),
+        ("(start)", "{held_out_start:.3g}"),
+        ("seconds", "{seconds:.3f}"),
+        ("multiplications", "{multiplications:.2e}"),
+        ("training / LM", compared(lambda row, lm: row["training_error"] / max(lm["training_error"], 1e-30))),
+        ("LM / mult.", compared(lambda row, lm: lm["multiplications"] / row["multiplications"])),
+        ("LM to reach it / mult.", compared(lambda row, lm: row["lm_to_reach"])),
+    ]
 
 
 def verdicts(summary: list[dict], runs: Runs) -> dict[str, dict[str, bool]]:
-    """By question, by set: whether it is so. A set on which it cannot be asked is not there.
+    """Answer each question for each set; a set that lacks the trainers of a question has no answer.
 
-    Within 10 % of Levenberg–Marquardt: the median over seeds of the error that a trainer had reached when it had spent
-    a tenth of the multiplications, over the other's last error.
+    A trainer is within 10 % of Levenberg–Marquardt if, in the median over seeds, the error that it had reached at a
+    tenth of the other's multiplications is at most 1.1 times the other's last error.
     """
     errors = {(row["set"], row["trainer"]): row["training_error"] for row in summary}
     names = list(dict.fromkeys(row["set"] for row in summary))
@@ -405,7 +397,7 @@ def verdicts(summary: list[dict], runs: Runs) -> dict[str, dict[str, bool]]:
 
 
 def plot(runs: Runs) -> Figure:
-    """Training errors of every run against iterations, seconds and multiplications, a column a set."""
+    """Plot training errors of every run against iterations, seconds and multiplications, in a column for each set."""
     names = list(dict.fromkeys(name for name, _, _ in runs))
     figure = Figure(figsize=(3.2 * len(names) + 1, 9), layout="constrained")
     panels = figure.subplots(3, len(names), squeeze=False, sharey="col")
@@ -413,67 +405,45 @@ def plot(runs: Runs) -> Figure:
         column = names.index(name)
         for row, xs in enumerate([range(len(curve.training)), curve.seconds, curve.multiplications]):
             panel = panels[row, column]
-            known = trainer in panel.get_legend_handles_labels()[1]
             color = f"C{TRAINERS.index(trainer)}"
-            panel.plot(xs, curve.training, color=color, alpha=0.7, lw=1, label=None if known else trainer)
+            panel.plot(xs, curve.training, color=color, alpha=0.7, lw=1, label=trainer)
             panel.set_yscale("log")
-            panel.grid(alpha=0.3)
             if row:
                 panel.set_xscale("log")
         panels[0, column].set_title(name)
-    for row, name in enumerate(["iterations", "seconds", "multiplications"]):
-        for panel in panels[row]:
-            panel.set_xlabel(name)
-        panels[row, 0].set_ylabel("training error")
-    panels[0, 0].legend(fontsize=7)
+    for row, name in zip(panels, ["iterations", "seconds", "multiplications"], strict=True):
+        for panel in row:
+            annotate(panel, name, "training error", legend=panel is panels[0, 0])
     return figure
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; a wrong option ends the program with one line and status 2."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.two_stage", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--sets", choices=SETS, nargs="+", default=list(SETS))
-    parser.add_argument("--trainers", choices=TRAINERS, nargs="+", default=list(TRAINERS))
-    parser.add_argument("--iterations", type=positive(int), default=300)
-    parser.add_argument("--hidden", type=positive(int), help="units, of every set (default: each set's own)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument(
-        "--lm-limit", type=positive(float), default=1e9, help="multiplications of one Jacobian's QR, above which no LM"
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/two_stage"), help="folder for the results")
-    options = parser.parse_args(arguments)
-    if min(options.seeds) < 0:
-        parser.error(f"--seeds {min(options.seeds)}: give at least 0")
-    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status: 130 where Ctrl-C cut it short."""
-    options = parse(arguments)
+    options = read(Options(), PROGRAM, __doc__, arguments)
+    if min(options.seeds) < 0:
+        reject(PROGRAM, f"--seeds {min(options.seeds)}: give at least 0")
     print(describe())
     runs: Runs = {}
     reasons: dict[str, str] = {}
-    interrupted = False
-    try:
+    result: dict[str, Any] = {"left_out": reasons}
+    with interruptible(result):
         run(options, runs, reasons)
-    except KeyboardInterrupt:
-        interrupted = True
-        print("\ninterrupted: what follows is what was measured until then", file=sys.stderr)
     rows = summarise(runs)
-    summary = medians(rows)
+    summary = medians(rows, ["set", "trainer"])
     answers = verdicts(summary, runs)
-    print(f"\nmedians over seeds, after at most {options.iterations} iterations\n\n{table(summary, reasons)}\n")
+    print(f"\nmedians over seeds, after at most {options.iterations} iterations")
+    for name in dict.fromkeys(row["set"] for row in summary):
+        chosen = {row["trainer"]: row for row in summary if row["set"] == name}
+        note = f", LM left out, {reasons[name]}" if name in reasons else ""
+        show(result, f"{name}{note}", cells(columns(chosen.get("LM")), chosen.values()))
+    print()
     for question, found in answers.items():
         failed = [name for name, so in found.items() if not so]
-        print(
-            f"{question}: {sum(found.values())} of {len(found)} sets" + (f"; not {', '.join(failed)}" if failed else "")
-        )
-    chosen = {key: value for key, value in vars(options).items() if key != "out"}
-    result = {"environment": environment(), "options": chosen, "interrupted": interrupted, "left_out": reasons}
+        but = f"; not {', '.join(failed)}" if failed else ""
+        print(f"{question}: {sum(found.values())} of {len(found)} sets{but}")
     result |= {"rows": rows, "medians": summary, "verdicts": answers}
     result["curves"] = [{"set": n, "trainer": t, "seed": s, **vars(curve)} for (n, t, s), curve in runs.items()]
-    write(options.out, result, {"two_stage": lambda: plot(runs)} if rows else {})
-    return 130 if interrupted else 0
+    return write(options, result, {"two_stage": lambda: plot(runs)} if rows else {})
 
 
 if __name__ == "__main__":

@@ -1,46 +1,49 @@
 """Train: see ``benchmarks/train/__init__.py`` for the map, ``--help`` for the options.
 
-Exit status: 0 where the run came to its end or stopped at SIGTERM, having saved; 130 at Ctrl-C, having saved; 2 where
+Exit status: 0 if the run finished, or was stopped by SIGTERM and saved; 130 if it was stopped by Ctrl-C and saved; 2 if
 something that it was given cannot be used.
 """
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
 from ..environment import describe, device_name
 from .batches import end_loading
+from .command_line import PROGRAM, parse
 from .datasets import open_data
 from .errors import Unusable
-from .options import PROGRAM, parse
+from .options import Options, given
 from .record import CHECKPOINT, Record, check_unused
 from .run import Run
 from .world import Stop, World, join_world
 
 
-def train(options: argparse.Namespace, world: World, stop: Stop) -> int:
-    """Train, or go on training; return the exit status."""
-    path = options.out / CHECKPOINT
+def train(options: Options, world: World, stop: Stop) -> int:
+    """Train, or continue to train; return the exit status."""
+    folder = given(options.out)
+    path = folder / CHECKPOINT
     if not options.resume:
-        world.together(lambda: check_unused(options.out))
-    opening = world.alone_first if options.download else world.together
+        world.together(lambda: check_unused(folder))
+    opening = world.alone_first if options.images.download else world.together
     data = opening(lambda: open_data(options))
     run = Run(options, data, world)
     if options.resume:
         run.restore()
     else:
-        run.save()  # what cannot be written is found out before anything has been computed
+        run.save()  # so that a folder that cannot be written to is found before anything is computed
     about = {**run.about, "processes": world.size, "device": device_name(world.device)}
-    make = partial(Record, options.out, options, about, len(run.rows))
+    make = partial(Record, folder, options, about, len(run.rows))
     record = world.together(lambda: make() if world.rank == 0 else None)
     if record:
-        print(f"{describe()}\n{options.model} on {options.dataset}, {about['device']}, {world.size} process(es)")
+        what = f"{options.network.model} on {options.images.dataset}"
+        print(f"{describe()}\n{what}, {about['device']}, {world.size} process(es)")
         print(f"{'going on with' if options.resume else 'checkpoint:'} {path}, {run.progress()}")
     finished = run.fit(record, stop)
     if record and finished:
@@ -53,24 +56,25 @@ def train(options: argparse.Namespace, world: World, stop: Stop) -> int:
 
 @contextmanager
 def deterministic(on: bool) -> Iterator[None]:
-    """Let operations of a GPU give the same bits every time."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    """Make operations of a GPU give the same bits every time, if `on`."""
+    filling: Any = torch.utils.deterministic  # its property is unknown to type checkers
+    before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it takes time, and nothing here reads such memory
+        filling.fill_uninitialized_memory = False  # it takes time, and nothing here reads such memory
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=not on):
             yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        filling.fill_uninitialized_memory = before[1]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status."""
     options = parse(arguments)
-    with deterministic(options.deterministic), join_world(options) as world, Stop(world) as stop:
+    with deterministic(options.machine.deterministic), join_world(options.machine.device) as world, Stop(world) as stop:
         try:
             return train(options, world, stop)
         except Unusable as error:  # in all processes the same

@@ -1,6 +1,5 @@
-"""Which images a step takes, and how they come to it."""
+"""Choosing and loading the images of each step."""
 
-import argparse
 import multiprocessing
 import signal
 from collections.abc import Iterator
@@ -10,19 +9,20 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from .datasets import ORDER, Data, Prepared, mixed
+from .datasets import ORDER, Data, mixed
 from .errors import Unusable
+from .options import Options, given
 from .world import World
 
 Batch = tuple[Tensor, Tensor]
 
 
 class Shares(Sampler[list[tuple[int, int]]]):
-    """The share of one process in every batch of an epoch, from step `start` on, a backward pass's at a time.
+    """The images of one process in every batch of an epoch from step `start` on, one backward pass at a time.
 
-    The order of an epoch is a function of the seed and its number; a batch is dealt to the backward passes and, in
-    each, to the processes, so that its images are the same however many there are. Images that fill no
-    batch are left out.
+    The order of an epoch is a function of the seed and its number. A batch is divided among the backward passes and,
+    within each, among the processes, so that its images are the same for any number of processes. Images that do not
+    fill a batch are left out.
     """
 
     def __init__(self, images: int, batch_size: int, accumulate: int, world: World, seed: int) -> None:
@@ -42,25 +42,25 @@ class Shares(Sampler[list[tuple[int, int]]]):
 
 
 def shares_of_test(images: int, size: int, world: World) -> list[list[tuple[int, int]]]:
-    """One process's batches of a test, of at most `size` images; every process has as many, the last may be empty."""
+    """The test batches of one process, of at most `size` images; each process has as many batches, even if empty."""
     rounds = range(world.rank * size, images + world.rank * size, world.size * size)
     return [[(0, number) for number in range(start, min(start + size, images))] for start in rounds]
 
 
 def collate(samples: list[Any]) -> Batch | Unusable | None:
-    """A batch; the error of an image that could not be read; None where there are no images."""
+    """Make a batch; the error instead, if an image could not be read; None if there are no images."""
     errors = (sample for sample in samples if isinstance(sample, Unusable))
     return next(errors, None) or (tuple(default_collate(samples)) if samples else None)
 
 
 def stand_by(worker: int) -> None:
-    """Leave signals to the process that images are loaded for: they often go to all processes of a program."""
+    """Ignore signals in a loading process: they are often sent to all processes of a program, and the main one acts."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_loading() -> None:
-    """Kill the processes that load images: multiprocessing would, at exit, by the SIGTERM that they ignore."""
+    """Kill the processes that load images; at exit multiprocessing would send SIGTERM, which they ignore."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own takes their end for an error
     for child in multiprocessing.active_children():
         child.kill()
@@ -68,25 +68,16 @@ def end_loading() -> None:
     signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
-def loader(
-    images: Prepared, shares: Any, options: argparse.Namespace, device: torch.device, *, persistent: bool
-) -> DataLoader:
-    """Load the images of `shares`, in workers that may stay from epoch to epoch."""
-    return DataLoader(
-        images,
-        batch_sampler=shares,
-        num_workers=options.workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        persistent_workers=persistent and options.workers > 0,
-        worker_init_fn=stand_by,
-        generator=Generator(),  # else an iterator draws from the random numbers of the network
-    )
-
-
-def loaders(data: Data, options: argparse.Namespace, world: World) -> tuple[Shares, DataLoader, DataLoader]:
+def loaders(data: Data, options: Options, world: World) -> tuple[Shares, DataLoader, DataLoader]:
     """The shares of training, and the loaders of both parts."""
-    shares = Shares(len(data.train), options.batch_size, options.accumulate, world, options.seed)
-    tested = shares_of_test(len(data.test), options.batch_size // (world.size * options.accumulate), world)
-    train = loader(data.train, shares, options, world.device, persistent=True)
-    return shares, train, loader(data.test, tested, options, world.device, persistent=False)
+    size, accumulate = options.optimization.batch_size, options.optimization.accumulate
+    workers = given(options.machine.workers)
+    shares = Shares(len(data.train), size, accumulate, world, options.seed)
+    tested = shares_of_test(len(data.test), size // (world.size * accumulate), world)
+    common: dict[str, Any] = {"num_workers": workers, "collate_fn": collate, "worker_init_fn": stand_by}
+    common["pin_memory"] = world.device.type == "cuda"
+    # With a generator of its own an iterator does not draw from the random numbers of the network.
+    train = DataLoader(
+        data.train, batch_sampler=shares, generator=Generator(), persistent_workers=workers > 0, **common
+    )
+    return shares, train, DataLoader(data.test, batch_sampler=tested, generator=Generator(), **common)

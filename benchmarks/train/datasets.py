@@ -1,11 +1,11 @@
-"""The data sets, opened and checked, and what is done to an image before the network sees it."""
+"""Opening and checking the data sets, and preparing and augmenting their images."""
 
-import argparse
 import errno
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,16 @@ from torchvision.transforms import v2
 
 from .. import data
 from .errors import Unusable, one_line
+from .options import AutoAugment, DatasetName, ImageOptions, Options, given
 
-AUTO_AUGMENT: dict[str, Callable[[v2.AutoAugmentPolicy], v2.Transform]] = {
+AUTO_AUGMENT: dict[AutoAugment, Callable[[v2.AutoAugmentPolicy], v2.Transform]] = {
     "autoaugment": v2.AutoAugment,
     "randaugment": lambda policy: v2.RandAugment(),
     "trivialaugment": lambda policy: v2.TrivialAugmentWide(),
     "augmix": lambda policy: v2.AugMix(),
 }
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of what a process may have, not of the file
-# Means and deviations of the training images' colours.
+Colours = tuple[Sequence[float], Sequence[float]]  # means and deviations of the training images' colours
 CIFAR10_COLOURS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_COLOURS = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 IMAGENET_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,7 +39,7 @@ ORDER, IMAGE, STEP = range(3)  # what a seed is for
 
 
 def mixed(*numbers: int) -> int:
-    """A seed that depends on all the numbers, of 64 bits each, and is unlike that of their neighbours."""
+    """Hash numbers of 64 bits into a seed, which is very different for neighbouring numbers."""
     words = [word for number in numbers for word in (number % 2**32, number >> 32)]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
@@ -47,8 +48,8 @@ class Prepared(Dataset):
     """Images with their transforms, whose random numbers depend on a seed, the epoch and the image's number alone.
 
     So it makes no difference which process prepares an image, or when, or whether the epoch was interrupted. A key is
-    ``(epoch, number)``. An image that cannot be read comes as the error, which a worker could raise only
-    with its whole traceback.
+    ``(epoch, number)``. For an image that cannot be read the error is returned, because a worker that raises it would
+    add its whole traceback.
     """
 
     def __init__(self, images: Dataset, transform: Callable[[Any], Tensor], seed: int) -> None:
@@ -70,19 +71,19 @@ class Prepared(Dataset):
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained and tested on: datasets of images ``(3, H, W)`` and their classes."""
+    """The images ``(3, H, W)`` and classes for training and testing."""
 
     train: Prepared
     test: Prepared
     num_classes: int
 
 
-def _floats(colours: tuple[Sequence[float], Sequence[float]]) -> list[v2.Transform]:
+def _floats(colours: Colours) -> list[v2.Transform]:
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*map(list, colours))]
 
 
-def _training(first: list[v2.Transform], floats: list[v2.Transform], options: argparse.Namespace) -> v2.Compose:
-    """What the data set does first, what options add, and the way to floats in between."""
+def _training(first: list[v2.Transform], floats: list[v2.Transform], options: ImageOptions) -> v2.Compose:
+    """Compose a transform of the data set's usual augmentations, the options' ones, and the conversion to floats."""
     steps = list(first)
     if options.auto_augment:
         policy = v2.AutoAugmentPolicy.IMAGENET if options.dataset == "imagenet" else v2.AutoAugmentPolicy.CIFAR10
@@ -93,7 +94,7 @@ def _training(first: list[v2.Transform], floats: list[v2.Transform], options: ar
     return v2.Compose([*steps, v2.ToPureTensor()])
 
 
-def _cifar(kind: type[CIFAR10], colours: tuple[Sequence[float], Sequence[float]], options: argparse.Namespace) -> Data:
+def _cifar(kind: type[CIFAR10], colours: Colours, options: ImageOptions, seed: int) -> Data:
     root, floats = options.data, _floats(colours)
     try:
         lost = _lost(kind, root)
@@ -107,12 +108,8 @@ def _cifar(kind: type[CIFAR10], colours: tuple[Sequence[float], Sequence[float]]
     except (OSError, RuntimeError, tarfile.TarError, EOFError, zlib.error) as error:
         raise Unusable(f"{kind.url} could not be fetched into {root}: {one_line(error)}") from error
     usual = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if options.augment else []
-    whole = v2.Compose([*floats, v2.ToPureTensor()])
-    return Data(
-        Prepared(train, _training(usual, floats, options), options.seed),
-        Prepared(test, whole, options.seed),
-        len(train.classes),
-    )
+    kept = Prepared(test, v2.Compose([*floats, v2.ToPureTensor()]), seed)
+    return Data(Prepared(train, _training(usual, floats, options), seed), kept, len(train.classes))
 
 
 def _lost(kind: type[CIFAR10], root: Path) -> Path | None:
@@ -133,7 +130,7 @@ def _read(path: str) -> Any:
         ) from error
 
 
-def _imagenet(options: argparse.Namespace) -> Data:
+def _imagenet(options: ImageOptions, seed: int) -> Data:
     parts = []
     for name in ("train", "val"):
         folder = options.data / name
@@ -146,53 +143,45 @@ def _imagenet(options: argparse.Namespace) -> Data:
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
         raise Unusable(f"{options.data}: class {odd} is only in one of train/ and val/; mend the folders")
-    floats, size = _floats(IMAGENET_COLOURS), options.crop_size
+    floats, size = _floats(IMAGENET_COLOURS), given(options.crop_size)
     usual = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
     middle: list[v2.Transform] = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
-    return Data(
-        Prepared(train, _training(usual if options.augment else middle, floats, options), options.seed),
-        Prepared(test, v2.Compose([*middle, *floats, v2.ToPureTensor()]), options.seed),
-        len(train.classes),
-    )
+    varied = _training(usual if options.augment else middle, floats, options)
+    kept = Prepared(test, v2.Compose([*middle, *floats, v2.ToPureTensor()]), seed)
+    return Data(Prepared(train, varied, seed), kept, len(train.classes))
 
 
-def _shipped(images: data.Images, usual: list[v2.Transform], options: argparse.Namespace) -> Data:
-    parts = [TensorDataset(*part) for part in (images.train, images.test)]
-    return Data(
-        Prepared(parts[0], _training(usual if options.augment else [], [], options), options.seed),
-        Prepared(parts[1], v2.Identity(), options.seed),
-        images.num_classes,
-    )
+def _shipped(images: data.Images, usual: list[v2.Transform], options: ImageOptions, seed: int) -> Data:
+    train, test = (TensorDataset(*part) for part in (images.train, images.test))
+    varied = _training(usual if options.augment else [], [], options)
+    return Data(Prepared(train, varied, seed), Prepared(test, v2.Identity(), seed), images.num_classes)
 
 
-def _digits(options: argparse.Namespace) -> Data:
+def _digits(options: ImageOptions, seed: int) -> Data:
     images = data.digits()
     background, smooth = images.train[0].amin().item(), v2.InterpolationMode.BILINEAR
     # As `random_affine` moves them, without its noise.
     moved = v2.RandomAffine(25, (1 / 8, 1 / 8), (0.75, 1.25), interpolation=smooth, fill=background)
-    return _shipped(images, [moved], options)
+    return _shipped(images, [moved], options, seed)
 
 
-def _crops(options: argparse.Namespace) -> Data:
-    return _shipped(data.crops(), [], options)
-
-
-DATASETS: dict[str, Callable[[argparse.Namespace], Data]] = {
+DATASETS: dict[DatasetName, Callable[[ImageOptions, int], Data]] = {
     "digits": _digits,
-    "crops": _crops,
-    "cifar10": lambda options: _cifar(CIFAR10, CIFAR10_COLOURS, options),
-    "cifar100": lambda options: _cifar(CIFAR100, CIFAR100_COLOURS, options),
+    "crops": lambda options, seed: _shipped(data.crops(), [], options, seed),
+    "cifar10": partial(_cifar, CIFAR10, CIFAR10_COLOURS),
+    "cifar100": partial(_cifar, CIFAR100, CIFAR100_COLOURS),
     "imagenet": _imagenet,
 }
 
 
-def open_data(options: argparse.Namespace) -> Data:
-    """The data set that the options name.
+def open_data(options: Options) -> Data:
+    """Open the data set that the options name.
 
     Raises:
         Unusable: it is missing, damaged, or too small for a batch.
     """
-    opened = DATASETS[options.dataset](options)
-    if len(opened.train) < options.batch_size:
-        raise Unusable(f"--batch-size {options.batch_size}: {options.dataset} has {len(opened.train)} training images")
+    name, size = options.images.dataset, options.optimization.batch_size
+    opened = DATASETS[name](options.images, options.seed)
+    if len(opened.train) < size:
+        raise Unusable(f"--batch-size {size}: {name} has {len(opened.train)} training images")
     return opened

@@ -1,6 +1,5 @@
-"""What a run leaves in its folder: the checkpoint, ``results.json``, curves, plain weights, TensorBoard's scalars."""
+"""The files of a run: the checkpoint, ``results.json``, curves, plain weights, TensorBoard's scalars."""
 
-import argparse
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -13,30 +12,36 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..environment import environment
-from ..output import encoded, replace
+from ..options import chosen, dashed
+from ..output import Column, aligned, annotate, cells, encoded, replace
 from .errors import Unusable, one_line
+from .options import Options
 
 T = TypeVar("T")
-FORMAT = 1  # of a checkpoint
+FORMAT = 2  # of a checkpoint
 CHECKPOINT, RESULTS = "checkpoint.pt", "results.json"
 Row = dict[str, float | int]
-COLUMNS: dict[str, tuple[str, str]] = {  # of the table: the head and the format of a figure
-    "epoch": ("epoch", "d"),
-    "lr": ("lr", ".2g"),
-    "train_loss": ("training loss", ".4f"),
-    "train_accuracy": ("acc.", ".4f"),
-    "test_loss": ("test loss", ".4f"),
-    "test_accuracy": ("acc.", ".4f"),
-    "ema_loss": ("average's", ".4f"),
-    "ema_accuracy": ("acc.", ".4f"),
-    "images_per_second": ("images/s", ".0f"),
-    "skipped": ("skipped", "d"),
-    "failed": ("failed", "d"),
+COLUMNS: dict[str, Column] = {
+    "epoch": ("epoch", "{epoch}"),
+    "lr": ("lr", "{lr:.2g}"),
+    "train_loss": ("training loss", "{train_loss:.4f}"),
+    "train_accuracy": ("acc.", "{train_accuracy:.4f}"),
+    "test_loss": ("test loss", "{test_loss:.4f}"),
+    "test_accuracy": ("acc.", "{test_accuracy:.4f}"),
+    "ema_loss": ("average's", "{ema_loss:.4f}"),
+    "ema_accuracy": ("acc.", "{ema_accuracy:.4f}"),
+    "images_per_second": ("images/s", "{images_per_second:.0f}"),
+    "skipped": ("skipped", "{skipped}"),
+    "failed": ("failed", "{failed}"),
 }
 
 
 def writing(path: Path, action: Callable[[], T]) -> T:
-    """What an action that writes gives, or a line that says that it could not."""
+    """Call an action that writes.
+
+    Raises:
+        Unusable: it cannot write.
+    """
     try:
         return action()
     except OSError as error:
@@ -47,10 +52,10 @@ def writing(path: Path, action: Callable[[], T]) -> T:
 
 
 def save(path: Path, state: Any) -> None:
-    """Write what `torch.load` reads with ``weights_only=True``, in place of what is there, whole or not at all.
+    """Write a file for `torch.load` with ``weights_only=True``, whole or not at all, in place of an older one.
 
     Raises:
-        Unusable: the disk is full, or the like.
+        Unusable: the file cannot be written, for example because the disk is full.
     """
     content = io.BytesIO()  # torch.save into a full disk raises what is no OSError
     torch.save(state, content)
@@ -62,7 +67,7 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint of this program.
 
     Raises:
-        Unusable: there is none, or it is damaged, or something else.
+        Unusable: there is none, or it is damaged, or of another kind.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -72,16 +77,21 @@ def load(path: Path) -> dict[str, Any]:
         raise Unusable(
             f"{path} cannot be read as a checkpoint: {one_line(error)}; begin again in another --out"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") not in (1, FORMAT):
         raise Unusable(f"{path} is no checkpoint of this program")
+    if state["format"] == 1:  # windows without names, in a list for each process; with the default intervals none
+        if any(window is not None for process in state["processes"] for window in process["windows"]):
+            raise Unusable(f"{path} holds statistics of an earlier version: resume with whiten_layers 0.1.0")
+        for process in state["processes"]:
+            process["windows"] = {}
     return state
 
 
 def check_same(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise `Unusable` where a checkpoint's run was given other options, or other data, than this one."""
+    """Raise `Unusable` if the run of a checkpoint was given other options, or other data, than this one."""
     for name in sorted({*then, *now}, key=lambda name: (name != "model", name)):
         if then.get(name) != now.get(name):
-            option = name if " " in name else f"--{name.replace('_', '-')}"
+            option = name if " " in name else dashed(name)
             raise Unusable(
                 f"{path} is of another run: {option} was {then.get(name)} there and is {now.get(name)} here; "
                 "give the same options, or another --out"
@@ -89,7 +99,7 @@ def check_same(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def check_unused(folder: Path) -> None:
-    """Raise `Unusable` where a folder holds a run already; one that took no step is none."""
+    """Raise `Unusable` if a folder holds a run already; a run that took no step does not count."""
     for name in (CHECKPOINT, RESULTS):
         path = folder / name
         try:
@@ -111,28 +121,27 @@ def _is_untouched(path: Path) -> bool:
 class Record:
     """The table, ``results.json`` and TensorBoard's scalars of a run, kept by the first process."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace, about: dict[str, Any], done: int) -> None:
-        chosen = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
+    def __init__(self, folder: Path, options: Options, about: dict[str, Any], done: int) -> None:
         self.folder, self.headed, self.scalars = folder, False, None
-        self.about = {"environment": environment(), "options": chosen, **about}
-        if options.tensorboard:
+        self.about = {"environment": environment(), "options": chosen(options), **about}
+        if options.machine.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What an interrupted run told of an epoch that it is to do again is not shown.
+            # The purge hides what an interrupted run has already written of an epoch that will be done again.
             self.scalars = writing(folder, lambda: SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1))
 
     def write(self, rows: list[Row], finished: bool = False) -> None:
-        """Bring ``results.json`` up to date."""
+        """Write ``results.json`` anew."""
         path = self.folder / RESULTS
         writing(path, lambda: replace(path, encoded({**self.about, "finished": finished, "epochs": rows})))
 
     def epoch(self, rows: list[Row]) -> None:
-        """Take note of the last of the rows."""
+        """Print, and add to the files, the epoch of the last row."""
         row = rows[-1]
-        if not self.headed:
-            tqdm.write(heads(row))
-            self.headed = True
-        tqdm.write(line(row))
+        columns = [column for name, column in COLUMNS.items() if name in row]
+        lines = aligned(cells(columns, [row]), width=8).splitlines()
+        tqdm.write("\n".join(lines[self.headed :]))
+        self.headed = True
         self.write(rows)
         if self.scalars is not None:
             writing(self.folder, lambda: self._scalars(self.scalars, row))
@@ -147,7 +156,7 @@ class Record:
         writer.flush()
 
     def close(self, rows: list[Row], weights: dict[str, dict[str, Tensor]]) -> None:
-        """Write what a finished run leaves: the plain weights and ``curves.png``, and that it is finished."""
+        """Write the plain weights and ``curves.png`` of a finished run, and mark it as finished."""
         for name, state in weights.items():
             save(self.folder / name, state)
         image, path = io.BytesIO(), self.folder / "curves.png"
@@ -161,30 +170,13 @@ class Record:
 
 
 def curves(rows: list[Row]) -> Figure:
-    """Losses and accuracies against epochs."""
+    """Plot losses and accuracies against epochs."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     epochs = [row["epoch"] for row in rows]
     for panel, kind in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part in ("train", "test", "ema"):
             if f"{part}_{kind}" in rows[0]:
                 panel.plot(epochs, [row[f"{part}_{kind}"] for row in rows], ".-", label=part)
-        panel.set_xlabel("epoch")
-        panel.set_ylabel(kind)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.grid(alpha=0.3)
-        panel.legend()
+        annotate(panel, "epoch", kind)
     return figure
-
-
-def heads(row: Row) -> str:
-    """The line above `line`."""
-    return "  ".join(head.rjust(_width(name)) for name, (head, _) in COLUMNS.items() if name in row)
-
-
-def line(row: Row) -> str:
-    """An epoch's figures, aligned."""
-    return "  ".join(format(row[name], form).rjust(_width(name)) for name, (_, form) in COLUMNS.items() if name in row)
-
-
-def _width(name: str) -> int:
-    return max(8, len(COLUMNS[name][0]))

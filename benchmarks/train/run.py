@@ -1,10 +1,9 @@
-"""Training: its state is all that a checkpoint holds, and a step is a function of it.
+"""The training loop: a checkpoint holds its whole state, and a step is a function of that state.
 
-Whatever is random in a step follows from the seed, the step's number and the process, and the images from the seed
-and the epoch, so no random generator's state has to be kept.
+All random numbers of a step follow from the seed, the step's number and the process, and the images from the seed and
+the epoch, so no random generator's state has to be kept.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
@@ -13,54 +12,58 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from whiten_layers import follow_learning_rate
-from whiten_layers.statistics.covariance import Moments
+from whiten_layers import follow_learning_rate, load_window_state_dict, window_state_dict
 
 from .batches import Batch, loaders
 from .datasets import STEP, Data, mixed
 from .errors import Unusable
-from .network import averages, bad_batches, make_average, make_network, plain_view, wrap
+from .network import bad_batches, make_network, plain_view, wrap
 from .optimizing import make_optimizer, set_rate
-from .options import of_the_run
+from .options import ImageOptions, Options, given, of_the_run
 from .record import CHECKPOINT, FORMAT, Record, Row, check_same, load, save
 from .world import Stop, World
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def mixing(options: argparse.Namespace, num_classes: int) -> v2.Transform | None:
-    """MixUp, CutMix or either, by chance, of a batch."""
+def mixing(options: ImageOptions, num_classes: int) -> v2.Transform | None:
+    """MixUp or CutMix of a batch, or one of both at random; None if neither is chosen."""
     kinds = [(v2.MixUp, options.mixup), (v2.CutMix, options.cutmix)]
     chosen = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
     return v2.RandomChoice(chosen) if chosen else None
 
 
 class Run:
-    """A training run, at any point of it.
+    """A training run in progress.
 
-    State: the network with all that whitens it, the optimizer, the loss scaler, the average of the weights, the number
-    of the epoch and of the step in it, the epoch's sums so far, and the figures of the epochs before.
+    Its state is the network with its whitening statistics, the optimizer, the loss scaler, the average of the weights,
+    the number of the epoch and of the step in it, the epoch's sums so far, and the figures of the epochs before.
     """
 
-    def __init__(self, options: argparse.Namespace, data: Data, world: World) -> None:
-        self.options, self.world, self.path = options, world, options.out / CHECKPOINT
+    def __init__(self, options: Options, data: Data, world: World) -> None:
+        self.options, self.world, self.path = options, world, given(options.out) / CHECKPOINT
+        self.optimization, machine = options.optimization, options.machine
         self.about = {"training images": len(data.train), "test images": len(data.test), "classes": data.num_classes}
-        self.layout = torch.channels_last if options.channels_last else torch.contiguous_format
+        self.layout = torch.channels_last if machine.channels_last else torch.contiguous_format
         torch.manual_seed(options.seed)
         network = make_network(data.num_classes, options).to(world.device)
         network.to(memory_format=self.layout)
         self.network, self.view = network, plain_view(network)
-        self.average = None if options.ema is None else make_average(self.view, options.ema)
-        self.optimizer = make_optimizer(network, options)
+        self.average: AveragedModel | None = None
+        if self.optimization.ema is not None:
+            average = get_ema_multi_avg_fn(self.optimization.ema)
+            self.average = AveragedModel(self.view, multi_avg_fn=average, use_buffers=True)
+        self.optimizer = make_optimizer(network, self.optimization)
         follow_learning_rate(network, self.optimizer)
         kind = world.device.type
-        self.scaler = torch.amp.GradScaler(kind, enabled=options.precision == "fp16")  # type: ignore[attr-defined]
-        self.autocast = torch.autocast(kind, PRECISIONS[options.precision], enabled=options.precision != "fp32")
-        self.model = wrap(network, world, options)
-        self.mix = mixing(options, data.num_classes)
+        self.scaler = torch.amp.GradScaler(kind, enabled=machine.precision == "fp16")  # type: ignore[attr-defined]
+        self.autocast = torch.autocast(kind, PRECISIONS[machine.precision], enabled=machine.precision != "fp32")
+        self.model = wrap(network, world, machine.compile)
+        self.mix = mixing(options.images, data.num_classes)
         self.shares, self.train_batches, self.test_batches = loaders(data, options, world)
         self.epoch = self.step = 0
         self.rows: list[Row] = []
@@ -74,11 +77,8 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        here = {
-            "sums": self.sums.cpu(),
-            "windows": [one.window and [part.cpu() for part in one.window] for one in averages(self.network)],
-        }
-        processes = self.world.gathered(here)
+        windows = {name: part.cpu() for name, part in window_state_dict(self.network).items()}
+        processes = self.world.gathered({"sums": self.sums.cpu(), "windows": windows})
         state = {
             "format": FORMAT,
             "run": of_the_run(self.options) | self.about,
@@ -95,10 +95,10 @@ class Run:
         self.world.together(lambda: save(self.path, state) if self.world.rank == 0 else None)
 
     def restore(self) -> None:
-        """Go back to where the checkpoint was written.
+        """Restore the state that the checkpoint holds.
 
-        With as many processes as there were everything goes on as it would have; with another number what whitened
-        layers have observed since their last refresh is left out.
+        With the same number of processes training continues bit for bit. With another number the observations of
+        whitened layers since their last refresh are dropped.
 
         Raises:
             Unusable: it is damaged, or of another run.
@@ -114,21 +114,20 @@ class Run:
         processes = state["processes"]
         if len(processes) == self.world.size:
             here = processes[self.world.rank]
-            for average, window in zip(averages(self.network), here["windows"], strict=True):
-                average.window = window and Moments(*(part.to(average.running_mean.device) for part in window))
+            load_window_state_dict(self.network, here["windows"])
             self.sums.copy_(here["sums"])
         elif self.world.rank == 0:
             self.sums.copy_(sum(process["sums"] for process in processes))
 
     def progress(self) -> str:
-        """How far it has come."""
-        return f"{self.epoch} of {self.options.epochs} epochs and {self.step} of {self.shares.steps} steps done"
+        """Describe the progress: epochs and steps done."""
+        return f"{self.epoch} of {self.optimization.epochs} epochs and {self.step} of {self.shares.steps} steps done"
 
     # Training
 
     def fit(self, record: Record | None, stop: Stop) -> bool:
-        """Train, telling the record of every epoch; return whether that came to the end, or was told to stop."""
-        while self.epoch < self.options.epochs:
+        """Train and record every epoch; return True at the end, and False if a signal stopped the run."""
+        while self.epoch < self.optimization.epochs:
             try:
                 trained = self._train(stop)
                 tested = None if trained is None else self._test(stop)
@@ -147,7 +146,7 @@ class Run:
         return True
 
     def _train(self, stop: Stop) -> Row | None:
-        """Train on what is left of the epoch; return its figures, or None where it is to stop on the way."""
+        """Train for the rest of the epoch; return its figures, or None if a signal stopped it."""
         self.shares.epoch, self.shares.start = self.epoch, self.step
         batches = iter(self.train_batches)
         self.model.train()
@@ -175,14 +174,14 @@ class Run:
         }
 
     def _bar(self, what: str, total: int, done: int = 0) -> tqdm:
-        name = f"epoch {self.epoch + 1}/{self.options.epochs} {what}"
+        name = f"epoch {self.epoch + 1}/{self.optimization.epochs} {what}"
         often = {"mininterval": 0.1 if sys.stderr.isatty() else 30}  # seconds: not to fill a log
         shape = {"unit": "step", "leave": False, "dynamic_ncols": True, **often}
         return tqdm(desc=name, total=total, initial=done, disable=self.world.rank > 0, **shape)
 
     def _parts(self, batches: Iterator[Batch | Unusable]) -> tuple[list[Batch], Unusable | None]:
-        """The images of a step's backward passes, or the error of one that could not be read."""
-        parts = [next(batches) for _ in range(self.options.accumulate)]
+        """Load the images of a step's backward passes, and return the first error among them."""
+        parts = [next(batches) for _ in range(self.optimization.accumulate)]
         errors = [part for part in parts if isinstance(part, Unusable)]
         return [part for part in parts if not isinstance(part, Unusable)], errors[0] if errors else None
 
@@ -190,7 +189,7 @@ class Run:
         """Take a step of the optimizer; return the loss of its last part."""
         number = self.epoch * self.shares.steps + self.step
         torch.manual_seed(mixed(STEP, self.options.seed, number, self.world.rank))
-        set_rate(self.optimizer, number, self.shares.steps, self.options)
+        set_rate(self.optimizer, number, self.shares.steps, self.optimization)
         self.optimizer.zero_grad()
         loss = torch.zeros(())
         for place, part in enumerate(parts, start=1):
@@ -201,15 +200,15 @@ class Run:
             with nullcontext() if alone else self.model.no_sync():  # type: ignore[operator]
                 with self.autocast:
                     outputs = self.model(images)
-                    loss = F.cross_entropy(outputs, labels, label_smoothing=self.options.label_smoothing)
+                    loss = F.cross_entropy(outputs, labels, label_smoothing=self.optimization.label_smoothing)
                 self.scaler.scale(loss / len(parts)).backward()
             with torch.no_grad():
                 classes = labels if labels.ndim == 1 else labels.argmax(1)
                 correct = (outputs.argmax(1) == classes).sum()
                 self.sums += torch.stack([loss * len(images), correct, torch.full_like(loss, len(images))])
-        if self.options.clip_norm is not None:
+        if self.optimization.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_norm)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.optimization.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
@@ -224,7 +223,7 @@ class Run:
 
     @torch.no_grad()
     def _test(self, stop: Stop) -> Row | None:
-        """The figures of the network and of the average of its weights on the test images; None where to stop."""
+        """Test the network and the average of its weights; return the figures, or None if a signal stopped it."""
         networks = {"test": self.view} | ({} if self.average is None else {"ema": self.average.module})
         for network in networks.values():
             self.world.follow_first(network.buffers())  # batch normalization's are each process's own
@@ -248,7 +247,7 @@ class Run:
         return row
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """State dicts of the plain network and, where there is one, of the average, by the name of their file."""
+        """State dicts of the plain network and of the average, if there is one, by the name of their file."""
         files = {"weights.pt": self.view.state_dict()}
         if self.average is not None:
             files["weights_ema.pt"] = self.average.module.state_dict()
@@ -256,7 +255,7 @@ class Run:
 
 
 def scores(outputs: Tensor, labels: Tensor) -> Tensor:
-    """The sum of the losses, how many were right at once and among the first five, and how many there were."""
+    """The sum of the losses, the numbers of top-1 and top-5 hits, and the number of images."""
     best = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == labels.unsqueeze(1)
     loss = F.cross_entropy(outputs, labels, reduction="sum")
     return torch.stack([loss, best[:, 0].sum(), best.sum(), torch.full_like(loss, len(labels))])

@@ -1,6 +1,5 @@
-"""The processes that train together, and what stops them: all learn of it at the same step."""
+"""The processes that train together, and the signals that stop them all at the same step."""
 
-import argparse
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among those that torchrun started; alone without it."""
+    """The rank of this process among those that torchrun started; without torchrun it is the only one."""
 
     rank: int
     local_rank: int
@@ -28,7 +27,7 @@ class World:
     device: torch.device
 
     def together(self, action: Callable[[], T]) -> T:
-        """What the action gives in this process; where it failed in one of them, that one's error in all."""
+        """Run an action in every process; if it fails in one of them, raise that error in all."""
         result, error = None, None
         try:
             result = action()
@@ -38,7 +37,7 @@ class World:
         return result  # type: ignore[return-value]
 
     def fail_together(self, error: Unusable | None) -> None:
-        """Raise the error of the first process that has one, in all."""
+        """Raise, in all processes, the error of the first one that has an error."""
         errors = [error]
         if self.size > 1:
             errors = [None] * self.size
@@ -48,18 +47,18 @@ class World:
                 raise one
 
     def alone_first(self, action: Callable[[], T]) -> T:
-        """`together`, the first process of each machine before the others."""
+        """Run an action as `together` does, in the first process of each machine before the others."""
         result = self.together(lambda: action() if self.local_rank == 0 else None)
         return self.together(lambda: result if self.local_rank == 0 else action())  # type: ignore[return-value]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Sum values over all processes."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def gathered(self, value: T) -> list[T] | None:
-        """Every process's value, in the first one."""
+        """Collect the values of all processes in the first one."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
@@ -67,19 +66,20 @@ class World:
         return values
 
     def follow_first(self, tensors: Iterable[Tensor]) -> None:
-        """Take the first process's values."""
+        """Copy the values of the first process to all."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
 
 @contextmanager
-def join_world(options: argparse.Namespace) -> Iterator[World]:
-    """Take part in what torchrun started.
+def join_world(device_option: str) -> Iterator[World]:
+    """Join the processes that torchrun started.
 
-    The group is left where all leave it. A process that fails alone must not wait for the others, which torchrun ends.
+    The group is left only where all processes leave it. A process that fails alone must not wait for the others, which
+    torchrun ends.
     """
-    on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    on_gpu = device_option == "cuda" or (device_option == "auto" and torch.cuda.is_available())
     started = {"MASTER_ADDR", *_PLACE} <= os.environ.keys()
     rank, local_rank, size = (int(os.environ[name]) if started else alone for name, alone in _PLACE.items())
     if not on_gpu:
@@ -98,7 +98,7 @@ _PLACE = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
 
 
 class Stop:
-    """Takes note of SIGTERM and SIGINT (Ctrl-C; the second one interrupts at once) while it is in force."""
+    """Records SIGTERM and SIGINT inside the context; a second SIGINT (Ctrl-C) interrupts at once."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -118,10 +118,10 @@ class Stop:
         self.signal = number
 
     def agreed(self, error: Unusable | None = None) -> bool:
-        """Whether to stop at this step, in every process alike, as soon as one was told to.
+        """Tell all processes alike whether to stop at this step, as soon as one of them got a signal.
 
         Raises:
-            Unusable: one of them has an error, in all.
+            Unusable: in all processes, if one of them has an error.
         """
         if self.world.size == 1:
             self.world.fail_together(error)

@@ -1,7 +1,5 @@
 """The condition benchmark on small cases: what it prints is what it measured."""
 
-import json
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from benchmarks import condition
 from benchmarks.data import Images
 
 from ..reference import with_spectrum
+from . import results
 
 
 def test_a_run_leaves_a_table_a_file_and_a_plot(tmp_path, capsys, monkeypatch):
@@ -19,7 +18,7 @@ def test_a_run_leaves_a_table_a_file_and_a_plot(tmp_path, capsys, monkeypatch):
     assert condition.main(arguments) == 0
     output = capsys.readouterr().out
     assert "textbook" in output and "ResNet-20, worst" in output and "after 5" in output and "after 10" not in output
-    result = json.loads((tmp_path / "results.json").read_text())
+    result = results(tmp_path)
     layers = [case for case in result["cases"] if case["kind"] == "layer"]
     assert len(layers) == 20 and {case["size"] for case in layers} >= {27, 144, 288, 576, 64}
     for case in result["cases"]:
@@ -40,17 +39,3 @@ def test_the_textbook_recursion_whitens_its_directions():
     values = torch.linalg.eigvals(last.matrix[0] @ covariance[0]).real
     assert ((values - 1).abs() < 1e-9).sum() == 4
     assert condition.condition(last.matrix, covariance) == pytest.approx((values.max() / values.min()).item())
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--sizes", "0"], "invalid positive int value: '0'"),
-        (["--epochs", "-1"], "--epochs -1: give at least 0"),
-        (["--sizes", "--epochs", "0"], "leave nothing to measure"),
-    ],
-)
-def test_a_wrong_option_ends_with_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        condition.main(arguments)
-    assert ended.value.code == 2 and message in capsys.readouterr().err

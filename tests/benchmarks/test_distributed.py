@@ -1,10 +1,10 @@
 """The distributed benchmark on a small network: what is put on paper is what was counted."""
 
-import json
-
 import pytest
 
 from benchmarks import distributed
+
+from . import results
 
 
 def test_a_run_leaves_a_table_and_a_file(tmp_path, capsys):
@@ -12,8 +12,8 @@ def test_a_run_leaves_a_table_and_a_file(tmp_path, capsys):
     assert distributed.main(arguments) == 0
     output = capsys.readouterr().out
     assert "7B decoder" in output and "bytes a step = " in output
-    result = json.loads((tmp_path / "results.json").read_text())
-    alone, two = result["table"]
+    result = results(tmp_path)
+    alone, two = result["counted"]
     assert alone["statistics_bytes"] == alone["outcome_bytes"] == alone["messages_in_a_refresh"] == 0
     assert two["messages_in_other_steps"] == 0 and two["messages_in_a_refresh"] == 6
     assert two["operations"] == alone["operations"] and two["busiest"] < 0.6
@@ -23,10 +23,3 @@ def test_a_run_leaves_a_table_and_a_file(tmp_path, capsys):
     assert two["outcome_bytes"] == paper[0]["outcome_bytes"]
     assert two["gradient_bytes_a_step"] * 2 * 7 / 8 == pytest.approx(paper[0]["gradient_bytes_a_step"])
     assert two["extra"] < 0.5
-
-
-def test_a_wrong_option_is_one_line_and_status_2(capsys):
-    with pytest.raises(SystemExit) as exit:
-        distributed.main(["--ranks", "0"])
-    assert exit.value.code == 2
-    assert "Traceback" not in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """The few-shot benchmark on a few episodes: what it prints and writes, its episodes; interrupted; wrong options."""
 
-import json
 from functools import partial
 
 import pytest
@@ -10,11 +9,9 @@ from torch import nn
 from benchmarks import fewshot, training
 from benchmarks.data import CLASSES, Images
 
+from . import results
+
 QUICK = ["--episodes", "3", "--test-episodes", "4", "--seeds", "0"]
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture
@@ -98,20 +95,3 @@ def test_classifying_is_embedding_each_image():
     assert network(images).shape == (9, 3)
     embedded = torch.stack([network.encoder(one) for one in images])
     torch.testing.assert_close(network(images), fewshot.logits(embedded, 2))
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--dataset", "mnist"], "invalid choice: 'mnist'"),
-        (["--norms", "LN"], "invalid choice: 'LN'"),
-        (["--ways", "6"], "--ways 6: digits has 2 to 5 classes for an episode"),
-        (["--dataset", "crops", "--shots", "1", "30"], "--shots 30: crops has 40 images of a class, 15 to ask"),
-        (["--test-episodes", "1"], "--test-episodes 1: an interval takes at least 2"),
-        (["--lr", "0"], "invalid positive float value: '0'"),
-    ],
-)
-def test_a_wrong_option_ends_with_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        fewshot.main(arguments)
-    assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -1,19 +1,15 @@
 """The benchmark of normalizations on small shapes and few steps; interrupted; wrong options."""
 
-import json
-
 import pytest
 import torch
 
 from benchmarks import convergence, norms, training
 from benchmarks.data import Images
 
+from . import results
+
 SHAPES = ["--shapes", "4x8x4", "8x72", "--memory-shapes", "4x80x4", "--budget", "0.01"]
 NAMES = ["BN", "IterNorm", "DBN", "SWBN kl 1e-05", "SWBN frobenius 1e-05"]
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture
@@ -86,20 +82,3 @@ def test_the_best_rate_of_batch_norm_is_used_and_an_interrupt_keeps_what_was_mea
     result = results(tmp_path)
     assert result["interrupted"] and result["time"] == result["memory"] == []
     assert [row["lr"] for row in result["convergence"]["digits"]["rows"]] == [0.1, 0.2, 0.2, 0.2]
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--only", "space"], "invalid choice: 'space'"),
-        (["--shapes", "128"], "invalid shape value: '128'"),
-        (["--shapes", "1x16x32"], "invalid shape value: '1x16x32'"),
-        (["--step-size", "0"], "invalid positive float value: '0'"),
-        (["--dataset", "mnist"], "invalid choice: 'mnist'"),
-        (["--dataset", "digits", "--batch-size", "5000"], "--batch-size 5000: digits has 1348 training images"),
-    ],
-)
-def test_a_wrong_option_ends_with_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        norms.main(arguments)
-    assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -8,7 +8,7 @@ import whiten_layers.models
 from torchvision.transforms import v2
 
 from benchmarks.train import datasets, network, optimizing, presets
-from benchmarks.train.options import parse
+from benchmarks.train.command_line import parse
 from whiten_layers import PSIScaling, WhitenedConv2d
 from whiten_layers.norm import IterNorm2d
 
@@ -16,10 +16,11 @@ from whiten_layers.norm import IterNorm2d
 @pytest.mark.parametrize("preset", presets.PRESETS)
 def test_a_preset_is_a_run_of_a_whitened_network(preset):
     options = parse(["--preset", preset])
-    assert options.dataset == preset.split("-")[0]
-    assert options.model in whiten_layers.models.__all__ and options.model.startswith("whitened_")
-    assert options.model.endswith(preset.split("-", 1)[1]) and options.lr == 0.1
-    assert str(options.out) == f"results/train/{options.dataset}-{options.model}"
+    dataset, model = options.images.dataset, options.network.model
+    assert dataset == preset.split("-")[0]
+    assert model in whiten_layers.models.__all__ and model.startswith("whitened_")
+    assert model.endswith(preset.split("-", 1)[1]) and options.optimization.lr == 0.1
+    assert str(options.out) == f"results/train/{dataset}-{model}"
     with torch.device("meta"):
         made = network.make_network(10, options)
     assert any(isinstance(module, WhitenedConv2d) for module in made.modules())
@@ -32,15 +33,16 @@ def test_the_presets_of_the_papers_networks():
 
 def test_an_option_changes_what_a_preset_sets():
     options = parse(["--preset", "cifar100-resnet56", "--epochs", "150", "--model", "resnet56"])
-    assert (options.epochs, options.model, options.milestones) == (150, "resnet56", [82, 123])
+    chosen = options.optimization
+    assert (chosen.epochs, options.network.model, chosen.milestones) == (150, "resnet56", [82, 123])
 
 
 def test_what_a_preset_says_of_a_schedule_or_an_optimizer_goes_with_them():
-    options = parse(["--preset", "cifar10-resnet20", "--schedule", "cosine", "--epochs", "20"])
+    options = parse(["--preset", "cifar10-resnet20", "--schedule", "cosine", "--epochs", "20"]).optimization
     assert options.milestones is None and options.gamma is None
-    options = parse(["--preset", "cifar10-resnet18", "--optimizer", "adamw"])
+    options = parse(["--preset", "cifar10-resnet18", "--optimizer", "adamw"]).optimization
     assert not options.nesterov and options.momentum is None and options.lr == 1e-3
-    assert parse(["--optimizer", "rmsprop"]).lr == 1e-3 and parse([]).momentum == 0.9
+    assert parse(["--optimizer", "rmsprop"]).optimization.lr == 1e-3 and parse([]).optimization.momentum == 0.9
 
 
 def test_autoaugment_has_the_policy_of_the_data_set(data):
@@ -75,7 +77,7 @@ def test_the_plain_view_moves_with_the_whitened_network():
 
 
 def rates(*arguments, steps=10):
-    options = parse([*arguments])
+    options = parse([*arguments]).optimization
     return [optimizing.factor(step, steps, options) for step in range(options.epochs * steps)]
 
 
@@ -92,7 +94,7 @@ def test_learning_rates():
 
 def test_the_groups_of_weight_decay():
     model = whiten_layers.models.resnet20()
-    options = parse(["--weight-decay", "0.1", "--norm-weight-decay", "0", "--optimizer", "adamw"])
+    options = parse(["--weight-decay", "0.1", "--norm-weight-decay", "0", "--optimizer", "adamw"]).optimization
     groups = optimizing.make_optimizer(model, options).param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0] and groups[0]["lr"] == 0.001
     assert all(parameter.ndim > 1 for parameter in groups[0]["params"])

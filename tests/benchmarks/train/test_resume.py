@@ -19,7 +19,8 @@ from benchmarks.train.record import Record
 from benchmarks.train.run import Run
 from tests.distributed.world import free_port, run
 
-from .tiny import know, options, results, scalars, start
+from .. import results
+from .tiny import know, options, scalars, start
 
 MEASURED = re.compile("seconds|images_per_second")
 
@@ -178,6 +179,24 @@ def test_what_was_seen_is_in_the_checkpoint_and_not_drawn_again(data, tmp_path):
     assert len({row["train_loss"] for row in rows}) == 3
 
 
+def test_a_checkpoint_of_the_first_format_goes_on_unless_it_has_open_windows(data, tmp_path, monkeypatch, capsys):
+    """It had windows in a list, without names."""
+    arguments = [options("cifar10", data("cifar10"), tmp_path / name, "--epochs", "1") for name in ("whole", "old")]
+    assert main(arguments[0]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        assert main(arguments[1]) == 0
+    path = tmp_path / "old" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["format"] = 1
+    for windows in ([None, [torch.ones(1)] * 3], [None, None]):
+        state["processes"][0]["windows"] = windows
+        torch.save(state, path)
+        assert main([*arguments[1], "--resume"]) == (2 if windows[1] else 0)
+    assert "resume with whiten_layers 0.1.0" in capsys.readouterr().err
+    assert_same_run(tmp_path / "old", tmp_path / "whole")
+
+
 def test_another_seed_is_another_run(data, tmp_path):
     losses = []
     for seed in ("0", "1"):
@@ -296,18 +315,8 @@ def test_two_processes_compiled(data, tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(data, tmp_path, monkeypatch):
-    more = [
-        "--device",
-        "cuda",
-        "--deterministic",
-        "--precision",
-        "fp16",
-        "--ema",
-        "0.9",
-        "--channels-last",
-        "--workers",
-        "1",
-    ]
+    more = ["--device", "cuda", "--deterministic", "--precision", "fp16", "--ema", "0.9", "--channels-last"]
+    more += ["--workers", "1"]
     assert main(options("cifar10", data("cifar10"), tmp_path / "whole", *more)) == 0
     arguments = options("cifar10", data("cifar10"), tmp_path / "run", *more)
     with monkeypatch.context() as patch:

@@ -9,11 +9,12 @@ import whiten_layers.models
 import benchmarks.data
 from benchmarks.train.__main__ import main
 from benchmarks.train.batches import Shares, shares_of_test
+from benchmarks.train.command_line import parse
 from benchmarks.train.datasets import open_data
-from benchmarks.train.options import parse
 from benchmarks.train.world import World
 
-from .tiny import TEST, TRAIN, options, results, scalars
+from .. import results
+from .tiny import TEST, TRAIN, options, scalars
 
 
 def rows(out):
@@ -37,13 +38,15 @@ def test_a_whole_run(dataset, data, tmp_path, capsys, monkeypatch):
     assert main(arguments) == 0
     chosen, opened = parse(arguments), open_data(parse(arguments))
     result = results(tmp_path / "run")
-    assert result["finished"] and len(result["epochs"]) == chosen.epochs
+    assert result["finished"] and len(result["epochs"]) == chosen.optimization.epochs
     assert result["training images"] == len(opened.train) and result["environment"]["torch"]
     assert (len(opened.train), len(opened.test)) == (TRAIN, TEST)
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "images/s" in capsys.readouterr().out
     # The weights are those of the plain network, which tests as the whitened one did.
-    plain = getattr(whiten_layers.models, chosen.model.removeprefix("whitened_"))(num_classes=opened.num_classes)
+    plain = getattr(whiten_layers.models, chosen.network.model.removeprefix("whitened_"))(
+        num_classes=opened.num_classes
+    )
     plain.load_state_dict(torch.load(tmp_path / "run" / "weights.pt", weights_only=True))
     images, labels = zip(*(opened.test[0, i] for i in range(len(opened.test))), strict=True)
     with torch.no_grad():

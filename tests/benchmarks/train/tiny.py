@@ -91,11 +91,6 @@ def know(root: Path, address: str | None = None) -> None:
                 kind.url = f"{address}/{kind.filename}"
 
 
-def results(out: Path) -> dict[str, Any]:
-    """What a run has written of itself."""
-    return json.loads((out / "results.json").read_text())
-
-
 def scalars(out: Path, name: str) -> list[tuple[int, float]]:
     """What a run has told TensorBoard: steps and values."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
