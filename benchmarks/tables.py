@@ -1,0 +1,117 @@
+"""Write the tables of results into README.md and docs/, from the JSON files in benchmarks/results/.
+
+A page says where a table stands: between ``<!-- table: NAME -->`` and ``<!-- end -->``. NAME.json holds the cells of
+the table that a benchmark printed ("table"), on which machine ("environment"), and the commands that repeat it. With
+several names the rows follow one another.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from .output import replace
+
+ROOT = Path(__file__).parent.parent
+MARKED = re.compile(r"(<!-- table: ([^>]+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
+BULKY = ("curves", "seconds", "cases")  # of a run, that no table needs
+VERSIONS = {"Python": "python", "torch": "torch", "torchvision": "torchvision"}
+
+
+def markdown(names: list[str], results: dict[str, dict[str, Any]]) -> str:
+    """Make a table, and below it the commands that repeat it, the machine, and where figures come from if not a run.
+
+    Raises:
+        ValueError: there is no such file, or the files' columns differ.
+    """
+    for name in names:
+        if name not in results:
+            raise ValueError(f"there is no benchmarks/results/{name}.json")
+    chosen = [results[name] for name in names]
+    head = chosen[0]["table"][0]
+    if any(one["table"][0] != head for one in chosen):
+        raise ValueError(f"the columns of {', '.join(names)} are not the same")
+    lines = [head, ["---"] * len(head), *(row for one in chosen for row in one["table"][1:])]
+    below = [f"`{command}`" for command in dict.fromkeys(command for one in chosen for command in one["command"])]
+    below += [f"on {machine}" for machine in dict.fromkeys(_machine(one["environment"]) for one in chosen) if machine]
+    below += [f"transcribed {source}" for source in dict.fromkeys(one.get("transcribed") for one in chosen) if source]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + ";\n".join(below) + "\n"
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    if not environment:  # figures on paper
+        return ""
+    versions = (f"{name} {environment[key]}" for name, key in VERSIONS.items() if key in environment)
+    return f"{environment['processor']}, {environment['cores']} cores, {', '.join(versions)}"
+
+
+def filled(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """Return the text of a page with every table made anew."""
+
+    def replaced(match: re.Match[str]) -> str:
+        begin, names, inside, end = match.groups()
+        if "<!-- table:" in inside:
+            raise ValueError(f"the table {names} has no <!-- end -->")
+        return begin + markdown(names.split(), results) + end
+
+    if text.count("<!-- table:") != len(MARKED.findall(text)):
+        raise ValueError("a table has no <!-- end -->, or its marker is not <!-- table: NAME --> on a line of its own")
+    return MARKED.sub(replaced, text)
+
+
+def kept(path: Path, number: int, command: list[str]) -> dict[str, Any]:
+    """Return what is kept of a run's ``results.json``, with one of its tables; of rows by seed, their medians.
+
+    Raises:
+        ValueError: the run was cut short, or has no such table.
+    """
+    result = json.loads(path.read_text(encoding="utf-8"))
+    tables = result.pop("tables", [])
+    if result.get("interrupted") or not 1 <= number <= len(tables):
+        raise ValueError(f"{path}: the run was interrupted, or has no table {number} (it has {len(tables)})")
+    head, *rows = tables[number - 1]["cells"]
+    if "seed" in head and any("median" in row for row in rows):
+        place = head.index("seed")
+        rows = [row[:place] + row[place + 1 :] for row in rows if row[place] == "median"]
+        head = head[:place] + head[place + 1 :]
+    rest = {key: value for key, value in result.items() if key not in BULKY}
+    return {"command": command, **rest, "title": tables[number - 1]["title"], "table": [head, *rows]}
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    """Write the tables, or compare them; return the exit status: 1 if a page differs, 2 if something does not fit."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a page differs")
+    parser.add_argument("--keep", nargs=2, metavar=("RESULTS.JSON", "NAME"), help="first take over a run's table")
+    parser.add_argument("--number", type=int, default=1, help="with --keep: which of the run's tables (default: 1)")
+    parser.add_argument("--command", nargs="+", help="with --keep: what repeats the run (default: as NAME.json says)")
+    options = parser.parse_args(arguments)
+    folder, page = root / "benchmarks" / "results", root
+    try:
+        results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")}
+        if options.keep:
+            path, name = Path(options.keep[0]), options.keep[1]
+            command = options.command or results.get(name, {}).get("command")
+            if command is None:
+                raise ValueError(f"{name}.json is new: say what repeats the run, by --command")
+            results[name] = kept(path, options.number, command)
+            replace(folder / f"{name}.json", (json.dumps(results[name], indent=1, ensure_ascii=False) + "\n").encode())
+        changed = []
+        for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+            before = page.read_text(encoding="utf-8")
+            after = filled(before, results)
+            if before != after:
+                changed.append(str(page.relative_to(root)))
+                if not options.check:
+                    replace(page, after.encode())
+    except (ValueError, KeyError, OSError) as error:
+        print(f"python -m benchmarks.tables: {page.relative_to(root)}: {error}", file=sys.stderr)
+        return 2
+    print(f"{'differ from benchmarks/results' if options.check else 'written'}: {', '.join(changed) or 'no pages'}")
+    return 1 if options.check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
