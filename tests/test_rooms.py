@@ -13,6 +13,9 @@ FILES = {path.relative_to(LIBRARY).with_suffix("").parts: path for path in LIBRA
 def imported(name, path):
     """The library's own files that a file imports, under TYPE_CHECKING and inside functions too."""
     for node in ast.walk(ast.parse(path.read_text())):
+        absolute = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        absolute += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+        assert not any(module.startswith("whiten_layers") for module in absolute), name  # relative ones are followed
         if isinstance(node, ast.ImportFrom) and node.level:
             base = name[: len(name) - node.level] + tuple((node.module or "").split(".") if node.module else ())
             for target in ((*base, alias.name) for alias in node.names):

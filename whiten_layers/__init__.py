@@ -29,7 +29,7 @@ from .transforms import Chain, FeatureWhitening, GradientTransform, OptimalInput
 from .two_stage import TwoStageNetwork
 from .windows import load_window_state_dict, window_state_dict
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Chain",

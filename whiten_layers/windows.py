@@ -55,6 +55,6 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
         given = [part.to(like, copy=True) for part, like in zip(parts, wanted, strict=True) if part is not None]
         windows[name] = Moments(*given) if given else None
     if left:
-        raise ValueError(f"{', '.join(left)}: the model has no such statistics")
+        raise ValueError(f"{', '.join(left)}: the model has no such statistics; it has {', '.join(windows) or 'none'}")
     for name, one in _statistics(model).items():
         one.window = windows[name]

@@ -21,7 +21,7 @@ def test_a_pass_has_a_number():
 def test_a_compiled_autograd_has_no_pass(monkeypatch):
     compiled = pytest.importorskip("torch._dynamo.compiled_autograd")
     hint = "torch._dynamo.compiled_autograd.in_compiled_autograd_region is to tell whether one is running"
-    assert compiled.in_compiled_autograd_region is False, hint
+    assert getattr(compiled, "in_compiled_autograd_region", None) is False, hint
     monkeypatch.setattr(compiled, "in_compiled_autograd_region", True)
     seen = []
     x = torch.ones(3, requires_grad=True)

@@ -15,11 +15,13 @@ class Told(StatefulModule):
     def __init__(self):
         super().__init__()
         self.register_buffer("state", torch.zeros(2))
-        self.inner = nn.BatchNorm1d(2)
         self.heard = []
 
+    def before_moving(self):
+        return self.state.dtype
+
     def after_moving(self, before):
-        self.heard.append(("moved", before["state"].dtype, sorted(before)[0]))
+        self.heard.append(("moved", before))
 
     def before_loading(self, state_dict, prefix):
         self.heard.append(("loading", prefix, f"{prefix}state" in state_dict))
@@ -33,7 +35,7 @@ def test_a_module_is_told_when_its_tensors_move(move):
     model = nn.Sequential(Told())
     move(model)
     hint = "nn.Module's to, half and to_empty are to call _apply(fn, recurse) of every module: see StatefulModule"
-    assert model[0].heard == [("moved", torch.float32, "inner.num_batches_tracked")], hint
+    assert model[0].heard == [("moved", torch.float32)], hint
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -113,3 +115,15 @@ def test_every_batch_normalization_is_one():
     hint = "torch.nn.modules.batchnorm._BatchNorm is to be the base class of every batch normalization"
     assert all(issubclass(kind, modules.AnyBatchNorm) for kind in kinds), hint
     assert not issubclass(nn.LayerNorm, modules.AnyBatchNorm)
+
+
+def test_a_module_adopts_anothers_class_and_buffers_and_keeps_its_own():
+    module, other = nn.BatchNorm1d(2), nn.Linear(3, 4)
+    other.register_buffer("state", torch.ones(3))
+    module.register_buffer("foreign", torch.ones(2))
+    module.register_forward_pre_hook(lambda *_: None)
+    weight = module.weight
+    modules.adopt(module, other, ["running_mean", "running_var", "num_batches_tracked"])
+    hint = "nn.Module.__dict__ is to hold buffers under '_buffers' and everything else under its name: see adopt"
+    assert type(module) is nn.Linear and modules.buffer_names(module) == ["state", "foreign"], hint
+    assert module.weight is weight and module.in_features == 3 and modules.has_forward_hooks(module), hint

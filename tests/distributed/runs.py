@@ -23,6 +23,7 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
     "paper": {"features": "patch", "power": 1.0, "rescale": False, "update_interval": 1, "statistics_interval": 1},
     "windows of several batches": {"statistics_interval": 2, "update_interval": 6, "center": False},
     "whitened, then scaled": {"output_power": 0.5, "psi": ["0", "2"]},
+    "rarely, then scaled": {"update_interval": 100, "psi": ["0", "2"]},
     # In none of 9 refreshes its 18 steps run out of directions: from there on rounding chooses them.
     "recursive in blocks": {"method": "recursive", "power": 1.0, "rank": 1, "block_size": 32, "features": "patch"},
 }

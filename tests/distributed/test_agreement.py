@@ -95,7 +95,7 @@ def test_ranks_that_whiten_different_layers_are_told_when_ddp_takes_the_model():
         assert "the ranks are to take on different things, beside 2 that all have in common: rank 0: left." in end.error
 
 
-def counting(rank, kind):
+def counting(rank, kind, transform):
     """What is sent in each step beside DDP's gradients and FSDP2's parameters and gradients."""
     sent = []
 
@@ -110,7 +110,7 @@ def counting(rank, kind):
 
     for name in ("all_reduce", "broadcast", "all_gather_object", "all_gather", "new_group"):
         setattr(dist, name, counted(name))
-    model = parallel(network(), kind)
+    model = parallel(network(transform), kind)
     steps = []
     for step in range(25):
         sent.clear()
@@ -121,10 +121,15 @@ def counting(rank, kind):
 
 @pytest.mark.parametrize("kind", ["DDP", pytest.param("FSDP2", marks=needs_fsdp2)])
 def test_nothing_is_sent_but_when_a_refresh_is_due(kind):
-    for steps in run(counting, 2, kind):
+    for steps in run(counting, 2, kind, "default"):
         assert [number for number, sent in enumerate(steps, 1) if sent] == [1, 2, 4, 8, 10, 20]
         # Who is there and what is wanted; means and triangles; an outcome from each.
         assert steps[19] == ["all_reduce"] * 4 + ["broadcast"] * 2
+
+
+def test_transforms_without_statistics_send_nothing_at_their_own_interval():
+    for steps in run(counting, 2, "DDP", "rarely, then scaled"):
+        assert [number for number, sent in enumerate(steps, 1) if sent] == [1, 2, 4, 8, 16]
 
 
 def sharing(rank):

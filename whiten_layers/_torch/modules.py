@@ -1,5 +1,6 @@
 """Access to the inside of `nn.Module`: notice of tensors that move or are loaded, and the parts of a module."""
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ __all__ = [
     "AnyBatchNorm",
     "StatefulModule",
     "WideBuffers",
+    "adopt",
     "become",
     "buffer_names",
     "has_forward_hooks",
@@ -21,25 +23,28 @@ __all__ = [
 class StatefulModule(nn.Module):
     """A module that is told when its tensors are moved or cast, and when a checkpoint is loaded into it.
 
-    Subclasses extend `after_moving`, `before_loading` and `after_loading`, which do nothing here, where PyTorch's own
-    way is to extend the private methods `_apply` and `_load_from_state_dict`.
+    Subclasses implement those of the four hooks below that they need; here they do nothing. PyTorch's own way is to
+    extend the private methods `_apply` and `_load_from_state_dict`.
     """
 
     keeps_its_tensors: ClassVar[bool] = False
     """Tells whether a load copies into the module's own tensors even with ``assign=True``. An assigned tensor would
     bring its own device, and perhaps fewer than 32 bits."""
 
-    def after_moving(self, before: dict[str, Tensor]) -> None:
-        """Called after `to`, `half`, `to_empty` and their kin, with the buffers from before, the children's too."""
+    def before_moving(self) -> Any:
+        """Return what `after_moving` needs to know, before `to`, `half`, `to_empty` and the like."""
+
+    def after_moving(self, before: Any) -> None:
+        """React to `to`, `half`, `to_empty` and the like, given the result of `before_moving`."""
 
     def before_loading(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Called before a load, with a state dict that may be changed and the prefix of the module's keys in it."""
+        """Prepare for a load from a state dict, which may be changed; the module's keys in it have this prefix."""
 
     def after_loading(self, assigned: bool) -> None:
-        """Called after a load; `assigned` tells whether it was one with ``assign=True``."""
+        """React to a load; `assigned` tells whether it was one with ``assign=True``."""
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        before = dict(self.named_buffers())
+        before = self.before_moving()
         super()._apply(fn, recurse)
         self.after_moving(before)
         return self
@@ -55,11 +60,14 @@ class StatefulModule(nn.Module):
 class WideBuffers(StatefulModule):
     """A module whose own floating-point buffers keep 32 bits or more when it is cast to a narrower type."""
 
-    def after_moving(self, before: dict[str, Tensor]) -> None:
-        for name in buffer_names(self):
-            new = getattr(self, name)
-            if name in before and new.is_floating_point() and torch.finfo(new.dtype).bits < 32:
-                setattr(self, name, before[name].to(new.device, torch.float32))
+    def before_moving(self) -> dict[str, Tensor | None]:
+        return dict(self._buffers)
+
+    def after_moving(self, before: dict[str, Tensor | None]) -> None:
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.is_floating_point() and torch.finfo(new.dtype).bits < 32:
+                self._buffers[name] = old.to(new.device, torch.float32)
 
 
 def buffer_names(module: nn.Module) -> list[str]:
@@ -80,6 +88,17 @@ def holds_parameter(module: nn.Module, name: str) -> bool:
 def has_forward_hooks(module: nn.Module) -> bool:
     """Tell whether something is called before or after a module's forward pass."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def adopt(module: nn.Module, other: nn.Module, replaced: Collection[str]) -> None:
+    """Turn a module into one of another's class in place, with its buffers instead of those whose names are replaced.
+
+    The module keeps all attributes that it has, its parameters among them, and takes the other's where it has none.
+    """
+    kept = {name: buffer for name, buffer in module._buffers.items() if name not in replaced}
+    missing = {name: value for name, value in vars(other).items() if name not in vars(module)}
+    vars(module).update(missing, _buffers={**other._buffers, **kept})
+    module.__class__ = type(other)
 
 
 def become(old: nn.Module, new: nn.Module) -> None:

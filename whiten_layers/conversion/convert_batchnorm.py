@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .._torch.modules import AnyBatchNorm, buffer_names
+from .._torch.modules import AnyBatchNorm, adopt
 from ..norm import (
     DecorrelatedBatchNorm1d,
     DecorrelatedBatchNorm2d,
@@ -77,12 +77,7 @@ def convert_batchnorm(
     shared = {id(layer): layer for layer in layers.values() if id(layer) in chosen}  # each layer once
     made = [(layer, NORMS[kind][type(layer)].like(layer, **options)) for layer in shared.values()]
     for layer, ours in made:
-        vars(layer).update({name: value for name, value in vars(ours).items() if name not in vars(layer)})
-        for name in BATCHNORM_BUFFERS:
-            delattr(layer, name)
-        for name in buffer_names(ours):
-            layer.register_buffer(name, getattr(ours, name))
-        layer.__class__ = type(ours)
+        adopt(layer, ours, BATCHNORM_BUFFERS)
     for name, module in model.named_modules():
         if isinstance(module, AnyBatchNorm):
             asked = type(module) in NORMS[kind]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import fx, nn
 
 # The tracer does not enter classes defined in _WHOLE, or subclasses of them. It does enter those of _CONTAINERS.
-_LIBRARY = __name__.split(".")[0]
+_LIBRARY = str(__package__).rpartition(".")[0]
 _WHOLE = ("torch.nn.", f"{_LIBRARY}.layers", f"{_LIBRARY}.norm")
 _CONTAINERS = ("torch.nn.modules.module", "torch.nn.modules.container")
 

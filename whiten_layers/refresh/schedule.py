@@ -171,7 +171,7 @@ class Schedule:
     def close_pass(self, number: int) -> list[Scheduled]:
         """End a pass and return the members whose refresh is due; of a nested pass, only those that it reached."""
         is_known, self._open_pass = self._open_pass is not None, None
-        together = [one for one in self._members if is_known or one.attendance.engine_pass == number]
+        together = [one for one in self.members() if is_known or one.attendance.engine_pass == number]
         return [one for one in together if is_due(self.batch, one.update_interval)]
 
     def reset(self, member: Scheduled) -> None:
@@ -210,10 +210,11 @@ def _refresh(members: Sequence[Scheduled]) -> None:
     """Refresh transforms together, those of one group of processes at a time, in the same order on every process."""
     together: dict[ProcessGroup | None, list[DueTransform]] = defaultdict(list)
     for member in sorted(members, key=lambda member: int(member.handle)):
-        batch = member.schedule.batch
-        elapsed = batch - last_due(batch - 1, member.update_interval)
-        name = member.name or f"a {type(member).__name__} without a name"
-        due = DueTransform(name, batch, elapsed, running_statistics(member))
-        together[member.schedule.processes.group()].append(due)
+        statistics, batch = running_statistics(member), member.schedule.batch
+        if statistics:  # else nothing follows from them, and processes need not meet
+            elapsed = batch - last_due(batch - 1, member.update_interval)
+            name = member.name or f"a {type(member).__name__} without a name"
+            due = DueTransform(name, batch, elapsed, statistics)
+            together[member.schedule.processes.group()].append(due)
     for group, due_transforms in together.items():
         refresh_transforms(due_transforms, group)

@@ -97,13 +97,13 @@ def invert(factors: Iterable[WhiteningFactor]) -> Iterator[tuple[WhiteningFactor
         alike[factor.method, factor.power, size, rank, covariance.dtype, covariance.device].append(factor)
     for (name, power, *_), chosen in alike.items():
         method = METHODS[name]
-        damped = list(map(WhiteningFactor.damped, chosen))
-        covariances = damped[0] if len(chosen) == 1 else torch.cat(damped)  # without copying one large matrix
+        one = chosen[0].damped() if len(chosen) == 1 else None  # without copying one large matrix
+        covariances = torch.cat([factor.damped() for factor in chosen]) if one is None else one
         is_warm = method.warm_powers is None or power in method.warm_powers
         warm_start = _gathered(list(map(WhiteningFactor.warm_start, chosen))) if is_warm else None
         inverses = method.inverse(*(covariances, power, warm_start, chosen[0].rank)[: method.arguments])
         parts = [inverses] if len(chosen) == 1 else _dealt(inverses, [len(factor.scale) for factor in chosen])
-        yield from zip(chosen, map(WhiteningFactor.scale_inverse, chosen, parts), strict=True)
+        yield from zip(chosen, list(map(WhiteningFactor.scale_inverse, chosen, parts)), strict=True)
 
 
 def _gathered(parts: list[Inverse]) -> Inverse:

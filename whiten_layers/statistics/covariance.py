@@ -130,7 +130,7 @@ class FeatureCovariance(WideBuffers):
         return rearrange(rows, "(g b) n m -> g n (b m)", b=self.blocks)[..., : self.features]
 
     def join_mean(self, mean: Tensor) -> Tensor:
-        """`join` for one row: ``(groups·blocks, M) -> (groups, features)``."""
+        """Apply `join` to one row: ``(groups·blocks, M) -> (groups, features)``."""
         return self.join(mean.unsqueeze(1)).squeeze(1)
 
     @torch.no_grad()
@@ -152,7 +152,7 @@ class FeatureCovariance(WideBuffers):
         self.window_count, self.window_mean, self.window_covariance = window or (None, None, None)
 
     def observe_rows(self, rows: Tensor, center: bool = True, valid: Tensor | bool = True) -> Tensor:
-        """`observe` the moments of rows ``(groups, n, features)``."""
+        """Call `observe` with the moments of rows ``(groups, n, features)``."""
         return self.observe(moments(self.split(rows), center), valid)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -49,29 +49,6 @@ class Geometry:
     def spatial_dims(self) -> int:
         """Dimensions of the kernel; 0 for a linear layer."""
         return len(self.kernel_size)
-
-    @cached_property
-    def displacements(self) -> tuple[list[tuple[int, ...] | None], list[int]]:
-        """Distinct displacements between two taps, and the index of the one that belongs to each of taps × taps pairs.
-
-        Displacements are in positions of the input. Opposite displacements count as one, since an autocovariance is
-        even. None stands for those at which one of the two positions is always an inserted zero.
-        """
-        steps = self.upsampling or (1,) * len(self.kernel_size)
-        taps = list(itertools.product(*map(range, self.kernel_size)))
-        places: dict[tuple[int, ...], int] = {}
-        pairs = []
-        for here, there in itertools.product(taps, taps):
-            displacement = tuple((b - a) * d for a, b, d in zip(here, there, self.dilation, strict=True))
-            displacement = max(displacement, tuple(-d for d in displacement))
-            pairs.append(places.setdefault(displacement, len(places)))
-        distinct = [
-            None
-            if any(d % step for d, step in zip(displacement, steps, strict=True))
-            else tuple(d // step for d, step in zip(displacement, steps, strict=True))
-            for displacement in places
-        ]
-        return distinct, pairs
 
     def matrix(self, weight: Tensor) -> Tensor:
         """View a weight, or its gradient, as ``(groups, S, C, taps)``."""
@@ -168,6 +145,30 @@ def patch_rows(input: Tensor, geometry: Geometry, max_rows: int | None = None, p
     return rearrange(window, "n (g c) ... taps -> g (n ...) (c taps)", g=geometry.groups)
 
 
+@cache
+def _displacements(
+    kernel_size: tuple[int, ...], dilation: tuple[int, ...], upsampling: tuple[int, ...]
+) -> tuple[list[tuple[int, ...] | None], list[int]]:
+    """List the distinct displacements between two taps, and which of them belongs to each of taps × taps pairs.
+
+    They are in positions of the input. Two opposite displacements are one, since an autocovariance is even. None stands
+    for those at which one of the two positions is always an inserted zero.
+    """
+    taps = list(itertools.product(*map(range, kernel_size)))
+    places: dict[tuple[int, ...], int] = {}
+    pairs = []
+    for here, there in itertools.product(taps, taps):
+        displacement = tuple((b - a) * d for a, b, d in zip(here, there, dilation, strict=True))
+        displacement = max(displacement, tuple(-d for d in displacement))
+        pairs.append(places.setdefault(displacement, len(places)))
+    distinct: list[tuple[int, ...] | None] = []
+    for displacement in places:
+        steps = list(zip(displacement, upsampling or (1,) * len(kernel_size), strict=True))
+        reached = all(d % step == 0 for d, step in steps)
+        distinct.append(tuple(d // step for d, step in steps) if reached else None)
+    return distinct, pairs
+
+
 def tap_autocovariance(
     input: Tensor, geometry: Geometry, mean: Tensor, max_rows: int | None = None, phase: int = 0
 ) -> tuple[int, Tensor]:
@@ -207,7 +208,7 @@ def tap_autocovariance(
         offset = sum(d * stride for d, stride in zip(displacement, strides, strict=True))
         return torch.linalg.vecdot(line[:, : line.shape[1] - offset], line[:, offset:])
 
-    distinct, pairs = geometry.displacements
+    distinct, pairs = _displacements(geometry.kernel_size, geometry.dilation, geometry.upsampling)
     values = [autocovariance(displacement) for displacement in distinct]
     table = torch.stack([values[pair] for pair in pairs], -1)
     return positions, table.view(-1, geometry.taps, geometry.taps) / positions

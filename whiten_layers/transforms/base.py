@@ -1,5 +1,6 @@
 """Interface of a gradient transform: a linear map of a layer's gradients in backward."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
@@ -32,8 +33,8 @@ class GradientTransform(StatefulModule, ABC):
         schedule: counts backward passes and knows what is due; `whiten` lets the layers of a model share one.
         name: the layer's, in the model that was given to `whiten`; for messages.
         update_interval, statistics_interval: batches between refreshes, and between statistics.
-        observes_output: whether `observe_output` is to be called.
-        reads_weight: whether `transform` is to be given the layer's weight.
+        observes_output, reads_weight: whether `observe_output` is to be called, and whether `transform` is to be given
+            the layer's weight. Known when `bind` has returned.
 
     Buffer: ``num_batches_skipped``, the batches that were left out of the statistics because they held a NaN or
     Inf, in this process. The extra state of a checkpoint is the schedule's batch, the last batch that
@@ -65,6 +66,7 @@ class GradientTransform(StatefulModule, ABC):
 
     def __setstate__(self, state: dict) -> None:  # where deepcopy, copy and unpickling end
         super().__setstate__(state)
+        self.attendance = dataclasses.replace(self.attendance)  # a shallow copy has the original's
         self.attendance.leave_pass()
         self._register()
 
@@ -136,8 +138,10 @@ class GradientTransform(StatefulModule, ABC):
             self.to_empty(device=weight.device)
         self.to(weight.device, weight.dtype)
 
-    def after_moving(self, before: dict[str, Tensor]) -> None:
-        was_meta = any(buffer.is_meta for buffer in before.values())
+    def before_moving(self) -> bool:
+        return any(buffer.is_meta for buffer in self.buffers())
+
+    def after_moving(self, was_meta: bool) -> None:
         if was_meta and not any(buffer.is_meta for buffer in self.buffers()):
             self.reset_state()  # what `to_empty` has made is not initialised
 

@@ -36,8 +36,6 @@ class Chain(GradientTransform):
                 raise TypeError(f"transforms[{place}]={transform!r} is not possible: give a GradientTransform")
             self.add_module(str(place), copy.deepcopy(transform))
         self.schedule.join(self.parts())
-        self.observes_output = any(member.observes_output for member in self.members())
-        self.reads_weight = any(member.reads_weight for member in self.members())
 
     def members(self) -> Iterator[GradientTransform]:
         """Iterate over the transforms, in order."""
@@ -47,6 +45,8 @@ class Chain(GradientTransform):
         self.bind_counters(device)
         for member in self.members():
             member.bind(geometry, device=device, dtype=dtype)
+        self.observes_output = any(member.observes_output for member in self.members())
+        self.reads_weight = any(member.reads_weight for member in self.members())
         return self
 
     def reset_state(self) -> None:

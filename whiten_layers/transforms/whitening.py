@@ -111,7 +111,6 @@ class FeatureWhitening(GradientTransform):
         self.damping, self.decay, self.center, self.rescale = damping, decay, center, rescale
         self.update_interval, self.statistics_interval, self.max_rows = update_interval, statistics_interval, max_rows
         self.block_size, self.rank = block_size, rank
-        self.observes_output = output_power > 0
         self._output_moments: Moments | None = None
 
     @classmethod
@@ -122,7 +121,7 @@ class FeatureWhitening(GradientTransform):
         return cls(method, **(exact | every | options))
 
     def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
-        self.geometry = geometry
+        self.geometry, self.observes_output = geometry, self.output_power > 0
         for name, _ in list(self.named_children()):
             delattr(self, name)  # a transform taken from another layer brings that layer's factors
         self.bind_counters(device)
