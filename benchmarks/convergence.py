@@ -200,8 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
     summary = medians([row for row in rows if row["lr"] == best], ["variant", "lr"])
     parts = [part for transform in transforms.values() for part in transform.parts()]
     described = "; ".join(part.extra_repr() for part in parts if part.extra_repr())
-    title = f"{options.model} on {options.dataset}, {options.optimizer}, lr {best:g}, {described}"
-    show(result, title, cells(columns(), [*rows, *(summary if len(options.seeds) > 1 else [])]))
+    title = f"{options.model} on {options.dataset}, {options.optimizer}, lr {best:g}"
+    show(result, f"{title}, {described}", cells(columns(), [*rows, *(summary if len(options.seeds) > 1 else [])]))
     print(f"'to plain': until the mean loss of {SMOOTHING} steps is at most the plain run's last, with the same seed.")
     result |= {"lr": best, "transforms": {name: settings_of(transform) for name, transform in transforms.items()}}
     result |= {"rows": rows, "medians": summary, "curves": curves(runs)}

@@ -80,7 +80,7 @@ def finite(value: Any) -> Any:
     """Copy a value with None for every NaN and infinity, which JSON does not know."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

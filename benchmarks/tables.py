@@ -61,21 +61,26 @@ def filled(text: str, results: dict[str, dict[str, Any]]) -> str:
     return MARKED.sub(replaced, text)
 
 
-def kept(path: Path, number: int, command: list[str]) -> dict[str, Any]:
+def kept(path: Path, number: int, label: str, command: list[str]) -> dict[str, Any]:
     """Return what is kept of a run's ``results.json``, with one of its tables; of rows by seed, their medians.
+
+    A label comes before the first cell of each row, to tell the rows of several runs apart.
 
     Raises:
         ValueError: the run was cut short, or has no such table.
     """
     result = json.loads(path.read_text(encoding="utf-8"))
     tables = result.pop("tables", [])
-    if result.get("interrupted") or not 1 <= number <= len(tables):
-        raise ValueError(f"{path}: the run was interrupted, or has no table {number} (it has {len(tables)})")
+    if result.get("interrupted"):
+        raise ValueError(f"{path}: the run was interrupted")
+    if not 1 <= number <= len(tables):
+        raise ValueError(f"{path}: there is no table {number} (it has {len(tables)})")
     head, *rows = tables[number - 1]["cells"]
     if "seed" in head and any("median" in row for row in rows):
         place = head.index("seed")
         rows = [row[:place] + row[place + 1 :] for row in rows if row[place] == "median"]
         head = head[:place] + head[place + 1 :]
+    rows = [[f"{label}: {row[0]}" if label else row[0], *row[1:]] for row in rows]
     rest = {key: value for key, value in result.items() if key not in BULKY}
     return {"command": command, **rest, "title": tables[number - 1]["title"], "table": [head, *rows]}
 
@@ -86,9 +91,10 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a page differs")
     parser.add_argument("--keep", nargs=2, metavar=("RESULTS.JSON", "NAME"), help="first take over a run's table")
     parser.add_argument("--number", type=int, default=1, help="with --keep: which of the run's tables (default: 1)")
+    parser.add_argument("--label", default="", help="with --keep: what comes before the name of each row")
     parser.add_argument("--command", nargs="+", help="with --keep: what repeats the run (default: as NAME.json says)")
     options = parser.parse_args(arguments)
-    folder, page = root / "benchmarks" / "results", root
+    folder, where = root / "benchmarks" / "results", "benchmarks/results"
     try:
         results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")}
         if options.keep:
@@ -96,18 +102,19 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             command = options.command or results.get(name, {}).get("command")
             if command is None:
                 raise ValueError(f"{name}.json is new: say what repeats the run, by --command")
-            results[name] = kept(path, options.number, command)
+            results[name] = kept(path, options.number, options.label, command)
             replace(folder / f"{name}.json", (json.dumps(results[name], indent=1, ensure_ascii=False) + "\n").encode())
         changed = []
         for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
-            before = page.read_text(encoding="utf-8")
+            where, before = str(page.relative_to(root)), page.read_text(encoding="utf-8")
             after = filled(before, results)
             if before != after:
-                changed.append(str(page.relative_to(root)))
+                changed.append(where)
                 if not options.check:
                     replace(page, after.encode())
-    except (ValueError, KeyError, OSError) as error:
-        print(f"python -m benchmarks.tables: {page.relative_to(root)}: {error}", file=sys.stderr)
+    except (ValueError, LookupError, OSError) as error:
+        what = repr(error) if isinstance(error, LookupError) else error  # of those the text is a key alone
+        print(f"python -m benchmarks.tables: {where}: {what}", file=sys.stderr)
         return 2
     print(f"{'differ from benchmarks/results' if options.check else 'written'}: {', '.join(changed) or 'no pages'}")
     return 1 if options.check and changed else 0

@@ -20,7 +20,7 @@ from whiten_layers import follow_learning_rate, load_window_state_dict, window_s
 
 from .batches import Batch, loaders
 from .datasets import STEP, Data, mixed
-from .errors import Unusable
+from .errors import Unusable, one_line
 from .network import bad_batches, make_network, plain_view, wrap
 from .optimizing import make_optimizer, set_rate
 from .options import ImageOptions, Options, given, of_the_run
@@ -114,10 +114,16 @@ class Run:
         processes = state["processes"]
         if len(processes) == self.world.size:
             here = processes[self.world.rank]
-            load_window_state_dict(self.network, here["windows"])
+            self.world.together(lambda: self._load_windows(here["windows"]))
             self.sums.copy_(here["sums"])
         elif self.world.rank == 0:
             self.sums.copy_(sum(process["sums"] for process in processes))
+
+    def _load_windows(self, windows: dict[str, Tensor]) -> None:
+        try:
+            load_window_state_dict(self.network, windows)
+        except ValueError as error:
+            raise Unusable(f"{self.path} does not fit the network: {one_line(error)}") from error
 
     def progress(self) -> str:
         """Describe the progress: epochs and steps done."""

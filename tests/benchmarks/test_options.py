@@ -50,7 +50,7 @@ WRONG = {
     "overhead": [
         (["--device", "tpu"], "'tpu': must be cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "CUDA devices that are here: "),
-        (["--power", "-1"], "power"),
+        (["--power", "-1"], "power=-1.0 is not possible"),
     ],
     "two_stage": [
         (["--sets", "boston"], "invalid choice: 'boston'"),

@@ -63,16 +63,17 @@ def test_a_run_is_kept_without_what_is_bulky(root, capsys):
     path = root / "results.json"
     tables = [{"title": "other", "cells": [["a"]]}, {"title": "of a run", "cells": SEEDS}]
     path.write_text(json.dumps({"environment": RUN["environment"], "curves": [1], "tables": tables}))
-    assert main(["--keep", str(path), "one", "--number", "2"], root) == 0
-    assert "| plain | 0.4 |\n\n`python -m benchmarks.convergence`" in (root / "docs" / "page.md").read_text()
+    assert main(["--keep", str(path), "one", "--number", "2", "--label", "A"], root) == 0
+    assert "| A: plain | 0.4 |\n\n`python -m benchmarks.convergence`" in (root / "docs" / "page.md").read_text()
     file = json.loads((root / "benchmarks" / "results" / "one.json").read_text())
     assert "curves" not in file and "tables" not in file and file["title"] == "of a run"
     (root / "README.md").write_text("<!-- table: one two -->\n<!-- end -->")
     again = ["--keep", str(path), "two", "--number", "2"]
     assert main(again, root) == 2 and "by --command" in capsys.readouterr().err
     assert main([*again, "--command", "python -m other"], root) == 0
-    assert main([*again[:3], "--number", "3"], root) == 2 and "has no table 3 (it has 2)" in capsys.readouterr().err
-    assert (root / "README.md").read_text().count("| plain | 0.4 |") == 2
+    assert main([*again[:3], "--number", "3"], root) == 2
+    assert "there is no table 3 (it has 2)" in capsys.readouterr().err
+    assert (root / "README.md").read_text().count("plain | 0.4 |") == 2
 
 
 @pytest.mark.parametrize(
