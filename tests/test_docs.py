@@ -33,6 +33,7 @@ def test_a_block_runs(block, tmp_path, monkeypatch, capsys):
 
 
 def in_two_processes(rank, block, port):
+    dist.barrier()  # a rank that is still connecting would find the other one gone
     dist.destroy_process_group()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     names = {}
