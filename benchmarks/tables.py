@@ -5,19 +5,32 @@ the table that a benchmark printed ("table"), on which machine ("environment"), 
 several names the rows follow one another.
 """
 
-import argparse
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .options import Switch, read, reject
 from .output import replace
 
+PROGRAM = "python -m benchmarks.tables"
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- table: ([^>]+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 BULKY = ("curves", "seconds", "cases")  # of a run, that no table needs
 VERSIONS = {"Python": "python", "torch": "torch", "torchvision": "torchvision"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command line."""
+
+    check: Switch = False  # write nothing; status 1 if a page differs
+    keep: tuple[str, ...] | None = None  # first take over a table: a run's results.json, and a NAME
+    number: int = 1  # with --keep: which of the run's tables
+    label: str = ""  # with --keep: what comes before the name of each row
+    command: tuple[str, ...] | None = None  # with --keep: what repeats the run (default: as NAME.json says)
 
 
 def markdown(names: list[str], results: dict[str, dict[str, Any]]) -> str:
@@ -87,19 +100,15 @@ def kept(path: Path, number: int, label: str, command: list[str]) -> dict[str, A
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     """Write the tables, or compare them; return the exit status: 1 if a page differs, 2 if something does not fit."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a page differs")
-    parser.add_argument("--keep", nargs=2, metavar=("RESULTS.JSON", "NAME"), help="first take over a run's table")
-    parser.add_argument("--number", type=int, default=1, help="with --keep: which of the run's tables (default: 1)")
-    parser.add_argument("--label", default="", help="with --keep: what comes before the name of each row")
-    parser.add_argument("--command", nargs="+", help="with --keep: what repeats the run (default: as NAME.json says)")
-    options = parser.parse_args(arguments)
+    options = read(Options(), PROGRAM, __doc__, arguments)
+    if options.keep is not None and len(options.keep) != 2:
+        reject(PROGRAM, "--keep: give a run's results.json and the NAME to keep its table under")
     folder, where = root / "benchmarks" / "results", "benchmarks/results"
     try:
         results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")}
         if options.keep:
             path, name = Path(options.keep[0]), options.keep[1]
-            command = options.command or results.get(name, {}).get("command")
+            command = list(options.command or ()) or results.get(name, {}).get("command")
             if command is None:
                 raise ValueError(f"{name}.json is new: say what repeats the run, by --command")
             results[name] = kept(path, options.number, options.label, command)
@@ -114,7 +123,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
                     replace(page, after.encode())
     except (ValueError, LookupError, OSError) as error:
         what = repr(error) if isinstance(error, LookupError) else error  # of those the text is a key alone
-        print(f"python -m benchmarks.tables: {where}: {what}", file=sys.stderr)
+        print(f"{PROGRAM}: {where}: {what}", file=sys.stderr)
         return 2
     print(f"{'differ from benchmarks/results' if options.check else 'written'}: {', '.join(changed) or 'no pages'}")
     return 1 if options.check and changed else 0

@@ -43,8 +43,8 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
             missing beside others of a window. Nothing is changed then.
     """
     windows: dict[str, Moments | None] = {}
-    left = dict(state)
-    for name, one in _statistics(model).items():
+    left, statistics = dict(state), _statistics(model)
+    for name, one in statistics.items():
         parts = [left.pop(f"{name}.{key}", None) for key in WINDOW]
         wanted = (one.running_count, one.running_mean, one.running_covariance)
         for key, part, like in zip(WINDOW, parts, wanted, strict=True):
@@ -56,5 +56,5 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
         windows[name] = Moments(*given) if given else None
     if left:
         raise ValueError(f"{', '.join(left)}: the model has no such statistics; it has {', '.join(windows) or 'none'}")
-    for name, one in _statistics(model).items():
+    for name, one in statistics.items():
         one.window = windows[name]

@@ -97,8 +97,8 @@ def invert(factors: Iterable[WhiteningFactor]) -> Iterator[tuple[WhiteningFactor
         alike[factor.method, factor.power, size, rank, covariance.dtype, covariance.device].append(factor)
     for (name, power, *_), chosen in alike.items():
         method = METHODS[name]
-        one = chosen[0].damped() if len(chosen) == 1 else None  # without copying one large matrix
-        covariances = torch.cat([factor.damped() for factor in chosen]) if one is None else one
+        # A single matrix may be large, and is not copied.
+        covariances = chosen[0].damped() if len(chosen) == 1 else torch.cat([factor.damped() for factor in chosen])
         is_warm = method.warm_powers is None or power in method.warm_powers
         warm_start = _gathered(list(map(WhiteningFactor.warm_start, chosen))) if is_warm else None
         inverses = method.inverse(*(covariances, power, warm_start, chosen[0].rank)[: method.arguments])
