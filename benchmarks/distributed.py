@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from whiten_layers import FeatureWhitening, whiten
 from whiten_layers.refresh import collectives, schedule, update
+from whiten_layers.statistics.covariance import FeatureCovariance
 from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .environment import describe
@@ -41,6 +42,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 GPUS = (8, 64, 1024)
 MIB = 2**20
+LAST = schedule.last_due(19, 10)  # the last step: the first from the tenth on that refreshes
 COUNTED: list[Column] = [
     ("ranks", "{ranks}"),
     ("gradients MiB a step", lambda row: f"{row['gradient_bytes_a_step'] / MIB:.1f}"),
@@ -134,7 +136,7 @@ def steps(options: Options, ranks: int, is_whitened: bool) -> list[dict[str, flo
         patch.object(schedule, "refresh_transforms", timed),
         patch.object(update, "invert", invert),
     ):
-        for step in range(1, 21):
+        for step in range(1, LAST + 1):
             count.clear()
             generator = torch.Generator().manual_seed(step * ranks + dist.get_rank())
             images = torch.randn(options.batch_size, 3, options.image_size, options.image_size, generator=generator)
@@ -157,7 +159,7 @@ def measure(options: Options) -> dict[int, list[dict[str, list[dict[str, float]]
 
 
 def summarise(results: dict[int, list[dict[str, list[dict[str, float]]]]]) -> list[dict[str, float]]:
-    """One row for each number of ranks, about the second interval: ten steps with a refresh in the last."""
+    """One row for each number of ranks, about the steps after the tenth, with a refresh in the last."""
     rows = []
     for ranks, everyone in results.items():
         first, plain = everyone[0]["whitened"], everyone[0]["plain"]
@@ -202,8 +204,9 @@ def on_paper(model: nn.Module, options: Options, interval: int = 10) -> list[dic
     """
     factors = [module for module in model.modules() if isinstance(module, WhiteningFactor)]
     gradients = sum(parameter.nbytes for parameter in model.parameters())
-    means = sum(factor.running_count.nbytes + factor.mean.nbytes for factor in factors)
-    triangles = sum(factor.running_covariance[:, 0].nbytes * (factor.mean.shape[1] + 1) // 2 for factor in factors)
+    shared = [module for module in model.modules() if isinstance(module, FeatureCovariance)]
+    means = sum(2 * one.running_count.nbytes + one.running_mean.nbytes for one in shared)  # two counts
+    triangles = sum(one.running_covariance[:, 0].nbytes * (one.running_mean.shape[1] + 1) // 2 for one in shared)
     outcomes = sum(4 * part.numel() for factor in factors for part in collectives.packed_shapes(factor))
     costs = [update.cost(factor) for factor in factors]
     rows = []
@@ -247,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = summarise(measure(options))
     batch = f"{options.batch_size} images a rank"
     result: dict[str, Any] = {"counted": rows}
-    title = f"{options.model}, {batch}, one thread a rank; steps 11 to 20, a refresh in the last"
+    title = f"{options.model}, {batch}, one thread a rank; steps 11 to {LAST}, a refresh in the last"
     show(result, title, cells(COUNTED, rows))
     print(on_paper.__doc__.split("\n\n", 1)[1].rstrip() if on_paper.__doc__ else "")
     paper = {name: on_paper(model, options) for name, model in paper_models(options).items()}

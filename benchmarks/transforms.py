@@ -9,7 +9,7 @@ from .options import Switch, read
 
 SHARED = ("decay", "update_interval", "statistics_interval", "max_rows")  # of both transforms
 OF_WHITENING = [*SHARED, "method", "features", "power", "output_power", "damping", "center", "rescale"]
-OF_WHITENING += ["block_size", "rank"]
+OF_WHITENING += ["shrink", "bound", "block_size", "rank"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class TransformOptions:
     rank: int | None = None
     center: bool | None = None
     rescale: bool | None = None
+    shrink: bool | None = None
+    bound: float | None = None
 
     def make(self) -> GradientTransform:
         """The transform.

@@ -8,7 +8,7 @@ from torch import nn
 
 from whiten_layers import FeatureWhitening, whiten
 
-EVERY_BATCH: dict[str, Any] = {"update_interval": 1, "statistics_interval": 1}
+EVERY_BATCH: dict[str, Any] = {"update_interval": 1, "statistics_interval": 1, "bound": None}  # a linear map
 BOTH_SIDES = FeatureWhitening(output_power=0.5, **EVERY_BATCH)
 each_transform = pytest.mark.parametrize(
     "transform", [FeatureWhitening(**EVERY_BATCH), BOTH_SIDES], ids=["input", "both"]

@@ -124,6 +124,45 @@ def weighted_moments(batches: list[Tensor], decay: float) -> tuple[Tensor, Tenso
     return mean, ((x - mean).T * weights) @ (x - mean) / weights.sum()
 
 
+def samples_of(layer: Any, x: Tensor) -> int:
+    """How many independent samples an input has: images, sequences, or rows of their own."""
+    if isinstance(layer, nn.Linear):
+        return len(x) if x.dim() > 1 else 1
+    return len(batched(layer, x))
+
+
+def effective_rows(parts: list[Tensor], rows: int) -> float:
+    """How many Gaussian rows tell as much as samples with these covariances do (Ledoit & Wolf 2004), at most `rows`."""
+    if len(parts) == 1:
+        return 1.0
+    whole = sum(parts, torch.zeros_like(parts[0])) / len(parts)
+    error = sum(((part - whole) ** 2).sum().item() for part in parts) / len(parts) / (len(parts) - 1)
+    gaussian = ((whole**2).sum() + whole.trace() ** 2).item()
+    return max(1.0, min(rows, gaussian / error if error > 0 else rows))
+
+
+def covariances_of_samples(x: Tensor, samples: int) -> list[Tensor]:
+    """Of each sample alone, about the mean of all rows ``(rows, M)``."""
+    parts = (x - x.mean(0)).chunk(samples)
+    return [part.T @ part / len(part) for part in parts]
+
+
+def shrunk(covariance: Tensor, mean: Tensor, rows: float, about_zero: bool) -> Tensor:
+    """What rows, as many as that, tell of the covariance, or of the second moment; the rest spread evenly."""
+    size, trace, identity = len(covariance), covariance.trace(), torch.eye(len(covariance)).to(covariance)
+    weight = torch.tensor(1.0).to(covariance)
+    difference = (covariance**2).sum() - trace**2 / size
+    if trace > 0 and difference > 0 and rows >= 1:
+        weight = (((covariance**2).sum() + trace**2) / (rows * difference)).clamp(max=1)  # n + 1 of OAS, less the mean
+    covariance = (1 - weight) * covariance + weight * trace / size * identity
+    if not about_zero:
+        return covariance
+    energy = mean @ mean
+    certain = 1 - trace / ((rows - 1) * energy) if rows > 1 and energy > 0 else torch.zeros_like(trace)
+    certain = certain.clamp(min=0)
+    return covariance + certain * torch.outer(mean, mean) + (1 - certain) * energy / size * identity
+
+
 def block_diagonal(matrix: Tensor, block_size: int | None, taps: int = 1) -> Tensor:
     """Zeros between channels of different blocks: as equal as can be, in order, of at most `block_size` channels."""
     channels = len(matrix) // taps
@@ -218,7 +257,8 @@ def transformed(
 class Whitening:
     """What a layer under `FeatureWhitening` does that updates at every batch from every row, in float64.
 
-    `options` are `FeatureWhitening`'s own. Its map is that of the batches observed so far.
+    `options` are `FeatureWhitening`'s own, without a bound. Its map is that of the batches observed so far. For each
+    batch `transformed` comes before `observe`.
     """
 
     def __init__(
@@ -229,50 +269,66 @@ class Whitening:
         power: float = 0.5,
         output_power: float = 0.0,
         damping: float = 0.03,
-        decay: float = 0.95,
-        center: bool = True,
+        decay: float = 0.99,
+        center: bool | None = None,
         rescale: bool = True,
+        shrink: bool = True,
         block_size: int | None = None,
     ) -> None:
         self.layer, self.groups = layer, getattr(layer, "groups", 1)
         self.taps = 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)
         self.separable = features == "kronecker" and self.taps > 1
         self.power, self.output_power, self.damping, self.decay = power, output_power, damping, decay
-        self.center, self.rescale, self.block_size = center, rescale, block_size
+        self.center = layer.bias is None if center is None else center
+        self.rescale, self.shrink, self.block_size = rescale, shrink, block_size
         self.inputs: list[Tensor] = []  # each batch's rows, of whole patches or of channels
+        self.outputs: list[Tensor] = []  # each batch's gradients, scaled to a second moment of trace 1
         self.correlations: list[Tensor] = []
-        self.moments: list[Tensor] = []
-        self.counts: list[int] = []  # output rows
+        self.samples: list[int] = []
+        self.correlation_rows: list[Tensor] = []  # effective ones
+        self.logarithms: list[float] = []  # of the ratios of norms, each without the correction
+        self.ratio: float | None = None  # of the batch that is mapped but not observed
         self.condition = 1.0  # of what the last map inverted, all factors together
 
     def observe(self, x: Tensor, upstream: Tensor) -> None:
         x, deltas = x.double(), output_rows(self.layer, upstream.double())
+        self.samples.append(samples_of(self.layer, x))
         if self.separable:
             x = wrapped(self.layer, batched(self.layer, x))
             channels = x.movedim(1, -1).reshape(-1, self.groups, x.shape[1] // self.groups).movedim(1, 0)
-            # About the mean of the batches before; of the first batch there is none.
-            mean = torch.full_like(channels[:, 0], math.nan if not self.inputs else 0.0)
-            if self.inputs and self.center:
-                mean = torch.stack(
-                    [weighted_moments([b[g] for b in self.inputs], self.decay)[0] for g in range(self.groups)]
-                )
+            mean = torch.zeros_like(channels[:, 0])
+            if self.center:
+                # About the mean of the batches before; of the first batch there is none.
+                mean = torch.full_like(channels[:, 0], math.nan)
+                if self.inputs:
+                    histories = ([batch[group] for batch in self.inputs] for group in range(self.groups))
+                    mean = torch.stack([weighted_moments(batches, self.decay)[0] for batches in histories])
             self.inputs.append(channels)
             zeros = math.prod(self.layer.stride) if is_transposed(self.layer) else 1
             covariance = tap_autocovariance(self.layer, x, mean)
             self.correlations.append(covariance / covariance[:, :1, :1] / zeros)
+            images = [tap_autocovariance(self.layer, image[None], mean) for image in x]
+            most = len(x) * math.prod(x.shape[2:])
+            of_groups = [effective_rows([image[group] for image in images], most) for group in range(self.groups)]
+            self.correlation_rows.append(torch.tensor(of_groups, dtype=torch.float64))
         else:
             self.inputs.append(rows(self.layer, x))
-        moment = torch.stack([moments(delta, center=False)[1] for delta in deltas])
-        self.moments.append(moment / moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None])
-        self.counts.append(deltas.shape[1])
+        traces = deltas.square().sum((1, 2)) / deltas.shape[1]
+        self.outputs.append(deltas / traces.sqrt()[:, None, None])
+        if self.ratio is not None and 0 < self.ratio < math.inf:
+            self.logarithms.append(math.log(self.ratio))
+        self.ratio = None
 
-    def _weighted(self, ratios: list[Tensor], counts: list[int]) -> Tensor:
-        """Their mean, a batch in which nothing varies (0/0) left out; zeros where nothing ever did."""
-        ages = range(len(counts) - 1, -1, -1)
-        weights = [count * self.decay**age for count, age in zip(counts, ages, strict=True)]
-        known = [(w, r) for w, r in zip(weights, ratios, strict=True) if r.isfinite().all()]
-        zeros = torch.zeros_like(ratios[0])
-        return sum((w * r for w, r in known), zeros) / sum(w for w, _ in known) if known else zeros
+    def _age(self, values: list[Any]) -> Any:
+        """Sum up numbers or tensors of all batches, each weighted by the age of its batch."""
+        ages = range(len(values) - 1, -1, -1)
+        return sum(self.decay**age * value for value, age in zip(values, ages, strict=True))
+
+    @property
+    def correction(self) -> float:
+        if not (self.rescale and self.logarithms):
+            return 1.0
+        return math.exp(-self._age(self.logarithms) / self._age([1.0] * len(self.logarithms)))
 
     def _inverse(self, covariance: Tensor, power: float, damping: float) -> Tensor:
         if power == 0 or covariance.trace() == 0:
@@ -281,6 +337,44 @@ class Whitening:
         floor = damping * values.sum() / len(values)
         self.condition *= ((values[-1] + floor) / (values[0] + floor)).item()
         return inverse_power(covariance, power, damping, self.rescale)
+
+    def _estimate(self, batches: list[Tensor], about_zero: bool, taps: int = 1) -> tuple[Tensor, Tensor]:
+        """The covariance or second moment of a group's rows, block by block, and their mean."""
+        known = [i for i, batch in enumerate(batches) if batch.isfinite().all()]
+        features = batches[0].shape[1]
+        whole, mean = torch.zeros(features, features).double(), torch.zeros(features).double()
+        if not known:
+            return whole, mean
+        batches, samples = [batches[i] for i in known], [self.samples[i] for i in known]
+        mean, covariance = weighted_moments(batches, self.decay)
+        number = math.ceil(features // taps / (self.block_size or features))
+        for block in torch.arange(features).split(math.ceil(features // taps / number) * taps):
+            part, middle = covariance[block][:, block], mean[block]
+            if self.shrink:
+                counts = [
+                    effective_rows(covariances_of_samples(batch[:, block], each), len(batch))
+                    for batch, each in zip(batches, samples, strict=True)
+                ]
+                part = shrunk(part, middle, self._age(counts), about_zero)
+            elif about_zero:
+                part = part + torch.outer(middle, middle)
+            whole[block[:, None], block] = part
+        return whole, mean
+
+    def _correlation(self, group: int) -> Tensor:
+        """That of the taps, a batch in which nothing varies (0/0) left out; zeros where nothing ever did."""
+        known = [i for i, one in enumerate(self.correlations) if one[group].isfinite().all()]
+        if not known:
+            return torch.zeros(self.taps, self.taps).double()
+        counts = [self.inputs[i].shape[1] / self._zeros for i in known]
+        weighted = [count * self.correlations[i][group] for count, i in zip(counts, known, strict=True)]
+        correlation = self._age(weighted) / self._age(counts)
+        effective = self._age([self.correlation_rows[i][group].item() for i in known])
+        return shrunk(correlation, correlation[0], effective, about_zero=False) if self.shrink else correlation
+
+    @property
+    def _zeros(self) -> int:
+        return math.prod(self.layer.stride) if is_transposed(self.layer) else 1
 
     def is_clear(self) -> bool:
         """Whether no variance is so small, against the values, that its digits are those of rounding."""
@@ -291,33 +385,32 @@ class Whitening:
     def transformed(self, grad_weight: Tensor, grad_bias: Tensor | None = None) -> list[Tensor]:
         """The plain gradients, mapped."""
         means, precisions, outputs = [], [], []
-        self.condition = 1.0
+        self.condition, is_refreshed = 1.0, True
         for group in range(self.groups):
-            mean, covariance = weighted_moments([batch[group] for batch in self.inputs], self.decay)
-            if not self.center:
-                covariance, mean = covariance + torch.outer(mean, mean), torch.zeros_like(mean)
-            covariance = block_diagonal(covariance, self.block_size, 1 if self.separable else self.taps)
-            if covariance.trace() == 0:  # no refresh has succeeded
+            of_group = [batch[group] for batch in self.inputs]
+            covariance, mean = self._estimate(of_group, not self.center, 1 if self.separable else self.taps)
+            if not self.center or covariance.trace() == 0:  # about zero, or no refresh has succeeded
                 mean = torch.zeros_like(mean)
             if self.separable:
                 # (A + √λ) ⊗ (B + √λ), whose smallest eigenvalue is at least λ
-                correlation = self._weighted([c[group] for c in self.correlations], [b.shape[1] for b in self.inputs])
                 root_damping = math.sqrt(self.damping)
                 precision = torch.kron(
                     self._inverse(covariance, self.power, root_damping),
-                    self._inverse(correlation, self.power, root_damping),
+                    self._inverse(self._correlation(group), self.power, root_damping),
                 )
-                zeros = math.prod(self.layer.stride) if is_transposed(self.layer) else 1
-                mean = mean.repeat_interleave(self.taps) / zeros
+                mean = mean.repeat_interleave(self.taps) / self._zeros
             else:
                 precision = self._inverse(covariance, self.power, self.damping)
             means.append(mean if self.power else torch.zeros_like(mean))
             precisions.append(precision)
-            moment = self._weighted([m[group] for m in self.moments], self.counts)
-            moment = block_diagonal(moment, self.block_size)
+            moment, _ = self._estimate([batch[group] for batch in self.outputs], about_zero=True)
             outputs.append(self._inverse(moment, self.output_power, self.damping))
-        stacked = torch.stack(means), torch.stack(precisions), torch.stack(outputs)
+            if group == 0:
+                is_refreshed = bool((covariance if self.power else moment).trace() > 0)
+        stacked = torch.stack(means), self.correction * torch.stack(precisions), torch.stack(outputs)
         mapped = transformed(self.layer, grad_weight, grad_bias, *stacked)
+        if is_refreshed and grad_weight.norm() > 0:
+            self.ratio = (mapped[0].norm() / grad_weight.norm()).item() / self.correction
         return [gradient for gradient in mapped if gradient is not None]
 
 

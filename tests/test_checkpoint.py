@@ -13,7 +13,7 @@ TRANSFORMS = {
     "default": FeatureWhitening(statistics_interval=3, update_interval=3, max_rows=50),
     "rarer statistics": FeatureWhitening(statistics_interval=4, update_interval=2),
     "exact": FeatureWhitening.exact(),
-    "both sides": FeatureWhitening(output_power=0.5, decay=0.8, max_rows=20),
+    "both sides": FeatureWhitening(output_power=0.5, decay=0.8, max_rows=20, statistics_interval=10),
     "recursive": FeatureWhitening("recursive", features="patch", power=1.0, rank=3, update_interval=3),
     "recursive root in blocks": FeatureWhitening("recursive", rank=2, block_size=3, update_interval=3),
     "Newton–Schulz": FeatureWhitening("newton_schulz", power=1.0, damping=1.0, update_interval=3),

@@ -15,8 +15,10 @@ from .cases import everywhere
 from .strategies import layers
 
 OPTIONS = {
-    "paper": {"features": "patch", "power": 1.0, "rescale": False},
-    "paper, about zero": {"features": "patch", "power": 1.0, "rescale": False, "center": False},
+    "paper": {"features": "patch", "power": 1.0, "rescale": False, "center": True, "shrink": False},
+    "paper, about zero": {"features": "patch", "power": 1.0, "rescale": False, "center": False, "shrink": False},
+    "about the mean": {"center": True},
+    "not shrunk": {"features": "patch", "output_power": 0.5, "shrink": False},
     "half": {"features": "patch"},
     "half, both sides": {"features": "patch", "output_power": 0.5},
     "half, both sides, about zero": {"features": "patch", "output_power": 0.5, "center": False},
@@ -44,7 +46,7 @@ def conforms(plain: nn.Module, inputs: list[torch.Tensor], options: dict, method
     The reference maps the plain layer's own gradient, in float64, so that all that differs is the map's rounding: of
     a covariance's inverse, ε times its condition number (of any power up to 1 less), and of the result, ε of its type.
     """
-    transform = FeatureWhitening(method, update_interval=1, statistics_interval=1, max_rows=None, **options)
+    transform = FeatureWhitening(method, update_interval=1, statistics_interval=1, max_rows=None, bound=None, **options)
     twin = whiten(copy.deepcopy(plain), transform)
     truth = reference.Whitening(plain, **options)
     precision = torch.finfo(torch.promote_types(plain.weight.dtype, torch.float32))
@@ -65,11 +67,14 @@ def conforms(plain: nn.Module, inputs: list[torch.Tensor], options: dict, method
         if precision.bits == 64:  # P and Q are symmetric positive definite, with a bias and without
             descent = sum((a * b).sum() for a, b in zip(gradients, transformed, strict=True))
             assert descent > 0 or sum(gradient.square().sum() for gradient in gradients) < 1e-20
+        expected = truth.transformed(*gradients) if number > 0 else []
         if number > 0 and truth.is_clear():
-            expected = truth.transformed(*gradients)
             size = max(gradient.abs().max().item() for gradient in expected)
             # A sum over n rows, of the covariance or of the output's moment, rounds by up to n ε.
-            roundings = 30 + max(truth.inputs[0].shape[1], truth.counts[0])
+            roundings = 30 + max(truth.inputs[0].shape[1], truth.outputs[0].shape[1])
+            if options.get("shrink", True):
+                # Effective rows come from a difference, how samples vary: of its terms it is (N − 1) / n at least.
+                roundings *= max(1, truth.inputs[0].shape[1] / max(1, truth.samples[0] - 1))
             tolerance = 1e-9 * size if precision.bits == 64 else roundings * precision.eps * truth.condition * size
             torch.testing.assert_close(transformed, expected, rtol=rounding.eps, atol=tolerance)
         truth.observe(x, upstream)
@@ -89,7 +94,8 @@ def test_a_case_of_the_table(case, options, method):
     power=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
     output_power=st.sampled_from([0.0, 0.5, 1.0]),
     damping=st.sampled_from([0.03, 0.3]),
-    center=st.booleans(),
+    center=st.sampled_from([True, False, None]),
+    shrink=st.booleans(),
     rescale=st.booleans(),
     block_size=st.sampled_from([None, 1, 2]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),

@@ -20,7 +20,9 @@ class Digits(lightning.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         layers = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4)
-        self.model = whiten(nn.Sequential(*layers), FeatureWhitening(output_power=0.5, update_interval=4))
+        self.model = whiten(
+            nn.Sequential(*layers), FeatureWhitening(output_power=0.5, update_interval=4, statistics_interval=4)
+        )
 
     def training_step(self, batch, number):
         return F.cross_entropy(self.model(batch[0]), batch[1])
@@ -80,7 +82,9 @@ def test_hugging_face(tmp_path, options):
         )  # fmt: skip
         return transformers.Trainer(model, arguments, train_dataset=data)
 
-    whole = whiten(bert())
+    # Statistics at each refresh alone: nothing is observed that a checkpoint does not have
+    transform = FeatureWhitening(statistics_interval=10)
+    whole = whiten(bert(), transform)
     trainer(whole, STEPS).train()
     layers = [module for module in whole.modules() if hasattr(module, "transform") and hasattr(module, "weight")]
     assert len(layers) == 14  # six in each block, the pooler, the classifier
@@ -88,7 +92,7 @@ def test_hugging_face(tmp_path, options):
     assert {int(layer.transform.num_batches_tracked) for layer in layers} == {batches}
     assert {row.skipped for row in report(whole).rows} == {0}
 
-    resumed = whiten(bert())
+    resumed = whiten(bert(), transform)
     trainer(resumed, STEPS).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 

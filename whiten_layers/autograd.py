@@ -12,16 +12,24 @@ all function transforms.
 
 The layer's weight is different. If a map depends on it, and only then, autograd saves it. Such a graph cannot be run
 backward after its weight has been changed in place, for instance by an optimizer.
+
+A pass that computes gradients of the inputs alone (an attack, a saliency map) does not train the layer: it neither
+counts as a batch nor is observed. By itself it does not reach `TransformGradient`, but it does reach `ObserveOutput`,
+and a compiled graph computes the gradients of the weights all the same. These ask the engine.
 """
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ._torch import function_transforms
+from ._torch.engine import wants_gradient, will_run
 from ._torch.function_transforms import call_on_plain_tensors
+from ._torch.modules import holds_parameter
 from ._torch.operations import NOT_IN_CUDA_GRAPHS, keep_order
 from ._torch.precision import without_autocast
 from .transforms.base import GradientTransform
@@ -31,6 +39,25 @@ NO_VMAP_OVER_PARAMETERS = (
     "vmap over the parameters of a whitened layer in training mode is not possible, since its statistics are those of "
     "one layer: unwhiten the model, put it in evaluation mode, or loop over the parameters"
 )
+
+_layers: WeakKeyDictionary[GradientTransform, ref[nn.Module]] = WeakKeyDictionary()
+
+
+def note_layer(layer: nn.Module, transform: GradientTransform) -> None:
+    """Note, without keeping either alive, to which layer a transform belongs: a compiled graph knows no layer."""
+    _layers[transform] = ref(layer)
+
+
+def _trains_layer(transform: GradientTransform) -> bool:
+    """Tell whether the running pass takes the gradients of a layer in a compiled graph, or cannot be said not to.
+
+    It cannot where the layer's weight comes from elsewhere, as one that a network has made does.
+    """
+    layer = _layers.get(transform, lambda: None)()
+    if layer is None or getattr(layer, "transform", None) is not transform or function_transforms.are_active():
+        return True
+    is_own = holds_parameter(layer, "weight") or is_parametrized(layer, "weight")
+    return not is_own or wants_gradient(parameter for parameter in layer.parameters() if parameter.requires_grad)
 
 
 def _transform_of(handle: Tensor) -> GradientTransform:
@@ -56,10 +83,9 @@ def _transform_gradient(
     return results
 
 
-def _observe_output(grad_output: Tensor, transform: GradientTransform) -> Tensor:
+def _observe_output(grad_output: Tensor, transform: GradientTransform) -> None:
     with without_autocast(grad_output.device):
         call_on_plain_tensors(transform.observe_output, _dense(grad_output))
-    return grad_output
 
 
 def _observe(transform: GradientTransform, input: Tensor, grad_weight: Tensor) -> None:
@@ -91,7 +117,9 @@ def _dense(tensor: Tensor) -> Tensor:
 def _transform_gradient_op(
     gradients: list[Tensor], input: Tensor, weight: Tensor | None, handle: Tensor
 ) -> list[Tensor]:
-    transformed = _transform_gradient(gradients, input, weight, _transform_of(handle))
+    transform, transformed = _transform_of(handle), gradients
+    if _trains_layer(transform):
+        transformed = _transform_gradient(gradients, input, weight, transform)
     # The graph expects new tensors with the gradients' strides.
     return [torch.empty_like(old).copy_(new) for old, new in zip(gradients, transformed, strict=True)]
 
@@ -106,8 +134,10 @@ keep_order(_transform_gradient_op)
 
 @torch.library.custom_op("whiten_layers::observe_output", mutates_args=(), **NOT_IN_CUDA_GRAPHS)
 def _observe_output_op(grad_output: Tensor, handle: Tensor) -> Tensor:
-    # A copy: an operation must not return its argument, and is dropped if its result is unused.
-    return _observe_output(grad_output, _transform_of(handle)).clone()
+    transform = _transform_of(handle)
+    if _trains_layer(transform):
+        _observe_output(grad_output, transform)
+    return grad_output.clone()  # an operation must not return its argument, and is dropped if its result is unused
 
 
 @_observe_output_op.register_fake
@@ -157,23 +187,29 @@ class TransformGradient(torch.autograd.Function):
 
 
 class ObserveOutput(torch.autograd.Function):
-    """Identity ``(output, handle) -> output`` that shows the gradient of the output to a transform."""
+    """Identity ``(output, handle, nodes) -> output`` that shows the gradient of the output to a transform.
+
+    The nodes are those of `TransformGradient`, whose output gave this one.
+    """
 
     @staticmethod
-    def forward(output: Tensor, handle: Tensor) -> Tensor:
+    def forward(output: Tensor, handle: Tensor, nodes: WeakSet | None) -> Tensor:
         return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         # Not a view, so that an activation may modify the layer's output in place.
         ctx.mark_dirty(inputs[0])
+        ctx.nodes = inputs[2]
         _keep(ctx, inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
         if torch.compiler.is_compiling():
-            return _observe_output_op(grad_output, _handle(ctx, ctx.saved_tensors)), None
-        return _observe_output(grad_output, ctx.transform), None
+            return _observe_output_op(grad_output, _handle(ctx, ctx.saved_tensors)), None, None
+        if any(map(will_run, ctx.nodes)):
+            _observe_output(grad_output, ctx.transform)
+        return grad_output, None, None
 
 
 class ObserveOutputFunctional(torch.autograd.Function):
@@ -182,27 +218,35 @@ class ObserveOutputFunctional(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(output: Tensor, handle: Tensor) -> Tensor:
+    def forward(output: Tensor, handle: Tensor, nodes: WeakSet | None) -> Tensor:
         return output.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.nodes = inputs[2]
         _keep(ctx, inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
-        return _observe_output(grad_output, ctx.transform), None
+        if torch.compiler.is_compiling() or any(map(will_run, ctx.nodes)):
+            _observe_output(grad_output, ctx.transform)
+        return grad_output, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
         return tangent.clone()
 
 
-def observe_output(output: Tensor, handle: Tensor) -> Tensor:
-    """Apply `ObserveOutput`, or its functional form where in-place Functions are not supported."""
+def observe_output(output: Tensor, handle: Tensor, weight: Tensor) -> Tensor:
+    """Apply `ObserveOutput`, or its functional form where in-place Functions are not supported.
+
+    The weight is the one that `TransformGradient` returned. Its nodes are known weakly: the node of one function
+    transform need not live as long as the graph of another. A compiled graph has none.
+    """
+    nodes = None if torch.compiler.is_compiling() else WeakSet(function_transforms.nodes_of(weight))
     if function_transforms.are_active() or function_transforms.is_forward_mode():
-        return ObserveOutputFunctional.apply(output, handle)
-    return ObserveOutput.apply(output, handle)
+        return ObserveOutputFunctional.apply(output, handle, nodes)
+    return ObserveOutput.apply(output, handle, nodes)
 
 
 def _keep(ctx: Any, handle: Tensor, *tensors: Tensor) -> None:

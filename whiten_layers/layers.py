@@ -16,7 +16,7 @@ from ._torch import function_transforms
 from ._torch.convolutions import AnyConvolution, AnyTransposedConvolution, output_padding_of, padding_of
 from ._torch.modules import StatefulModule, own_parameter
 from ._torch.precision import autocast_dtype
-from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, observe_output
+from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, note_layer, observe_output
 from .inverse import METHODS
 from .options import check
 from .statistics.patches import Geometry
@@ -51,6 +51,7 @@ def attach(layer: nn.Linear | AnyConvolution, geometry: Geometry, transform: Gra
         raise ValueError(f"a weight of shape {tuple(layer.weight.shape)} is not possible: give at least one feature")
     bound = make_transform(transform).bind(geometry, device=layer.weight.device, dtype=layer.weight.dtype)
     layer.transform = bound.train(layer.training)
+    note_layer(layer, bound)
 
 
 def _cast(input: Tensor) -> Tensor:
@@ -65,6 +66,10 @@ class _Whitened(StatefulModule):
     """Base of all whitened layers: parameters whose gradients pass through a transform."""
 
     transform: GradientTransform
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # where deepcopy, copy and unpickling end
+        super().__setstate__(state)
+        note_layer(self, self.transform)
 
     def _is_plain(self) -> bool:
         return not (self.training and torch.is_grad_enabled())
@@ -87,7 +92,7 @@ class _Whitened(StatefulModule):
         # Detached: otherwise autograd would see a path to the input's gradient, and compute the weight's for it.
         parameters = TransformGradient.apply(input.detach(), handle, self.transform.reads_weight, *parameters)
         output = operation(input, *(parameters if shifted else (*parameters, bias)), *options)
-        return observe_output(output, handle) if self.transform.observes_output else output
+        return observe_output(output, handle, parameters[0]) if self.transform.observes_output else output
 
     def reset_parameters(self) -> None:
         """Initialise the parameters as the plain layer does, and reset the transform's state."""
@@ -128,7 +133,7 @@ class WhitenedLinear(_Whitened, nn.Linear):
 
     @staticmethod
     def geometry(layer: nn.Linear) -> Geometry:
-        return Geometry(layer.in_features, layer.out_features)
+        return Geometry(layer.in_features, layer.out_features, has_bias=layer.bias is not None)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) if self._is_plain() else self._transformed(F.linear, input)
@@ -167,6 +172,7 @@ class _WhitenedConv(_Whitened, AnyConvolution):
             layer.stride,
             layer.dilation,
             padding_of(layer) if layer.padding_mode == "zeros" else (),
+            has_bias=layer.bias is not None,
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -266,6 +272,7 @@ class _WhitenedConvTranspose(_Whitened, AnyTransposedConvolution):
             (1,) * len(layer.kernel_size),
             layer.dilation,
             tuple(padding),
+            has_bias=layer.bias is not None,
             upsampling=layer.stride,
         )
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .conversion.whiten import reasons_left
+from .statistics.norm_ratio import NormRatio
 from .statistics.whitening_factor import WhiteningFactor
-from .transforms import GradientTransform
+from .transforms import FeatureWhitening, GradientTransform
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,9 @@ class Row:
     """One factor of one layer's transform: ``groups · blocks`` matrices of `size` features.
 
     Condition numbers are those of the damped covariance, with all blocks of a group together; the worst group counts.
+    `effective_rows` are those that the covariance comes from, of the group with the fewest. `norm` is how many times
+    the layer's transform would have lengthened the gradient, as measured on new batches, if that were not corrected; 1
+    where it is not measured. `bounded` counts the layer's gradients that were shortened to the bound.
     """
 
     layer: str
@@ -30,6 +34,9 @@ class Row:
     refreshes: int
     failed: int
     restarted: int
+    bounded: int
+    effective_rows: float
+    norm: float
     condition: float
     whitened: float
     bytes: int
@@ -51,13 +58,14 @@ class Report:
         return {"rows": [asdict(row) for row in self.rows], "left": dict(self.left), "bytes": self.bytes}
 
     def __str__(self) -> str:
-        heads = "layer,factor,size,batches,skipped,refreshes,failed,restarted,condition,whitened,KiB"
+        heads = "layer,factor,size,rows,batches,skipped,bounded,refreshes,failed,restarted,norm,condition,whitened,KiB"
         lines = [heads.split(",")]
         for row in self.rows:
             size = " × ".join([*(str(n) for n in (row.groups, row.blocks) if n > 1), str(row.size)])
-            counts = [row.batches, row.skipped, row.refreshes, row.failed, row.restarted]
-            conditions = [f"{row.condition:.3g}", f"{row.whitened:.3g}"]
-            lines.append([row.layer, row.factor, size, *map(str, counts), *conditions, f"{row.bytes / 1024:.0f}"])
+            counts = [row.batches, row.skipped, row.bounded, row.refreshes, row.failed, row.restarted]
+            ratios = [f"{ratio:.3g}" for ratio in (row.norm, row.condition, row.whitened)]
+            rows = f"{row.effective_rows:.0f}"
+            lines.append([row.layer, row.factor, size, rows, *map(str, counts), *ratios, f"{row.bytes / 1024:.0f}"])
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         text = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -117,6 +125,7 @@ def report(model: nn.Module) -> Report:
     """
     rows = []
     for name, transform in _transforms(model):
+        norms = getattr(transform, "norms", None)
         for factor_name, factor in transform.named_children():
             if not isinstance(factor, WhiteningFactor):
                 continue
@@ -133,6 +142,9 @@ def report(model: nn.Module) -> Report:
                     refreshes=int(factor.num_refreshes),
                     failed=int(factor.num_refreshes_failed),
                     restarted=int(factor.num_refreshes_restarted),
+                    bounded=int(transform.num_batches_bounded) if isinstance(transform, FeatureWhitening) else 0,
+                    effective_rows=factor.running_effective_count.min().item(),
+                    norm=1 / norms.correction.item() if isinstance(norms, NormRatio) else 1.0,
                     condition=condition,
                     whitened=whitened,
                     bytes=sum(buffer.nbytes for buffer in factor.buffers()),

@@ -5,9 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .statistics.covariance import FeatureCovariance, Moments
-
-WINDOW = tuple(f"window_{part}" for part in ("count", "mean", "covariance"))
+from .statistics.covariance import FeatureCovariance
 
 
 def _statistics(model: nn.Module) -> dict[str, FeatureCovariance]:
@@ -22,14 +20,11 @@ def window_state_dict(model: nn.Module) -> dict[str, Tensor]:
     are refreshed.
 
     Returns:
-        Tensors by the names of the buffers, such as ``"layer1.transform.inputs.window_mean"``; none of a layer that
-        has observed nothing new.
+        Tensors by name, such as ``"layer1.transform.inputs.window_mean"``; none of a layer that has observed nothing
+        new. Rows whose moments have not been computed yet are among them as they are.
     """
-    state: dict[str, Tensor] = {}
-    for name, one in _statistics(model).items():
-        if one.window is not None:
-            state |= {f"{name}.{key}": part.clone() for key, part in zip(WINDOW, one.window, strict=True)}
-    return state
+    statistics = _statistics(model).items()
+    return {f"{name}.{key}": part.clone() for name, one in statistics for key, part in one.open_window().items()}
 
 
 @torch.no_grad()
@@ -42,19 +37,19 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
         ValueError: there is a tensor that belongs to no statistics of the model, or of another shape; or one that is
             missing beside others of a window. Nothing is changed then.
     """
-    windows: dict[str, Moments | None] = {}
-    left, statistics = dict(state), _statistics(model)
-    for name, one in statistics.items():
-        parts = [left.pop(f"{name}.{key}", None) for key in WINDOW]
-        wanted = (one.running_count, one.running_mean, one.running_covariance)
-        for key, part, like in zip(WINDOW, parts, wanted, strict=True):
-            if part is None and any(other is not None for other in parts):
-                raise ValueError(f"{name}.{key} is missing: a window has {', '.join(WINDOW)}")
-            if part is not None and part.shape != like.shape:
-                raise ValueError(f"{name}.{key} of shape {tuple(part.shape)} is not possible: give {tuple(like.shape)}")
-        given = [part.to(like, copy=True) for part, like in zip(parts, wanted, strict=True) if part is not None]
-        windows[name] = Moments(*given) if given else None
-    if left:
-        raise ValueError(f"{', '.join(left)}: the model has no such statistics; it has {', '.join(windows) or 'none'}")
-    for name, one in statistics.items():
-        one.window = windows[name]
+    statistics = _statistics(model)
+    before = {name: one.open_window() for name, one in statistics.items()}
+    given: dict[str, dict[str, Tensor]] = {name: {} for name in statistics}
+    for key, part in state.items():
+        name, _, own = key.rpartition(".")
+        if name not in given:
+            known = ", ".join(statistics) or "none"
+            raise ValueError(f"{key}: the model has no such statistics; it has {known}")
+        given[name][own] = part
+    try:
+        for name, one in statistics.items():
+            one.restore_window(given[name])
+    except ValueError as error:
+        for other, window in before.items():
+            statistics[other].restore_window(window)
+        raise ValueError(f"{name}.{error}") from error

@@ -1,10 +1,13 @@
 """The engine of autograd, as far as the library relies on what it does not document."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from whiten_layers._torch.engine import call_at_end_of_pass, current_pass, is_nested_pass
+from whiten_layers._torch.engine import call_at_end_of_pass, current_pass, is_nested_pass, wants_gradient, will_run
 
 
 def test_a_pass_has_a_number():
@@ -50,6 +53,88 @@ def test_a_reentrant_checkpoint_runs_a_pass_inside_a_pass():
     AskInBackward.apply(inside).sum().backward()
     hint = "the engine is to call torch.autograd.function.BackwardCFunction.apply for a Function: see is_nested_pass"
     assert AskInBackward.seen == [False, True], hint
+
+
+# By what a pass is asked for, with x, w and their product: whether it goes on to w.
+ASKED = {
+    "backward": (lambda x, w, y: y.backward(), True),
+    "backward for w": (lambda x, w, y: y.backward(inputs=[w]), True),
+    "backward for x": (lambda x, w, y: y.backward(inputs=[x]), False),
+    "grad of w": (lambda x, w, y: torch.autograd.grad(y, w), True),
+    "grad of x": (lambda x, w, y: torch.autograd.grad(y, x), False),
+    "grad of both": (lambda x, w, y: torch.autograd.grad(y, [x, w]), True),
+}
+each_pass = pytest.mark.parametrize("ask, expected", ASKED.values(), ids=ASKED.keys())
+
+
+@each_pass
+def test_whether_a_node_will_run(ask, expected):
+    seen = []
+    x, w = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    inner = 2 * w
+    product = x * inner
+    leaf = inner.grad_fn.next_functions[0][0]
+    product.register_hook(lambda grad: seen.extend([will_run(inner.grad_fn), will_run(leaf)]))
+    ask(x, w, product.sum())
+    hint = "torch._C._will_engine_execute_node is to tell whether a pass comes to a node, and to raise for a leaf's own"
+    assert seen == [expected, expected], hint
+    assert will_run(inner.grad_fn), "outside of a pass it cannot be said, and torch is to raise"
+
+
+class AskForLeaves(torch.autograd.Function):
+    """As the node of a compiled graph: it has the gradients of all its leaves."""
+
+    seen: list = []  # noqa: RUF012
+
+    @staticmethod
+    def forward(ctx, leaves, x, w):
+        ctx.leaves = leaves
+        return x * w
+
+    @staticmethod
+    def backward(ctx, grad):
+        AskForLeaves.seen.append([wants_gradient(leaves) for leaves in ctx.leaves])
+        return None, grad, grad
+
+
+@each_pass
+def test_which_leaves_of_a_node_get_a_gradient(ask, expected):
+    AskForLeaves.seen.clear()
+    x, w, other = (torch.ones(3, requires_grad=True) for _ in range(3))
+    ask(x, w, AskForLeaves.apply([[w], iter([w]), [w, x], [other], []], 2 * x, w).sum())
+    hint = "torch._C._current_autograd_node is to be the node that runs, and its next_functions its leaves"
+    # x is not behind this node, but behind another; nor is the third leaf. Both cannot be told from wanted ones.
+    assert AskForLeaves.seen == [[expected, expected, True, True, True]], hint
+    assert wants_gradient([w]), "outside of a pass it cannot be said"
+
+
+def test_leaves_are_asked_about_anew_in_every_pass():
+    AskForLeaves.seen.clear()
+    x, w = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    y = AskForLeaves.apply([[w], [x]], x, w).sum()
+    torch.autograd.grad(y, x, retain_graph=True)
+    torch.autograd.grad(y, w, retain_graph=True)
+    y.backward()
+    assert AskForLeaves.seen == [[False, True], [True, False], [True, True]]
+
+
+def test_it_cannot_be_said_in_a_node_that_is_no_functions():
+    seen = []
+    x, w = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    y = x * w
+    y.register_hook(lambda grad: seen.append(wants_gradient([w])))
+    torch.autograd.grad(y.sum(), x)
+    assert seen == [True]
+
+
+def test_a_node_that_has_been_asked_is_not_kept_alive():
+    x, w = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    y = AskForLeaves.apply([[w]], x, w)
+    node = weakref.ref(y.grad_fn)
+    y.sum().backward()
+    del y
+    gc.collect()
+    assert node() is None
 
 
 def test_a_function_is_called_once_at_the_end_behind_other_callbacks():

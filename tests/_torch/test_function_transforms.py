@@ -20,6 +20,27 @@ def test_whether_a_function_transform_is_active():
     assert seen == [True, False], "torch._C._are_functorch_transforms_active is to tell of torch.func.grad"
 
 
+def test_the_nodes_of_a_tensor_in_every_graph():
+    """Each pass, that of a transform and one around it, comes to the node of its own graph."""
+    w = torch.ones(3, requires_grad=True)
+    nodes = function_transforms.nodes_of
+    names = []
+
+    def square(x, w):
+        names.append([[node.name() for node in nodes(y)] for y in (w.square(), x * w.square())])
+        return (x * w.square()).sum()
+
+    torch.func.grad(square)(torch.ones(3), w)
+    torch.func.grad(square, argnums=1)(torch.ones(3), w)
+    torch.vmap(square, in_dims=(0, None))(torch.ones(2, 3), w)
+    power, product = "PowBackward0", "MulBackward0"
+    hint = "torch._C._functorch.get_unwrapped is to lead from one transform to the next"
+    assert names[0] == [[power], [product, product]], hint  # of x the transform follows the product alone
+    assert names[1] == [[power, power], [product, product]], hint
+    assert names[2] == [[power], [product]], hint
+    assert [node.name() for node in nodes(w.square())] == [power] and nodes(w) == []
+
+
 def test_whether_vmap_maps_over_a_tensor():
     seen = []
 

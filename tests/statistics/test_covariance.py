@@ -13,7 +13,7 @@ from .. import reference
 @pytest.mark.parametrize("center", [True, False])
 def test_moments(center):
     rows = torch.randn(3, 11, 4, dtype=torch.float64) + 2
-    number, mean, covariance = moments(rows, center)
+    number, _, mean, covariance = moments(rows, center)
     assert number.tolist() == [11, 11, 11]
     for group in range(3):
         expected = reference.moments(rows[group], center)
@@ -68,7 +68,7 @@ def test_float32_statistics_survive_a_mean_far_from_zero():
 
 def test_half_precision_rows_are_summed_in_float32():
     rows = torch.full((1, 100_000, 2), 1.001).to(torch.bfloat16) + torch.randn(1, 100_000, 2).to(torch.bfloat16)
-    _, mean, covariance = moments(rows)
+    _, _, mean, covariance = moments(rows)
     assert mean.dtype == covariance.dtype == torch.float32
     expected = rows[0].double()
     torch.testing.assert_close(mean[0].double(), expected.mean(0), rtol=1e-5, atol=1e-5)
@@ -93,6 +93,9 @@ def test_a_window_is_all_of_its_rows_at_once_however_they_came(counts, offset, c
         return
     tolerance = {"rtol": 1e-10, "atol": 1e-10 * (1 + abs(offset))}
     everything = moments(torch.cat(batches, 1), center)
+    # Effective rows are counted batch by batch: how batches differ tells no more about one of them.
+    assert running.window.effective_rows == sum(moments(batch, center).effective_rows for batch in batches)
+    everything = everything._replace(effective_rows=running.window.effective_rows)
     torch.testing.assert_close(running.window, everything, **tolerance)
     nothing = type(everything)(*map(torch.zeros_like, everything))
     torch.testing.assert_close(merged(everything, nothing), everything, rtol=0, atol=0)

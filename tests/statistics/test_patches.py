@@ -41,7 +41,7 @@ def centre(layer, x):
 def test_tap_autocovariance_is_the_reference(case):
     layer, x = case.make_plain(), case.make_input()
     mean = centre(layer, x)
-    positions, result = tap_autocovariance(x, case.whitened.geometry(layer), mean)
+    positions, _, result = tap_autocovariance(x, case.whitened.geometry(layer), mean)
     assert positions == x.numel() / (mean.numel())
     torch.testing.assert_close(result, reference.tap_autocovariance(layer, x, mean), rtol=1e-10, atol=1e-12)
     assert torch.linalg.eigvalsh(result).min() > -1e-12
@@ -54,9 +54,9 @@ def test_tap_autocovariance_is_a_mean_over_images_whoever_has_which(cut):
     layer = nn.Conv2d(4, 6, 3, groups=2).double()
     x, geometry = torch.randn(3, 4, 6, 7, dtype=torch.float64), TWINS[nn.Conv2d].geometry(layer)
     mean = centre(layer, x)
-    _, whole = tap_autocovariance(x, geometry, mean)
+    _, _, whole = tap_autocovariance(x, geometry, mean)
     parts = [tap_autocovariance(part, geometry, mean) for part in x.split(cut)]
-    total = sum(positions * part for positions, part in parts) / sum(positions for positions, _ in parts)
+    total = sum(positions * part for positions, _, part in parts) / sum(positions for positions, _, _ in parts)
     torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
 
 
@@ -64,7 +64,7 @@ def test_taps_farther_apart_than_the_image_is_wide_do_not_vary_together():
     layer = nn.Conv2d(2, 3, 3, dilation=4, padding=4).double()
     x = torch.randn(2, 2, 3, 5, dtype=torch.float64)
     mean = centre(layer, x)
-    _, result = tap_autocovariance(x, TWINS[nn.Conv2d].geometry(layer), mean)
+    _, _, result = tap_autocovariance(x, TWINS[nn.Conv2d].geometry(layer), mean)
     torch.testing.assert_close(result, reference.tap_autocovariance(layer, x, mean), rtol=1e-10, atol=1e-12)
 
 
@@ -121,6 +121,6 @@ def test_patches_and_tap_autocovariances_of_random_configurations(example):
     if layer.bias is not None:
         product = product + layer.bias.view(layer.groups, 1, -1)
     torch.testing.assert_close(product, reference.output_rows(layer, layer(x)), rtol=1e-10, atol=1e-10)
-    _, covariance = tap_autocovariance(x, geometry, centre(layer, x))
+    _, _, covariance = tap_autocovariance(x, geometry, centre(layer, x))
     torch.testing.assert_close(covariance, covariance.mT, rtol=0, atol=0)
     assert torch.linalg.eigvalsh(covariance).min() > -1e-9

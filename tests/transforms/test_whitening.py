@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, whiten
+from whiten_layers.refresh.schedule import is_due
 
 
 def test_grouped_is_one_layer_a_group():
     torch.manual_seed(0)
-    transform = FeatureWhitening(update_interval=1, output_power=0.5)
+    # One scalar corrects the norm of a whole layer, so groups know of each other by it.
+    options = {"rescale": False, "bound": None}
+    transform = FeatureWhitening(update_interval=1, output_power=0.5, **options)
     grouped = WhitenedConv2d(6, 8, 3, groups=2, dtype=torch.float64, transform=transform)
     singles = [WhitenedConv2d(3, 4, 3, dtype=torch.float64, transform=transform) for _ in range(2)]
     for i, single in enumerate(singles):
@@ -41,7 +44,8 @@ def test_a_dead_group_does_not_stop_the_others():
         upstream[:, 2] = 0  # an output that nobody uses
         y.backward(upstream)
     assert layer.transform.num_batches_skipped == 0
-    moved = {n: (f.running_covariance != 0).flatten(1).any(1).tolist() for n, f in layer.transform.named_children()}
+    factors = {n: f for n, f in layer.transform.named_children() if n != "norms"}
+    moved = {n: (f.running_covariance != 0).flatten(1).any(1).tolist() for n, f in factors.items()}
     assert moved == {"channels": [True, False, True], "taps": [True, False, True], "outputs": [True, True, False]}
     taps = layer.transform.taps.precision
     assert torch.equal(taps[1], torch.eye(9)) and not torch.equal(taps[0], torch.eye(9))
@@ -50,7 +54,7 @@ def test_a_dead_group_does_not_stop_the_others():
 @pytest.mark.parametrize("power", [0.3, 0.5, 1.0])
 @pytest.mark.parametrize("features", ["patch", "kronecker"])
 def test_rescaling_keeps_the_expected_norm_of_the_gradient(power, features):
-    """For δ that does not depend on x, E‖Ĝ‖² = E‖G‖²: k is about the mean over many batches, never about one."""
+    """The ratio of norms is 1 in the geometric mean over new batches: k is never about one of them."""
     torch.manual_seed(0)
     transform = FeatureWhitening(features=features, power=power, update_interval=1, max_rows=None)
     layer = WhitenedConv2d(6, 5, 3, bias=False, dtype=torch.float64, transform=transform)
@@ -61,24 +65,24 @@ def test_rescaling_keeps_the_expected_norm_of_the_gradient(power, features):
         return torch.einsum("cd,ndhw->nchw", mixing, torch.randn(8, 6, 12, 12, dtype=torch.float64))
 
     for _ in range(30):
-        layer(batch()).sum().backward()
+        output = layer(batch())
+        output.backward(torch.randn_like(output))
     layer.transform.update_interval = 10**6
-    plain = transformed = 0.0
+    logarithm = 0.0
     for _ in range(60):
         layer.zero_grad()
         x = batch()
         upstream = torch.randn(layer(x).shape, dtype=torch.float64)
         layer(x).backward(upstream)
-        transformed += layer.weight.grad.square().sum().item()
-        plain += torch.nn.grad.conv2d_weight(x, layer.weight.shape, upstream).square().sum().item()
-    # 60 × 270 squared normals each: a standard error of about 2%.
-    assert transformed == pytest.approx(plain, rel=0.1)
+        plain = torch.nn.grad.conv2d_weight(x, layer.weight.shape, upstream)
+        logarithm += (layer.weight.grad.norm() / plain.norm()).log().item() / 60
+    # Of one batch it scatters by 0.1 (power 1): of 60, and of the 30 that were measured, by 0.02.
+    assert abs(logarithm) < 0.08
 
 
 def test_sampled_statistics_approach_those_of_all_rows():
     generator = torch.Generator().manual_seed(0)
-    options = {"decay": 0.99, "statistics_interval": 1}
-    layers = [WhitenedConv2d(4, 3, 3, transform=FeatureWhitening(max_rows=rows, **options)) for rows in (256, None)]
+    layers = [WhitenedConv2d(4, 3, 3, transform=FeatureWhitening(max_rows=rows)) for rows in (256, None)]
     for _ in range(100):
         x = torch.randn(16, 4, 12, 12, generator=generator).cumsum(2)
         for layer in layers:
@@ -100,23 +104,26 @@ def test_a_layer_keeps_to_its_intervals():
         if factor.num_refreshes != before[0]:
             refreshed.append(batch)
         weight = factor.running_count.item() + (0 if factor.window is None else factor.window.rows.item())
-        if weight != before[1] and (factor.window is not None or batch in (1, 2, 12, 24)):
+        both = batch in refreshed and is_due(batch, 3)
+        if weight != before[1] and (factor.window is not None or both):
             observed.append(batch)
-    assert refreshed == [1, 2, 4, 8, 12, 16, 20, 24]
-    assert observed == [1, 2, 3, 6, 9, 12, 15, 18, 21, 24]
+    assert refreshed == [batch for batch in range(1, 25) if is_due(batch, 4)]
+    assert observed == [batch for batch in range(1, 25) if is_due(batch, 3)]
     assert layer.transform.num_batches_tracked == 24
 
 
 def test_a_layer_that_the_due_batch_does_not_reach_observes_the_next_that_does():
-    model = whiten(nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 2)]))
+    transform = FeatureWhitening(update_interval=10, statistics_interval=10)
+    model = whiten(nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 2)]), transform)
+    third, fourth = [batch for batch in range(10, 40) if is_due(batch, 10)][:2]
     first, second = (layer.transform.inputs for layer in model)
     for batch in range(1, 32):
         x = torch.randn(7, 3)
-        (model[0](x).sum() if batch in (10, 20) else (model[1](model[0](x)).sum())).backward()
+        (model[0](x).sum() if batch == third else (model[1](model[0](x)).sum())).backward()
         assert first.window is None
-        assert (second.window is not None) == (10 < batch < 20 or 20 < batch < 30)
+        assert (second.window is not None) == (third < batch < fourth)
     assert [layer.transform.num_batches_tracked for layer in model] == [31, 31]
-    assert (first.num_refreshes, second.num_refreshes) == (7, 6)
+    assert first.num_refreshes == second.num_refreshes + 1
 
 
 def test_damping_is_relative_to_the_variance():
@@ -153,6 +160,7 @@ def test_exact_is_the_papers_form_and_takes_options():
     transform = FeatureWhitening.exact("eigh", damping=0.5)
     assert (transform.method, transform.features, transform.power, transform.rescale) == ("eigh", "patch", 1.0, False)
     assert (transform.update_interval, transform.statistics_interval, transform.max_rows) == (1, 1, None)
+    assert (transform.center, transform.shrink, transform.bound, transform.block_size) == (True, False, None, None)
     assert transform.damping == 0.5
     assert FeatureWhitening.exact(power=0.5).power == 0.5
 
@@ -174,7 +182,9 @@ def test_exact_is_the_papers_form_and_takes_options():
         ({"damping": -1}, "damping=-1 is not possible: give a number of at least 0"),
         ({"damping": float("inf")}, "damping=inf is not possible"),
         ({"decay": 1.0}, r"decay=1.0 is not possible: give a number in \[0, 1\)"),
-        ({"center": 1}, "center=1 is not possible: give True or False"),
+        ({"center": 1}, "center=1 is not possible: give True, False or None"),
+        ({"shrink": 1}, "shrink=1 is not possible: give True or False"),
+        ({"bound": 0.5}, "bound=0.5 is not possible: give a number of at least 1, or None"),
         ({"rescale": None}, "rescale=None is not possible: give True or False"),
         ({"update_interval": 0}, "update_interval=0 is not possible: give an integer of at least 1"),
         ({"statistics_interval": 2.5}, "statistics_interval=2.5 is not possible: give an integer of at least 1"),

@@ -23,6 +23,15 @@ is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
 """Tell whether the older vmap behind ``is_grads_batched=True`` and ``vectorize=True`` maps over a tensor."""
 
 
+def nodes_of(tensor: Tensor) -> list[Any]:
+    """List the nodes of the graph that computed a tensor, one for each function transform that follows it."""
+    nodes = [tensor.grad_fn]
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        nodes.append(tensor.grad_fn)
+    return [node for node in nodes if node is not None]
+
+
 def is_forward_mode() -> bool:
     """Tell whether derivatives are being computed in forward mode (`torch.autograd.forward_ad`)."""
     return forward_ad._current_level >= 0

@@ -102,11 +102,11 @@ def merge_windows(statistics: Iterable[FeatureCovariance], group: ProcessGroup) 
     """Give all statistics, on every process, the window of all processes' rows."""
     for bucket in _alike(statistics):
         windows = [one.window or zero_moments(one.running_mean) for one in bucket]
-        sums = _flat([part for window in windows for part in (window.rows, window.rows[:, None] * window.mean)])
+        sums = _flat([part for one in windows for part in (*one[:2], one.rows[:, None] * one.mean)])
         dist.all_reduce(sums, group=group)
-        totals = _cut(sums, [part for window in windows for part in (window.rows, window.mean)])
+        totals = _cut(sums, [part for window in windows for part in window[:3]])
         triangles = []
-        for window, rows, total in zip(windows, totals[::2], totals[1::2], strict=True):
+        for window, rows, total in zip(windows, totals[::3], totals[2::3], strict=True):
             part = torch.where(rows > 0, window.rows / rows, 0)
             total /= torch.where(rows > 0, rows, 1)[:, None]  # now the mean of all
             shift = window.mean - total
@@ -115,8 +115,10 @@ def merge_windows(statistics: Iterable[FeatureCovariance], group: ProcessGroup) 
         flat = _flat(triangles)
         dist.all_reduce(flat, group=group)
         covariances = _cut(flat, triangles)
-        for one, rows, mean, covariance in zip(bucket, totals[::2], totals[1::2], covariances, strict=True):
-            one.window = Moments(rows, mean, symmetric(covariance))
+        for one, rows, effective, mean, covariance in zip(
+            bucket, totals[::3], totals[1::3], totals[2::3], covariances, strict=True
+        ):
+            one.window = Moments(rows, effective, mean, symmetric(covariance))
 
 
 def share(costs: Sequence[float], processes: int) -> list[int]:

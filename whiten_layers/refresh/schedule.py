@@ -30,9 +30,23 @@ from .update import DueTransform, refresh_transforms
 def last_due(batch: int, interval: int) -> int:
     """Return the last batch, up to this one, at which something with this interval was due; 0 for none.
 
-    Due are batches 1, 2, 4, 8, … below the interval, where statistics change fast, and then its multiples.
+    Due are batches 1, 2, 4, 8, … below the interval, where statistics change fast, and then one of every `interval`
+    batches, in a place that looks random: with a fixed place, a loop whose period divides the interval (a GAN's
+    two passes, accumulation, tasks that take turns) would only ever be seen in one phase. The places depend on
+    nothing but the batch's number and the interval, so they are the same in every process and every run.
     """
-    return batch // interval * interval if batch >= interval else (1 << batch.bit_length()) >> 1
+    if batch < interval:
+        return (1 << batch.bit_length()) >> 1
+    stretch = batch // interval
+    due = stretch * interval + _scatter(stretch) % interval
+    return due if due <= batch else last_due(stretch * interval - 1, interval)
+
+
+def _scatter(number: int) -> int:
+    """Turn a number into one of 32 bits that looks random (the finaliser of MurmurHash3, by Austin Appleby)."""
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13), (1, 16)):
+        number = (number ^ (number >> shift)) * factor & 0xFFFFFFFF
+    return number
 
 
 def is_due(batch: int, interval: int) -> bool:

@@ -1,7 +1,9 @@
 """Mean and covariance of rows of features: of one batch, and as a running average."""
 
 import math
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,12 +16,14 @@ from .._torch.precision import full_precision
 
 
 class Moments(NamedTuple):
-    """Number of rows, their mean and covariance, for each group: (groups,), (groups, M), (groups, M, M).
+    """Number of rows, of rows that tell something new, mean and covariance, for each group.
 
-    Where there are no rows the others are 0.
+    Shapes: (groups,), (groups,), (groups, M), (groups, M, M). Where there are no rows the others are 0. For
+    ``effective_rows`` see the function of that name.
     """
 
     rows: Tensor
+    effective_rows: Tensor
     mean: Tensor
     covariance: Tensor
 
@@ -27,24 +31,72 @@ class Moments(NamedTuple):
 def zero_moments(mean: Tensor) -> Moments:
     """Moments of no rows, for the groups and features of a mean ``(groups, M)``."""
     groups, features = mean.shape
-    return Moments(mean.new_zeros(groups), mean.new_zeros(groups, features), mean.new_zeros(groups, features, features))
+    none = mean.new_zeros(groups)
+    return Moments(none, none, torch.zeros_like(mean), mean.new_zeros(groups, features, features))
 
 
-def moments(rows: Tensor, center: bool = True) -> Moments:
+def effective_rows(covariance: Tensor, squared: Tensor, samples: Tensor | int, rows: Tensor | int) -> Tensor:
+    """Count how many independent Gaussian rows would estimate a covariance as well as `samples` samples did.
+
+    The positions of one image, or of one sequence, are rows that resemble each other, so n of them tell less than n
+    rows of n images. Samples are independent. With Sᵢ the covariance of sample i alone and S their mean, the error of S
+    is ``E‖S − C‖² = Σ ‖Sᵢ − S‖² / N(N − 1)`` (Ledoit & Wolf 2004, with samples instead of rows). For n Gaussian rows it
+    would be ``(tr(C²) + tr(C)²) / n``. The two are set equal. One sample does not tell how samples differ: it counts as
+    one row.
+
+    Args:
+        covariance: S, ``(groups, M, M)``, or what has the same norm and trace.
+        squared: ``Σ ‖Sᵢ‖² / N tr(S)²`` of each group.
+        samples: N.
+        rows: number of rows in all samples, which is the most that is returned.
+    """
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    norm = (covariance / trace[:, None, None]).square().sum((-2, -1))
+    effective = (norm + 1) * (samples - 1) / (squared - norm)
+    # All, too, where no sample differs from another but by rounding
+    effective = torch.where((effective > 0) & (effective < rows), effective, rows)
+    return torch.where(torch.as_tensor(samples) < 2, 1, effective).clamp(min=1)
+
+
+def moments(rows: Tensor, center: bool = True, samples: int | None = None, known: Tensor | None = None) -> Moments:
     """Compute the moments of rows ``(groups, n, M)``, at least one of each group.
 
-    The covariance divides by n. With ``center=False`` the mean is zero and the covariance is the
-    second moment about zero. Rows of fewer than 32 bits are computed with as float32.
+    The covariance divides by the number of rows; it is 0 where it is only rounding of the mean. Rows of fewer than 32
+    bits are computed with as float32.
+
+    Args:
+        rows: the rows.
+        center: False for a mean of zero, and the second moment about zero instead of the covariance.
+        samples: how many independent samples the rows come from, in order and as many of each; None for n.
+        known: ``(groups, n)``, False for rows that are left out; None for all.
     """
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    groups, most, features = rows.shape
+    number = rows.new_full((groups,), most) if known is None else known.sum(1).to(rows)
+    total = number.clamp(min=1)
+    if known is not None:
+        rows = torch.where(known.unsqueeze(-1), rows, 0)
+    mean = rows.sum(1) / total[:, None] if center else rows.new_zeros(groups, features)
     if center:
-        mean = rows.mean(dim=1)
         rows = rows - mean.unsqueeze(1)
-    else:
-        mean = rows.new_zeros(rows.shape[0], rows.shape[2])
+        rows = rows if known is None else torch.where(known.unsqueeze(-1), rows, 0)
+    samples = most if samples is None else min(samples, most)
+    size = most // samples
     with full_precision():
-        covariance = rows.mT @ rows / rows.shape[1]
-    return Moments(rows.new_full((len(rows),), rows.shape[1]), mean, covariance)
+        covariance = rows.mT @ rows / total[:, None, None]
+        trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+        if center:
+            rounding = (4 * torch.finfo(rows.dtype).eps) ** 2 * torch.linalg.vecdot(mean, mean)
+            covariance = torch.where((trace > rounding)[:, None, None], covariance, 0)
+        parts = rows[:, : samples * size].unflatten(1, (samples, size))
+        if size == 1:
+            grams = torch.linalg.vecdot(parts, parts).unsqueeze(-1)
+        else:
+            grams = parts @ parts.mT if size <= features else parts.mT @ parts  # of equal norm
+        share = number / most
+        squared = (grams / (size * trace)[:, None, None, None]).square().sum((1, 2, 3)) / (samples * share)
+    effective = effective_rows(covariance, squared, samples * share, number)
+    return Moments(number, torch.where(number > 0, effective, 0), mean, covariance)
 
 
 def merged(first: Moments, second: Moments) -> Moments:
@@ -54,7 +106,11 @@ def merged(first: Moments, second: Moments) -> Moments:
     shift = second.mean - first.mean
     covariance = torch.lerp(first.covariance, second.covariance, weight.unsqueeze(-1))
     covariance += (weight * (1 - weight) * shift).unsqueeze(-1) * shift.unsqueeze(-2)
-    return Moments(total, first.mean + weight * shift, covariance)
+    return Moments(total, first.effective_rows + second.effective_rows, first.mean + weight * shift, covariance)
+
+
+PENDING_ROWS = 1024
+WINDOW = ("window_count", "window_effective_count", "window_mean", "window_covariance")
 
 
 class FeatureCovariance(WideBuffers):
@@ -73,22 +129,25 @@ class FeatureCovariance(WideBuffers):
         groups, channels, taps: each group has ``channels · taps`` features, a channel's taps side by side.
         decay: factor on a row's weight at each later batch, in [0, 1).
         block_size: channels of a block at most; None for one block a group.
-        trace: what the trace of a group's window is scaled to before it counts, where only proportions matter;
-            None for no scaling. A window without any variance is then ignored.
+        trace: what the trace of a group's second moment in a window is scaled to before it counts, where only
+            proportions matter; None for no scaling. A window of zeros is then ignored.
         dtype: float32 or float64. Casting the module to a narrower type leaves its buffers in float32.
 
-    Buffers, for ``groups · blocks`` matrices of M features: ``running_count`` (groups·blocks,), ``running_mean``
-    (groups·blocks, M), ``running_covariance`` (groups·blocks, M, M); and, of the same shapes, ``window_count``,
-    ``window_mean`` and ``window_covariance`` while a window is open. A checkpoint has no window, which is one
+    Buffers, for ``groups · blocks`` matrices of M features: ``running_count`` and ``running_effective_count``
+    (groups·blocks,), ``running_mean`` (groups·blocks, M), ``running_covariance`` (groups·blocks, M, M); and, of these
+    shapes, ``window_count``, ``window_effective_count``, ``window_mean`` and ``window_covariance`` while a window is
+    open. A checkpoint has no window, which is one
     process's: loading one drops what was observed since the last window was closed.
     """
 
     is_approximate: bool = False  # whether a refresh gets nearer to the exact result even when nothing new was observed
     keeps_its_tensors = True
     running_count: Tensor
+    running_effective_count: Tensor
     running_mean: Tensor
     running_covariance: Tensor
     window_count: Tensor | None
+    window_effective_count: Tensor | None
     window_mean: Tensor | None
     window_covariance: Tensor | None
 
@@ -110,11 +169,14 @@ class FeatureCovariance(WideBuffers):
         self.groups, self.features, self.decay, self.trace = groups, channels * taps, decay, trace
         self._padding = self.blocks * size - self.features
         matrices = groups * self.blocks
-        self.register_buffer("running_count", torch.zeros(matrices, device=device, dtype=dtype))
+        for name in ("running_count", "running_effective_count"):
+            self.register_buffer(name, torch.zeros(matrices, device=device, dtype=dtype))
         self.register_buffer("running_mean", torch.zeros(matrices, size, device=device, dtype=dtype))
         self.register_buffer("running_covariance", torch.zeros(matrices, size, size, device=device, dtype=dtype))
-        for name in ("window_count", "window_mean", "window_covariance"):
+        for name in WINDOW:
             self.register_buffer(name, None, persistent=False)
+        self._pending: list[tuple[Tensor, int, torch.dtype]] = []  # rows, and how many of them are one sample
+        self._has_marked_rows = False  # rows among them that are NaN, and to be left out
 
     def split(self, rows: Tensor) -> Tensor:
         """Deal the features out to the blocks: ``(groups, n, features) -> (groups·blocks, n, M)``."""
@@ -143,17 +205,100 @@ class FeatureCovariance(WideBuffers):
     @property
     def window(self) -> Moments | None:
         """Moments of what was observed since the last window was closed; None for nothing."""
-        if self.window_count is None or self.window_mean is None or self.window_covariance is None:
-            return None
-        return Moments(self.window_count, self.window_mean, self.window_covariance)
+        self._gather()
+        parts = [getattr(self, name) for name in WINDOW]
+        return None if parts[0] is None else Moments(*parts)
 
     @window.setter
     def window(self, window: Moments | None) -> None:
-        self.window_count, self.window_mean, self.window_covariance = window or (None, None, None)
+        self._pending, self._has_marked_rows = [], False
+        for name, part in zip(WINDOW, window or (None,) * len(WINDOW), strict=True):
+            setattr(self, name, part)
 
-    def observe_rows(self, rows: Tensor, center: bool = True, valid: Tensor | bool = True) -> Tensor:
-        """Call `observe` with the moments of rows ``(groups, n, features)``."""
-        return self.observe(moments(self.split(rows), center), valid)
+    @torch.no_grad()
+    def observe_rows(self, rows: Tensor, samples: int | None = None, valid: Tensor | bool = True) -> Tensor | bool:
+        """Take rows ``(groups, n, features)`` of so many independent samples into the window, if they are `valid`.
+
+        They are copied, and their moments computed later, of several batches at once: a batch of few rows then costs
+        little more than the copy. At most as many rows are kept as there are features, or `PENDING_ROWS`.
+
+        Returns:
+            Whether they were taken: not where they hold a NaN, an Inf, or numbers whose squares do.
+        """
+        norm = torch.linalg.vector_norm(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
+        if norm.is_cpu and not isinstance(valid, Tensor):  # a number on the CPU can be read without waiting
+            valid = valid and math.isfinite(norm)
+            if not valid:
+                return False
+            rows = rows if rows.shape[1] >= PENDING_ROWS else rows.clone()  # the former are not kept
+        else:
+            valid = torch.isfinite(norm) & torch.as_tensor(valid, device=norm.device)
+            rows = torch.where(valid, rows, torch.nan)  # to be left out
+            self._has_marked_rows = True
+        number = rows.shape[1]
+        samples = number if samples is None else min(samples, number)
+        size = number // samples
+        if self._pending and self._pending[0][1:] != (size, rows.dtype):
+            self._gather()
+        self._pending.append((rows, size, rows.dtype))
+        if sum(part.shape[1] for part, *_ in self._pending) >= max(rows.shape[-1], PENDING_ROWS):
+            self._gather()
+        return valid
+
+    def open_window(self) -> dict[str, Tensor]:
+        """Return what was observed since the last window was closed, as tensors by name, for `restore_window`.
+
+        Unlike `window` this changes nothing: rows that are pending stay so, and the next window is the same in its
+        last bit.
+        """
+        moments = {name: part for name in WINDOW if (part := getattr(self, name)) is not None}
+        rows = {f"pending_{place}_by_{size}": part for place, (part, size, _) in enumerate(self._pending)}
+        return moments | rows
+
+    @torch.no_grad()
+    def restore_window(self, state: Mapping[str, Tensor]) -> None:
+        """Take the state that `open_window` returned, as a copy, in place of the present window.
+
+        Raises:
+            ValueError: a tensor is unknown, of another shape, or missing beside others. Nothing is changed then.
+        """
+        wanted = (self.running_count, self.running_effective_count, self.running_mean, self.running_covariance)
+        left, moments, pending = dict(state), [], []
+        for name, like in zip(WINDOW, wanted, strict=True):
+            part = left.pop(name, None)
+            if part is None and any(other in state for other in WINDOW):
+                raise ValueError(f"{name} is missing: a window has {', '.join(WINDOW)}")
+            if part is not None and part.shape != like.shape:
+                raise ValueError(f"{name} of shape {tuple(part.shape)} is not possible: give {tuple(like.shape)}")
+            if part is not None:
+                moments.append(part.to(like, copy=True))
+        for name, part in left.items():
+            match = re.fullmatch(r"pending_(\d+)_by_(\d+)", name)
+            if match is None:
+                raise ValueError(f"{name} is no part of a window")
+            if part.dim() != 3 or part.shape[::2] != (self.groups, self.features):
+                shape = f"({self.groups}, any number, {self.features})"
+                raise ValueError(f"{name} of shape {tuple(part.shape)} is not possible: give {shape}")
+            pending.append((int(match[1]), (part.to(self.running_mean.device, copy=True), int(match[2]), part.dtype)))
+        self.window = Moments(*moments) if moments else None
+        self._pending = [rows for _, rows in sorted(pending, key=lambda one: one[0])]
+        self._has_marked_rows = not all(torch.isfinite(rows).all() for rows, *_ in self._pending)
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Take the pending rows into the window."""
+        if not self._pending:
+            return
+        parts, self._pending = self._pending, []
+        size = parts[0][1]
+        whole = [part[:, : part.shape[1] // size * size] for part, *_ in parts]
+        rows = whole[0] if len(whole) == 1 else torch.cat(whole, 1)
+        rows = self.split(rows.to(self.running_mean.device))
+        known = None
+        if self._has_marked_rows:
+            known = torch.isfinite(torch.linalg.vector_norm(rows, dim=-1, dtype=self.running_mean.dtype))
+            self._has_marked_rows = False
+        self.observe(moments(rows, samples=rows.shape[1] // size, known=known))
 
     @torch.no_grad()
     def observe(self, batch: Moments, valid: Tensor | bool = True) -> Tensor:
@@ -168,13 +313,13 @@ class FeatureCovariance(WideBuffers):
             twice as far apart as the farther one from a third.
         """
         dtype = self.running_mean.dtype
-        rows, mean, covariance = batch.rows.to(dtype), batch.mean.to(dtype), batch.covariance.to(dtype)
+        rows, effective, mean, covariance = (part.to(dtype) for part in batch)
         shift = mean - self.running_mean
         spread = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + 4 * torch.linalg.vecdot(shift, shift)
         valid = torch.as_tensor(valid, device=spread.device).expand_as(spread)
         valid = valid & (torch.isfinite(spread) | ~valid).all()
         mean, covariance = torch.where(valid[:, None], mean, 0), torch.where(valid[:, None, None], covariance, 0)
-        batch = Moments(torch.where(valid, rows, 0), mean, covariance)
+        batch = Moments(torch.where(valid, rows, 0), torch.where(valid, effective, 0), mean, covariance)
         window = self.window
         self.window = batch if window is None else merged(window, batch)
         return valid.all()
@@ -192,20 +337,38 @@ class FeatureCovariance(WideBuffers):
         if window is None:
             return False
         if self.trace is not None:
-            traces = window.covariance.diagonal(dim1=-2, dim2=-1).sum(-1).view(self.groups, self.blocks).sum(1)
-            ratio = (self.trace / traces).repeat_interleave(self.blocks)
+            traces = window.covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + torch.linalg.vecdot(
+                window.mean, window.mean
+            )
+            ratio = (self.trace / traces.view(self.groups, self.blocks).sum(1)).repeat_interleave(self.blocks)
             known = torch.isfinite(ratio)
-            covariance = torch.where(known, ratio, 0)[:, None, None] * window.covariance
-            window = Moments(torch.where(known, window.rows, 0), window.mean, covariance)
-        aged = torch.where(window.rows > 0, self.decay**elapsed * self.running_count, self.running_count)
-        count, mean, covariance = merged(Moments(aged, self.running_mean, self.running_covariance), window)
+            ratio = torch.where(known, ratio, 0)
+            number, effective = (torch.where(known, count, 0) for count in window[:2])
+            window = Moments(
+                number, effective, ratio.sqrt()[:, None] * window.mean, ratio[:, None, None] * window.covariance
+            )
+        weight, is_new = self.decay**elapsed, window.rows > 0
+        past = (self.running_count, self.running_effective_count)
+        number, effective = (torch.where(is_new, weight * count, count) for count in past)
+        count, effective, mean, covariance = merged(
+            Moments(number, effective, self.running_mean, self.running_covariance), window
+        )
         self.running_count.copy_(count)
+        self.running_effective_count.copy_(effective)
         self.running_mean.copy_(mean)
         self.running_covariance.copy_(covariance)
         return True
 
     def before_loading(self, state_dict: dict, prefix: str) -> None:
         self.window = None
+        key = f"{prefix}running_effective_count"
+        if f"{prefix}running_count" in state_dict:  # a checkpoint of a version that did not count effective rows
+            state_dict.setdefault(key, state_dict[f"{prefix}running_count"])
+
+
+def snapshot_for_graph(state: Tensor) -> Tensor:
+    """Return state to multiply a gradient by: a copy where a graph of the backward pass may outlive a refresh."""
+    return state.clone() if torch.is_grad_enabled() else state
 
 
 class SolvedStatistics(FeatureCovariance, ABC):

@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .covariance import effective_rows
+
+MIN_IMAGES = 8  # of a batch that has as many, in `tap_autocovariance`
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -33,6 +37,7 @@ class Geometry:
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()  # as F.pad takes it: last dimension first, both sides
+    has_bias: bool = False
     upsampling: tuple[int, ...] = ()  # transposed convolution: step of the spread input. Its weight is (C, S)
 
     @cached_property
@@ -91,6 +96,14 @@ def _spread(input: Tensor, upsampling: tuple[int, ...]) -> Tensor:
     places = tuple(slice(None, None, step) for step in upsampling)
     spread[(slice(None), slice(None), *places)] = input
     return spread
+
+
+def count_samples(input: Tensor, spatial_dims: int, max_rows: int | None = None) -> int:
+    """Count the independent samples that sampled rows of an input come from: images, sequences, or single rows."""
+    if spatial_dims:
+        number = _batched(input, spatial_dims).shape[0]
+        return number if max_rows is None else math.ceil(number / math.ceil(number / max_rows))
+    return input.shape[0] if input.dim() > 1 else 1
 
 
 def linear_rows(input: Tensor, max_rows: int | None = None, phase: int = 0) -> Tensor:
@@ -171,26 +184,26 @@ def _displacements(
 
 def tap_autocovariance(
     input: Tensor, geometry: Geometry, mean: Tensor, max_rows: int | None = None, phase: int = 0
-) -> tuple[int, Tensor]:
+) -> tuple[int, Tensor, Tensor]:
     """Measure how the input varies together at the taps of a kernel: ``(N, groups·C, *space) -> (groups, taps, taps)``.
 
     The entry of two taps is the autocovariance of the channels about `mean` ``(groups, C)``, summed over channels, at
     the displacement from one tap to the other: a sum over positions, divided by their number. So it is linear in the
     images, and several processes can add up their results. The spread input of a transposed convolution is mostly
     inserted zeros; the diagonal counts only the positions that are not such zeros. The image counts as zero outside its
-    borders, so the result is positive semidefinite. Whole images are sampled: at least one, and otherwise at most
-    `max_rows` positions.
+    borders, so the result is positive semidefinite. Whole images are sampled: at least `MIN_IMAGES`, since one does not
+    tell how images differ, and otherwise at most `max_rows` positions.
 
-    No patch is unfolded. With zeros between the rows and between the images, a displacement is an offset in memory. Its
-    autocovariance is the inner product of the images with themselves, shifted by that offset.
+    No patch is unfolded. With zeros behind each row, a displacement is an offset in memory. Its autocovariance is the
+    inner product of the images with themselves, shifted by that offset.
 
     Returns:
-        The number of positions, and the autocovariances.
+        The number of positions, the `effective_rows` ``(groups,)`` with images as samples, and the autocovariances.
     """
     input = _batched(input, geometry.spatial_dims)
     sizes = input.shape[2:]
-    every = 1 if max_rows is None else max(1, math.ceil(input.shape[0] * math.prod(sizes) / max_rows))
-    every = min(every, input.shape[0])
+    most = input.shape[0] if max_rows is None else max(MIN_IMAGES, max_rows // math.prod(sizes))
+    every = max(1, math.ceil(input.shape[0] / most))
     images = rearrange(input[phase % every :: every], "n (g c) ... -> g c n ...", g=geometry.groups)
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     images = images - mean.view(*mean.shape, *[1] * (images.dim() - 2)).to(images.dtype)
@@ -200,15 +213,18 @@ def tap_autocovariance(
     margins = [min(r, size - 1) for r, size in zip(reach, sizes, strict=True)]
     images = F.pad(images, [side for margin in reversed(margins) for side in (0, margin)])
     strides = images.stride()[3:]
-    line = images.flatten(1)
+    lines = images.flatten(3)
 
-    def autocovariance(displacement: tuple[int, ...] | None) -> Tensor:
+    def autocovariances(displacement: tuple[int, ...] | None) -> Tensor:
         if displacement is None or any(abs(d) >= size for d, size in zip(displacement, sizes, strict=True)):
-            return line.new_zeros(len(line))
+            return lines.new_zeros(lines.shape[0], lines.shape[2])
         offset = sum(d * stride for d, stride in zip(displacement, strides, strict=True))
-        return torch.linalg.vecdot(line[:, : line.shape[1] - offset], line[:, offset:])
+        return torch.linalg.vecdot(lines[..., : lines.shape[3] - offset], lines[..., offset:]).sum(1)
 
     distinct, pairs = _displacements(geometry.kernel_size, geometry.dilation, geometry.upsampling)
-    values = [autocovariance(displacement) for displacement in distinct]
-    table = torch.stack([values[pair] for pair in pairs], -1)
-    return positions, table.view(-1, geometry.taps, geometry.taps) / positions
+    values = torch.stack([autocovariances(displacement) for displacement in distinct], -1)  # (groups, images, distinct)
+    samples = values.shape[1]
+    table = values.sum(1)[:, pairs].view(-1, geometry.taps, geometry.taps)
+    trace = table.diagonal(dim1=1, dim2=2).sum(1)
+    squared = (values[..., pairs] / trace[:, None, None]).square().sum((1, 2)) * samples
+    return positions, effective_rows(table, squared, samples, positions), table / positions

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..inverse import METHODS, Inverse, resolve
-from .covariance import FeatureCovariance
+from .covariance import FeatureCovariance, snapshot_for_graph
 
 PROBES = 16
 
@@ -29,9 +29,17 @@ def transformed_trace(inverse: Tensor, covariance: Tensor, kept: Tensor | None =
     return torch.linalg.vecdot(columns.flatten(1), (covariance @ columns).flatten(1))
 
 
-def snapshot_for_graph(state: Tensor) -> Tensor:
-    """Return state to multiply a gradient by: a copy where a graph of the backward pass may outlive a refresh."""
-    return state.clone() if torch.is_grad_enabled() else state
+def shrinkage(covariance: Tensor, rows: Tensor, features: Tensor | int) -> Tensor:
+    """Compute how far to shrink covariances ``(n, M, M)`` of so many rows towards ``m I``, m their mean variance.
+
+    The weight of ``m I`` that comes nearest to the true covariance, for Gaussian rows: the oracle-approximating
+    shrinkage of Chen, Wiesel, Eldar & Hero (2010), eq. 23, without its terms of order 1 / M, as scikit-learn has it.
+    Other features than `features` are zero.
+    """
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    norm = (covariance / trace[:, None, None]).square().sum((-2, -1))
+    weight = (norm + 1) / ((rows + 1) * (norm - 1 / features))
+    return torch.where(weight < 1, weight, 1).clamp(min=0)  # 1 also where the covariance is m I, or zero
 
 
 class RefreshResult(NamedTuple):
@@ -50,16 +58,17 @@ class RefreshResult(NamedTuple):
 class WhiteningFactor(FeatureCovariance):
     """Running covariance C and the matrix ``precision = k·(C/m + λI)^(-p)`` that was last computed from it.
 
-    m is the mean variance of a group's features, so λ, `damping`, is relative to it. k is ``m^(-p)``
-    (for an approximate inverse and power 1 such that the whitened features have variance 1 on the mean)
-    or, with `rescale`, the factor that keeps the expected norm of a gradient ``G = Σ δ xᵀ`` whose δ
-    does not depend on x: with E‖G‖² ∝ tr C and E‖GP‖² ∝ tr(PCP), ``k = sqrt(tr C / tr(PCP))``. It
-    depends on the statistics alone, so the transform stays linear. The blocks of a group share m and k; a feature
-    that fills up a block has variance 1 + λ.
+    C is what `estimate` makes of the running statistics: about the mean or about zero, and shrunk. m is the mean
+    variance of a group's features, so λ, `damping`, is relative to it. k is ``m^(-p)`` (for an approximate inverse and
+    power 1 such that the whitened features have variance 1 on the mean) or, with `rescale`, the factor that keeps the
+    expected norm of a gradient ``G = Σ δ xᵀ`` whose δ does not depend on x: with E‖G‖² ∝ tr C and E‖GP‖² ∝ tr(PCP),
+    ``k = sqrt(tr C / tr(PCP))``. It depends on the statistics alone, so the transform stays linear. The blocks of a
+    group share m and k; a feature that fills up a block has variance 1 + λ.
 
     Args:
         groups, channels, taps, decay, block_size, trace, dtype: as for `FeatureCovariance`.
-        method, power, damping, rescale, rank: as for `FeatureWhitening`.
+        method, power, damping, rescale, shrink, rank: as for `FeatureWhitening`.
+        center: True for the covariance, False for the second moment about zero.
 
     Buffers, beside the statistics: ``precision`` (groups·blocks, M, M), ``scale`` (groups·blocks,), the k inside it,
     ``mean`` (groups·blocks, M), ``directions`` (groups·blocks, M, rank) of the recursive method, and
@@ -86,6 +95,8 @@ class WhiteningFactor(FeatureCovariance):
         damping: float,
         decay: float,
         rescale: bool,
+        center: bool = True,
+        shrink: bool = False,
         block_size: int | None = None,
         rank: int = 16,
         trace: float | None = None,
@@ -98,6 +109,7 @@ class WhiteningFactor(FeatureCovariance):
         covariance = self.running_covariance
         matrices, size = self.running_mean.shape
         self.method, self.power, self.damping, self.rescale = resolve(method, power), power, damping, rescale
+        self.center, self.shrink = center, shrink
         self.rank = min(rank, size)
         self.register_buffer("precision", torch.eye(size).to(covariance).repeat(matrices, 1, 1))
         self.register_buffer("scale", covariance.new_zeros(matrices))
@@ -120,20 +132,49 @@ class WhiteningFactor(FeatureCovariance):
             return values
         return values.view(self.groups, self.blocks).sum(1).repeat_interleave(self.blocks)
 
-    def _trace(self) -> Tensor:
-        return self.group_sum(self.running_covariance.diagonal(dim1=-2, dim2=-1).sum(-1))
+    def kept(self) -> Tensor:
+        """Mask the features that do not just fill up a block: ``(groups·blocks, M)``, 1 or 0."""
+        return self.split(self.running_mean.new_ones(self.groups, 1, self.features)).squeeze(1)
 
-    def _whitened_trace(self, inverse: Tensor) -> Tensor:
-        """Compute ``tr(P (C/m + λI))`` of each group, for an inverse P of `damped()`."""
+    def estimate(self) -> tuple[Tensor, Tensor]:
+        """Estimate the covariance, or the second moment, of all rows from those that were seen.
+
+        Of what n effective rows seem to tell, a part is chance: `shrinkage` tells how much of the covariance, and
+        ``tr(C) / n`` is how much of the squared length of the mean (James & Stein 1961). With `shrink` that part is
+        spread over all features evenly, which keeps the trace.
+
+        Returns:
+            C divided by the mean variance m of its group's features; and m, ``(groups·blocks,)``.
+        """
+        covariance, mean, rows = self.running_covariance, self.running_mean, self.running_effective_count
+        kept = self.kept()
+        trace, even = covariance.diagonal(dim1=-2, dim2=-1).sum(-1), torch.zeros_like(rows)
+        certain = torch.ones_like(rows)
+        if self.shrink:
+            weight = shrinkage(covariance, (rows - 1).clamp(min=0), kept.sum(1))  # the mean takes one row
+            covariance, even = (1 - weight)[:, None, None] * covariance, weight * trace
+        if not self.center:
+            energy = torch.linalg.vecdot(mean, mean)
+            if self.shrink:
+                certain = 1 - trace / ((rows - 1) * energy)
+                certain = torch.where(certain > 0, certain, 0)
+                even = even + (1 - certain) * energy
+            covariance = covariance + certain[:, None, None] * mean.unsqueeze(-1) * mean.unsqueeze(-2)
+            trace = trace + energy
+        variance = self.group_sum(trace) / self.features
+        covariance = covariance / variance[:, None, None]
+        covariance.diagonal(dim1=-2, dim2=-1).add_((even / variance / kept.sum(1)).unsqueeze(1) * kept)
+        return covariance, variance
+
+    def _whitened_trace(self, inverse: Tensor, covariance: Tensor) -> Tensor:
+        """Compute ``tr(P (C/m + λI))`` of each group, for an inverse P of `damped()` and C/m."""
         diagonal = self.join(inverse.diagonal(dim1=-2, dim2=-1).unsqueeze(1)).sum((1, 2))
-        product = torch.linalg.vecdot(inverse.flatten(1), self.running_covariance.flatten(1))
-        whitened = self.group_sum(product) * self.features / self._trace()
-        return whitened + self.damping * diagonal.repeat_interleave(self.blocks)
+        product = torch.linalg.vecdot(inverse.flatten(1), covariance.flatten(1))
+        return self.group_sum(product) + self.damping * diagonal.repeat_interleave(self.blocks)
 
     def damped(self) -> Tensor:
         """Compute ``C/m + λI``, of mean variance 1 + λ, which is also the variance of features that fill up a block."""
-        variance = self._trace() / self.features
-        covariance = self.running_covariance / variance[:, None, None]
+        covariance, _ = self.estimate()
         diagonal = covariance.diagonal(dim1=-2, dim2=-1)
         diagonal.add_(self.damping)
         if self._padding:
@@ -147,14 +188,14 @@ class WhiteningFactor(FeatureCovariance):
 
     def scale_inverse(self, inverse: Inverse) -> RefreshResult:
         """Scale inverse powers of `damped()` to precisions. Where one is not finite none of its group is valid."""
-        matrix, trace = inverse.matrix, self._trace()
+        matrix, (covariance, variance) = inverse.matrix, self.estimate()
         if self.rescale:
-            kept = self.split(matrix.new_ones(self.groups, 1, self.features)).squeeze(1) if self._padding else None
-            scale = (trace / self.group_sum(transformed_trace(matrix, self.running_covariance, kept))).sqrt()
+            kept = self.kept() if self._padding else None
+            scale = (self.features / self.group_sum(transformed_trace(matrix, covariance, kept))).sqrt()
         else:
-            scale = (trace / self.features).pow(-self.power)
+            scale = variance.pow(-self.power)
             if self.power == 1 and self.is_approximate:
-                scale = scale * self.features / self._whitened_trace(matrix)
+                scale = scale * self.features / self._whitened_trace(matrix, covariance)
         valid = torch.isfinite(self.group_sum(scale * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)))
         restarted = torch.zeros_like(valid) if inverse.restarted is None else inverse.restarted
         return RefreshResult(valid, restarted, scale, matrix.mul_(scale[:, None, None]), inverse.directions)
@@ -166,7 +207,8 @@ class WhiteningFactor(FeatureCovariance):
             precision = torch.where(valid[:, None, None], precision, self.precision)
         self.precision.copy_(precision)
         self.scale.copy_(torch.where(valid, result.scale, self.scale))
-        self.mean.copy_(torch.where(valid[:, None], self.running_mean, self.mean))
+        if self.center:  # about zero otherwise, where the mean stays zero
+            self.mean.copy_(torch.where(valid[:, None], self.running_mean, self.mean))
         if self.directions is not None and result.directions is not None:
             self.directions.copy_(torch.where(valid[:, None, None], result.directions, self.directions))
         self.num_refreshes.add_(valid.all())
@@ -179,10 +221,21 @@ class WhiteningFactor(FeatureCovariance):
         more = [f"{name}={number}" for name, number in sizes.items() if number > 1]
         return ", ".join([str(self.features), *more, f"power={self.power}", repr(self.method)])
 
-    def multiply(self, rows: Tensor) -> Tensor:
-        """Compute ``rows @ P``, P block-diagonal: ``(groups, n, features) -> (groups, n, features)``."""
-        precision = snapshot_for_graph(self.precision)
-        return rows @ precision if self.blocks == 1 else self.join(self.split(rows) @ precision)
+    def current_precision(self, scale: Tensor | None = None) -> Tensor:
+        """Return the precision as of the last refresh, ``(groups·blocks, M, M)``, times a `scale` ()."""
+        return snapshot_for_graph(self.precision) if scale is None else self.precision * scale
+
+    def multiply(self, rows: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Compute ``rows @ P``, P block-diagonal, times a `scale` (): ``(groups, n, features) -> the same``."""
+        precision = self.current_precision(scale)
+        if self.blocks == 1:
+            return rows @ precision
+        size = precision.shape[-1]
+        parts, blocks = rows.split(size, -1), precision.view(self.groups, self.blocks, size, size).unbind(1)
+        pairs = zip(parts, blocks, strict=True)
+        # The last block may be filled up by features of its own, which no other feature varies with.
+        products = [part @ block[:, : part.shape[-1], : part.shape[-1]] for part, block in pairs]
+        return torch.cat(products, -1)
 
     def current_mean(self) -> Tensor:
         """Return the mean as of the last refresh, ``(groups, features)``."""

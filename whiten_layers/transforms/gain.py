@@ -46,9 +46,8 @@ from torch import Tensor
 from .._torch.function_transforms import call_on_plain_tensors
 from .._torch.precision import full_precision
 from ..options import check, check_statistics, is_real
-from ..statistics.covariance import SolvedStatistics, moments
+from ..statistics.covariance import SolvedStatistics, moments, snapshot_for_graph
 from ..statistics.patches import Geometry, channel_rows, linear_rows, output_sizes, patch_rows
-from ..statistics.whitening_factor import snapshot_for_graph
 from .base import GradientTransform
 
 PATIENCE = 3  # exchanges of whole sets without progress, before single indices are exchanged

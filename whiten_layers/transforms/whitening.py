@@ -20,10 +20,20 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from .._torch import function_transforms
+from .._torch.function_transforms import call_on_plain_tensors
 from ..inverse import METHODS, resolve, supports
 from ..options import check, check_statistics, is_count, is_real
-from ..statistics.covariance import Moments, moments
-from ..statistics.patches import Geometry, channel_rows, linear_rows, patch_rows, tap_autocovariance
+from ..statistics.covariance import Moments
+from ..statistics.norm_ratio import NormRatio
+from ..statistics.patches import (
+    Geometry,
+    channel_rows,
+    count_samples,
+    linear_rows,
+    patch_rows,
+    tap_autocovariance,
+)
 from ..statistics.whitening_factor import WhiteningFactor
 from .base import GradientTransform
 
@@ -50,30 +60,41 @@ class FeatureWhitening(GradientTransform):
             damped by the root of λ, so that the product's floor is λ.
         decay: factor on the weight of past rows at each batch, observed or not, in [0, 1). All that is observed between
             two refreshes forms one window, in which all rows have the same weight.
-        center: whiten about the mean (covariance) or about zero (second moment).
-        rescale: choose k so that the expected norm of the gradient stays that of the plain one. A learning rate tuned
-            for the plain network then still fits. Otherwise k = 1 (recursive method with power 1: k such that the
+        center: whiten about the mean (True: covariance, with the bias gradient ĝ above) or about zero (False: second
+            moment, with the plain bias gradient g). None is False for a layer with a bias and True without one: an
+            optimizer that scales weight and bias each for itself (Adam, Muon) breaks the coupling of Ĝ and ĝ, by which
+            the mean cancels; and a layer without a bias is followed by a normalization, which takes the mean out.
+        rescale: choose k so that the norm of the gradient stays that of the plain one: first as the statistics predict,
+            then as it is measured on new batches. Otherwise k = 1 (recursive method with power 1: k such that the
             whitened features have mean variance 1).
-        update_interval: batches between two refreshes of P; before that many, P is refreshed after 1, 2, 4, 8, …
-        statistics_interval: batches between two that are observed; before that many, batches 1, 2, 4, 8, … are
-            observed. A layer that such a batch does not reach observes the next one that does.
+        shrink: shrink C towards a multiple of the identity, the more the fewer effective rows it comes from; see
+            `WhiteningFactor.estimate`. Otherwise directions that few rows happen not to show are amplified.
+        bound: largest ratio of the norms of a weight's gradient after and before the transform, at least 1. A gradient
+            beyond it is shortened, and counted in ``num_batches_bounded``: the only place where the map is
+            not linear. Each micro-batch, each process and each call of the layer is bounded for itself. None for none.
+        update_interval: batches between two refreshes of P, on the mean: one of every so many batches, at a place that
+            is in step with no loop. Before that many, P is refreshed after 1, 2, 4, 8, …
+        statistics_interval: the same for the batches that are observed. A layer that such a batch does not reach
+            observes the next one that does.
         max_rows: rows (positions, for a convolution) sampled from each observed batch; None for all.
         block_size: largest number of channels (of a linear layer: features) that are whitened together; None for all.
             They are split in order into equal parts, and the covariance becomes block-diagonal. With "patch" features a
-            channel's taps stay together. Divides memory by the number of blocks, and the cost of an inverse by its
-            square (of a recursive one, by the number).
+            channel's taps stay together. Divides memory and the cost of the transform by the number of blocks, and the
+            cost of an inverse by its square (of a recursive one, by the number).
         rank: number of columns in the recursive method, at least 1. With power 1 a refresh whitens twice as many
             directions; another power tracks this many eigenvectors.
 
     Raises:
         ValueError: an option has a value that is not allowed; the message names it, its value and the choices.
 
-    State, after `bind`: a `WhiteningFactor` called ``inputs``, or two called ``channels`` and ``taps``, and one called
-    ``outputs`` if the outputs are whitened.
+    State, after `bind`: a `WhiteningFactor` called ``inputs``, or two called ``channels`` and ``taps``, one called
+    ``outputs`` if the outputs are whitened, and a `NormRatio` called ``norms`` with `rescale`.
     """
 
     geometry: Geometry
     separable: bool
+    norms: NormRatio | None
+    num_batches_bounded: Tensor
 
     def __init__(
         self,
@@ -83,13 +104,15 @@ class FeatureWhitening(GradientTransform):
         power: float = 0.5,
         output_power: float = 0.0,
         damping: float = 0.03,
-        decay: float = 0.95,
-        center: bool = True,
+        decay: float = 0.99,
+        center: bool | None = None,
         rescale: bool = True,
+        shrink: bool = True,
+        bound: float | None = 1.1,
         update_interval: int = 10,
-        statistics_interval: int = 10,
-        max_rows: int | None = 4096,
-        block_size: int | None = None,
+        statistics_interval: int = 1,
+        max_rows: int | None = 512,
+        block_size: int | None = 256,
         rank: int = 16,
     ) -> None:
         super().__init__()
@@ -101,22 +124,28 @@ class FeatureWhitening(GradientTransform):
             check(name, value, is_real(value) and 0 <= value <= 1, "a number in [0, 1]")
             choices = [key for key in ("auto", *METHODS) if supports(key, value)]
             check(name, value, value == 0 or method in choices, f"another power, or method {' or '.join(choices)}")
-        for name, value in [("center", center), ("rescale", rescale)]:
+        check("center", center, center is None or isinstance(center, bool), "True, False or None")
+        for name, value in [("rescale", rescale), ("shrink", shrink)]:
             check(name, value, isinstance(value, bool), "True or False")
+        check("bound", bound, bound is None or (is_real(bound) and bound >= 1), "a number of at least 1, or None")
         is_limit = block_size is None or is_count(block_size)
         check("block_size", block_size, is_limit, "an integer of at least 1, or None")
         check("rank", rank, is_count(rank), "an integer of at least 1")
         self.method, self.features = method, features
         self.power, self.output_power = power, output_power
         self.damping, self.decay, self.center, self.rescale = damping, decay, center, rescale
+        self.shrink, self.bound = shrink, bound
         self.update_interval, self.statistics_interval, self.max_rows = update_interval, statistics_interval, max_rows
         self.block_size, self.rank = block_size, rank
-        self._output_moments: Moments | None = None
+        # Of the batch that is being mapped and observed
+        self._output_rows: tuple[Tensor, int] | None = None
+        self._norms: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def exact(cls, method: str = "auto", **options: Any) -> Self:
         """Make the paper's form: whole patches, power 1, no rescaling, all rows, and a refresh after every batch."""
-        exact: dict[str, Any] = {"features": "patch", "power": 1.0, "rescale": False}
+        exact: dict[str, Any] = {"features": "patch", "power": 1.0, "rescale": False, "center": True}
+        exact |= {"shrink": False, "bound": None, "block_size": None}
         every = {"update_interval": 1, "statistics_interval": 1, "max_rows": None}
         return cls(method, **(exact | every | options))
 
@@ -127,7 +156,12 @@ class FeatureWhitening(GradientTransform):
         self.bind_counters(device)
 
         def factor(
-            channels: int, taps: int, power: float, damping: float = self.damping, trace: float | None = None
+            channels: int,
+            taps: int,
+            power: float,
+            damping: float = self.damping,
+            center: bool = True,
+            trace: float | None = None,
         ) -> WhiteningFactor:
             return WhiteningFactor(
                 geometry.groups,
@@ -138,6 +172,8 @@ class FeatureWhitening(GradientTransform):
                 damping=damping,
                 decay=self.decay,
                 rescale=self.rescale,
+                center=center,
+                shrink=self.shrink,
                 block_size=self.block_size,
                 rank=self.rank,
                 trace=trace,
@@ -145,23 +181,31 @@ class FeatureWhitening(GradientTransform):
                 dtype=torch.promote_types(dtype, torch.float32),
             )
 
+        self.is_centred = not geometry.has_bias if self.center is None else self.center
         self.separable = self.features == "kronecker" and geometry.taps > 1
         if self.power > 0 and self.separable:
-            self.channels = factor(geometry.in_channels, 1, self.power, math.sqrt(self.damping))
+            self.channels = factor(geometry.in_channels, 1, self.power, math.sqrt(self.damping), self.is_centred)
             self.taps = factor(
                 1, geometry.taps, self.power, math.sqrt(self.damping), trace=geometry.taps / geometry.spread
             )
         elif self.power > 0:
-            self.inputs = factor(geometry.in_channels, geometry.taps, self.power)
+            self.inputs = factor(geometry.in_channels, geometry.taps, self.power, center=self.is_centred)
         if self.output_power > 0:
-            self.outputs = factor(geometry.out_channels, 1, self.output_power, trace=1.0)
+            self.outputs = factor(geometry.out_channels, 1, self.output_power, center=False, trace=1.0)
+        dtype = torch.promote_types(dtype, torch.float32)
+        is_measured = self.rescale and self.power + self.output_power > 0
+        self.norms = NormRatio(decay=self.decay, device=device, dtype=dtype) if is_measured else None
+        self.register_buffer("num_batches_bounded", torch.zeros((), dtype=torch.long, device=device))
         return self
 
     def reset_state(self) -> None:
         self.reset_counters()
-        self._output_moments = None
+        self.num_batches_bounded.zero_()
+        self._output_rows = self._norms = None
         for factor in self.factors():
             factor.reset_state()
+        if self.norms is not None:
+            self.norms.reset_state()
 
     def transform(
         self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None
@@ -173,34 +217,62 @@ class FeatureWhitening(GradientTransform):
         bias = None if grad_bias is None else grad_bias.reshape(shape[:2]).to(dtype)
 
         mean = None
-        if bias is not None and self.power > 0 and self.center:
+        if bias is not None and self.power > 0 and self.is_centred:
             # The mean of a patch. If channels and taps are separate, all taps of a channel have the channel's mean.
             mean = (self.channels if self.separable else self.inputs).current_mean()
             mean = mean.unsqueeze(-1) / geometry.spread if self.separable else mean.view(shape[0], *shape[2:])
             matrix = matrix - bias[:, :, None, None] * mean.unsqueeze(1)
+        correction = None if self.norms is None else self.norms.current_correction()
         if self.power > 0 and self.separable:
-            # Two plain products: a broadcast one would multiply row by row, which takes three times as long.
-            matrix = self.taps.multiply(matrix.flatten(1, 2)).view(shape)
-            matrix = self.channels.multiply(matrix.transpose(2, 3).flatten(1, 2))
-            matrix = matrix.view(shape[0], shape[1], shape[3], shape[2]).transpose(2, 3)
+            # Taps first, and from the left, on whole rows of channels: products with 9 columns take five times as long.
+            matrix = self.taps.current_precision(correction).unsqueeze(1) @ matrix.transpose(2, 3).contiguous()
+            matrix = self.channels.multiply(matrix.flatten(1, 2)).view(matrix.shape).transpose(2, 3)
         elif self.power > 0:
-            matrix = self.inputs.multiply(matrix.flatten(2)).view(shape)
+            matrix = self.inputs.multiply(matrix.flatten(2), correction).view(shape)
         if self.output_power > 0:
-            matrix = self.outputs.multiply(matrix.flatten(2).mT).mT.reshape(shape)
+            correction = None if self.power > 0 else correction
+            matrix = self.outputs.multiply(matrix.flatten(2).mT, correction).mT.reshape(shape)
             bias = None if bias is None else self.outputs.multiply(bias.unsqueeze(1)).squeeze(1)
+        matrix = self._bounded(grad_weight, matrix)
         if bias is not None and mean is not None:
             bias = bias - (matrix * mean.unsqueeze(1)).sum((-2, -1))
         matrix = geometry.weight(matrix, grad_weight).to(grad_weight.dtype)
         return matrix, None if bias is None else bias.flatten().to(grad_weight.dtype)
 
+    def _bounded(self, grad_weight: Tensor, matrix: Tensor) -> Tensor:
+        """Measure what the transform does to a gradient's norm, and shorten the gradient to the bound.
+
+        The bound is the one place where the map is not linear, so under `torch.func` it does not act: there the
+        gradients of single samples have to add up to the batch's.
+        """
+        if self.norms is None and self.bound is None:
+            return matrix
+        call_on_plain_tensors(self._take_norms, grad_weight, matrix)
+        if self.bound is None or self._norms is None or function_transforms.are_active():
+            return matrix
+        plain, mapped = self._norms
+        is_longer = mapped > self.bound * plain
+        if is_longer.is_cpu and not is_longer:
+            return matrix
+        self.num_batches_bounded.add_(is_longer)
+        return matrix * torch.where(is_longer, self.bound * plain / mapped, 1)
+
+    def _take_norms(self, grad_weight: Tensor, matrix: Tensor) -> None:
+        dims = (2 + self.geometry.spatial_dims, 4)
+        # Under `torch.vmap` over samples each has its own gradient, but all are one batch: sum them.
+        parts = (part.sum_to_size(part.shape[-dim:]) for part, dim in zip((grad_weight, matrix), dims, strict=True))
+        plain, mapped = (torch.linalg.vector_norm(part, dtype=matrix.dtype) for part in parts)
+        self._norms = (plain, mapped)
+
     def pending(self) -> dict[str, Any]:
-        return {"_output_moments": None}
+        return {"_output_rows": None, "_norms": None}
 
     def observe_output(self, grad_output: Tensor) -> None:
         batch = self.schedule.begin_batch(self, announced=True)
         if grad_output.numel() > 0 and self.schedule.statistics_are_due(self):
             # Kept until `observe` knows whether the batch is valid.
-            self._output_moments = moments(self.outputs.split(self._rows(grad_output, batch)), center=False)
+            rows, samples = self._rows(grad_output, batch)
+            self._output_rows = rows.clone(), samples  # a compiled graph may reuse the memory
 
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:
         batch = self.schedule.begin_batch(self)
@@ -214,37 +286,48 @@ class FeatureWhitening(GradientTransform):
                 valid = self._observe_factors(input, batch, valid)
             if valid is not True:
                 self.num_batches_skipped.add_(torch.as_tensor(valid).logical_not())
-        self._output_moments = None
+        self._output_rows = self._norms = None
         self.schedule.end_batch(self)
 
-    def _rows(self, tensor: Tensor, batch: int) -> Tensor:
-        """Sample rows of an input's or output's channels, group by group."""
-        phase = batch // self.statistics_interval
-        if self.geometry.spatial_dims == 0:
-            return linear_rows(tensor, self.max_rows, phase)
-        return channel_rows(tensor, self.geometry.groups, self.geometry.spatial_dims, self.max_rows, phase)
+    def _rows(self, tensor: Tensor, batch: int) -> tuple[Tensor, int]:
+        """Sample rows of an input's or output's channels, group by group; return them and the number of samples."""
+        phase, dims = batch // self.statistics_interval, self.geometry.spatial_dims
+        samples = count_samples(tensor, dims, self.max_rows)
+        if dims == 0:
+            return linear_rows(tensor, self.max_rows, phase), samples
+        return channel_rows(tensor, self.geometry.groups, dims, self.max_rows, phase), samples
 
     def _observe_factors(self, input: Tensor, batch: int, valid: Tensor | bool) -> Tensor | bool:
         """Add a batch to the statistics if it is valid; return whether it is."""
-        phase = batch // self.statistics_interval
         if self.power > 0 and self.separable:
-            channels = self.channels
-            valid = channels.observe_rows(self._rows(input, batch), self.center, valid)
-            # About a mean that is the same in every process and has not changed since the window was opened.
-            mean = channels.join_mean(channels.running_mean)
-            positions, covariance = tap_autocovariance(input, self.geometry, mean, self.max_rows, phase)
-            count = covariance.new_full((len(covariance),), positions)
-            known = channels.running_count.view(self.geometry.groups, -1).amax(1) > 0
-            self.taps.observe(Moments(count, torch.zeros_like(self.taps.mean), covariance), known & valid)
+            valid = self.channels.observe_rows(*self._rows(input, batch), valid)
+            if self.taps.window is None:  # so small a matrix needs one batch a window
+                self._observe_taps(input, batch, torch.as_tensor(valid))
+        elif self.power > 0 and self.geometry.spatial_dims:
+            rows = patch_rows(input, self.geometry, self.max_rows, batch // self.statistics_interval)
+            samples = count_samples(input, self.geometry.spatial_dims, self.max_rows)
+            valid = self.inputs.observe_rows(rows, samples, valid)
         elif self.power > 0:
-            if self.geometry.spatial_dims:
-                rows = patch_rows(input, self.geometry, self.max_rows, phase)
-            else:
-                rows = self._rows(input, batch)
-            valid = self.inputs.observe_rows(rows, self.center, valid)
-        if self._output_moments is not None:
-            self.outputs.observe(self._output_moments, valid)
+            valid = self.inputs.observe_rows(*self._rows(input, batch), valid)
+        if self._output_rows is not None:
+            self.outputs.observe_rows(*self._output_rows, valid)
+        if self.norms is not None and self._norms is not None:
+            plain, mapped = self._norms
+            # Before the first refresh the map is the identity: log(0) says that there is nothing to measure.
+            self.norms.observe_norms(plain, torch.where(self.factors()[0].scale[0] > 0, mapped, 0), valid)
         return valid
+
+    def _observe_taps(self, input: Tensor, batch: int, valid: Tensor) -> None:
+        channels, phase = self.channels, batch // self.statistics_interval
+        if self.is_centred:
+            # A mean that is the same in every process and has not changed since the window was opened
+            mean = channels.join_mean(channels.running_mean)
+            valid = valid & (channels.running_count.view(self.geometry.groups, -1).amax(1) > 0)
+        else:
+            mean = input.new_zeros(self.geometry.groups, self.geometry.in_channels)
+        positions, effective, covariance = tap_autocovariance(input, self.geometry, mean, self.max_rows, phase)
+        number = covariance.new_full((len(covariance),), positions)
+        self.taps.observe(Moments(number, effective, torch.zeros_like(self.taps.mean), covariance), valid)
 
     def extra_repr(self) -> str:
         options = {"power": self.power, "output_power": self.output_power, "features": self.features}

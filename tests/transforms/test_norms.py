@@ -1,0 +1,200 @@
+"""The norm that is promised is the norm that is measured; the bound; the bias under every optimizer."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, report, whiten
+
+
+def ratios(layer, make_input, steps):
+    """‖Ĝ‖ / ‖G‖ of a layer's weight at each step, for upstream gradients that do not depend on the inputs."""
+    plain, result = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d, []
+    for _ in range(steps):
+        layer.zero_grad()
+        x = make_input()
+        y = layer(x)
+        upstream = torch.randn_like(y)
+        y.backward(upstream)
+        if plain is nn.Linear:
+            expected = upstream.T @ x
+        else:
+            expected = nn.grad.conv2d_weight(x, layer.weight.shape, upstream, padding=layer.padding)
+        result.append((layer.weight.grad.norm() / expected.norm()).item())
+    return result
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("output_power", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("rows, features", [(1, 64), (2, 64), (8, 512), (8, 64), (64, 256), (512, 64)])
+@pytest.mark.parametrize("kind", ["linear", "convolution", "rectified"])
+def test_white_inputs_keep_the_norm_at_every_step(kind, rows, features, power, output_power, bias):
+    """Nothing is to be gained on white inputs, however few rows there are; amplifying chance is all one can do."""
+    torch.manual_seed(0)
+    transform = FeatureWhitening(power=power, output_power=output_power)
+    if kind == "convolution":
+        if rows * features > 2048:
+            pytest.skip("slow, and no other than fewer")
+        layer = WhitenedConv2d(features, 32, 3, padding=1, bias=bias, transform=transform)
+        shape = (rows, features, 4, 4)
+    else:
+        layer = WhitenedLinear(features, 32, bias=bias, transform=transform)
+        shape = (rows, features)
+    make = (lambda: torch.randn(shape).relu()) if kind == "rectified" else lambda: torch.randn(shape)
+    found = ratios(layer, make, 10)
+    assert min(found) > 0.8 and max(found) < 1.25, found
+
+
+def test_the_widest_of_the_issue():
+    torch.manual_seed(0)
+    layer = WhitenedLinear(1024, 32, transform=FeatureWhitening(power=1.0, output_power=1.0))
+    found = ratios(layer, lambda: torch.randn(8, 1024), 12)
+    assert min(found) > 0.8 and max(found) < 1.25, found
+
+
+def test_a_norm_that_was_mispredicted_is_corrected():
+    """An upstream gradient that depends on the input: what the statistics predict is wrong, what is measured is not."""
+    torch.manual_seed(0)
+    scales = torch.arange(1, 33) ** -1.0
+
+    def last(transform):
+        layer, found = WhitenedLinear(32, 1, bias=False, transform=transform), []
+        for _ in range(60):
+            layer.zero_grad()
+            x = torch.randn(64, 32) * scales
+            upstream = x[:, -1:]  # all of it along the weakest direction
+            layer(x).backward(upstream)
+            found.append((layer.weight.grad.norm() / (upstream.T @ x).norm()).item())
+        return sum(found[-20:]) / 20, layer
+
+    measured, layer = last(FeatureWhitening(power=1.0, bound=None))
+    predicted, _ = last(FeatureWhitening(power=1.0, bound=None, rescale=False))
+    assert measured == pytest.approx(1.0, abs=0.2) and not 0.5 < predicted < 2
+    row = report(whiten(nn.Sequential(layer))).rows[0]
+    assert row.norm == pytest.approx(1 / layer.transform.norms.correction.item())
+
+
+def bounded(transform, upstream_scale=1.0):
+    """A layer whose inputs have changed since its last refresh: the next gradient is amplified."""
+    torch.manual_seed(0)
+    layer = WhitenedLinear(16, 4, dtype=torch.float64, transform=transform)
+    for _ in range(4):
+        x = torch.randn(64, 16, dtype=torch.float64)
+        x[:, 8:] *= 1e-3
+        layer(x).backward(torch.ones(64, 4, dtype=torch.float64) * torch.randn(64, 1, dtype=torch.float64))
+    layer.zero_grad()
+    x = torch.randn(64, 16, dtype=torch.float64)  # features that were weak wake up
+    upstream = torch.randn(64, 4, dtype=torch.float64)
+    layer(x).backward(upstream * upstream_scale)
+    return layer, (upstream.T @ x).norm() * upstream_scale
+
+
+def test_no_gradient_is_longer_than_the_bound_and_those_that_were_are_counted():
+    free, norm = bounded(FeatureWhitening(power=1.0, bound=None))
+    assert free.weight.grad.norm() > 3 * norm and free.transform.num_batches_bounded == 0
+    for bound in (1.0, 1.5, 2.0):
+        layer, norm = bounded(FeatureWhitening(power=1.0, bound=bound))
+        torch.testing.assert_close(layer.weight.grad.norm(), bound * norm)
+        torch.testing.assert_close(
+            layer.weight.grad / layer.weight.grad.norm(), free.weight.grad / free.weight.grad.norm()
+        )
+        assert layer.transform.num_batches_bounded == 1
+        assert report(whiten(nn.Sequential(layer))).rows[0].bounded == 1
+
+
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**16, 2.0**40])
+def test_loss_scaling_cancels_in_the_bound(scale):
+    layers = [bounded(FeatureWhitening(), scale)[0], bounded(FeatureWhitening())[0]]
+    torch.testing.assert_close(layers[0].weight.grad / scale, layers[1].weight.grad, rtol=1e-12, atol=0)
+    assert layers[0].transform.num_batches_bounded == layers[1].transform.num_batches_bounded > 0
+
+
+def test_each_micro_batch_is_bounded_for_itself():
+    """What the bound costs accumulation: where it acts, the sum of two is not the gradient of both together."""
+    made = {}
+    for bound in (1.5, None):
+        layer, _ = bounded(FeatureWhitening(power=1.0, bound=bound))
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(64, 16, dtype=torch.float64, generator=generator)
+        upstream = torch.randn(64, 4, dtype=torch.float64, generator=generator)
+        gradients = []
+        for parts in (1, 2):
+            one = copy.deepcopy(layer)
+            one.zero_grad()
+            for rows, delta in zip(x.chunk(parts), upstream.chunk(parts), strict=True):
+                one(rows).backward(delta)
+            gradients.append(one.weight.grad)
+        made[bound] = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert made[None] < 1e-12 < made[1.5]
+
+
+@pytest.mark.parametrize("make", [nn.Linear, nn.Conv2d])
+def test_the_gradient_of_a_bias_is_plain_by_default(make):
+    """An optimizer that scales weight and bias each for itself would break a coupling of the two."""
+    torch.manual_seed(0)
+    plain = make(6, 4) if make is nn.Linear else make(6, 4, 3)
+    layer = whiten(copy.deepcopy(plain))
+    for _ in range(5):
+        x = torch.randn(20, 6) + 1 if make is nn.Linear else torch.randn(5, 6, 7, 7) + 1
+        for one in (plain, layer):
+            one.zero_grad()
+            one(x).square().sum().backward()
+    torch.testing.assert_close(layer.bias.grad, plain.bias.grad, rtol=0, atol=0)
+    assert (layer.weight.grad - plain.weight.grad).norm() > 0.1 * plain.weight.grad.norm()
+
+
+def test_the_mean_counts_for_layers_with_a_bias_and_not_for_others():
+    """About zero the mean is the strongest direction; a normalization behind a layer without a bias takes it out."""
+    torch.manual_seed(0)
+    for bias, center, strongest in [
+        (True, None, True),
+        (False, None, False),
+        (True, True, False),
+        (False, False, True),
+    ]:
+        layer = WhitenedLinear(5, 3, bias=bias, transform=FeatureWhitening(center=center))
+        for _ in range(4):
+            layer(torch.randn(200, 5) + 3).sum().backward()
+        precision, mean = layer.transform.inputs.precision[0], torch.ones(5) / 5**0.5
+        along = mean @ precision @ mean / precision.diagonal().mean()
+        assert (along < 0.5) == strongest
+
+
+def train(model, optimizer, steps, batches):
+    losses = []
+    for step in range(steps):
+        x, y = batches(step)
+        loss = F.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("lr, momentum", [(0.1, 0.0), (0.01, 0.9)])
+@pytest.mark.parametrize("at", [57, 60, 65])
+def test_a_jump_of_the_inputs_is_survived_where_plain_survives_it(at, lr, momentum):
+    """Five standard deviations, at any place between two refreshes."""
+    truth = torch.randn(16, 4, generator=torch.Generator().manual_seed(5))
+
+    def batches(step):
+        x = torch.randn(64, 16, generator=torch.Generator().manual_seed(step)) * torch.arange(1, 17) ** -1.0
+        if step >= at:
+            x = x + 5 * torch.randn(16, generator=torch.Generator().manual_seed(9)) * torch.arange(1, 17) ** -1.0
+        return x, (x @ truth).tanh()
+
+    final = {}
+    for whitened in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+        if whitened:
+            whiten(model)
+        losses = train(model, torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum), 160, batches)
+        final[whitened] = sum(losses[-20:]) / 20
+    assert final[False] < 0.5  # plain recovers
+    assert final[True] <= 1.05 * final[False]
