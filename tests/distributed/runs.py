@@ -85,8 +85,10 @@ def weights(model: nn.Module) -> list[list[float]]:
 
 
 def digest(model: nn.Module) -> str:
-    """Of all the bits of the transforms' buffers, but for open windows: of those each process has its own."""
-    buffers = [b for name, b in model.named_buffers() if ".transform." in name and "window" not in name]
+    """Of all the bits of the transforms' buffers, but for open windows and counts: each process has its own."""
+    own = ("window", "num_batches")
+    named = model.named_buffers()
+    buffers = [b for name, b in named if ".transform." in name and not any(word in name for word in own)]
     return hashlib.sha256(b"".join(buffer.numpy().tobytes() for buffer in buffers)).hexdigest()
 
 

@@ -12,11 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 from whiten_layers import WhitenedLinear, whiten
 from whiten_layers.inverse import METHODS
 from whiten_layers.refresh import collectives
+from whiten_layers.refresh.schedule import is_due, last_due
 from whiten_layers.refresh.update import cost
 from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .runs import digest, network, parallel, train
 from .world import needs_fsdp2, outcomes, run
+
+DUE = last_due(19, 10)  # the first batch from the tenth on in which a refresh is due
 
 
 class Branches(nn.Module):
@@ -48,7 +51,8 @@ def skipping(rank, whole):
 @pytest.mark.parametrize("whole", [False, True], ids=["at times", "always"])
 def test_a_layer_that_one_rank_skips(whole):
     (counts, state), *others = run(skipping, 2, whole)
-    assert counts[0] == counts[2] == 8 and 5 <= counts[1] <= 8  # 1, 2, 4, 8, 10, 20, 30, 40
+    due = sum(is_due(batch, 10) for batch in range(1, 46))
+    assert counts[0] == counts[2] == due and 5 <= counts[1] <= due
     assert others == [(counts, state)]
 
 
@@ -62,15 +66,16 @@ def disagreeing(rank):
 def test_ranks_that_disagree_get_an_error_that_names_the_layers():
     for end in outcomes(disagreeing, 2):
         assert end.status == 1
-        assert "the ranks are to refresh different things, beside 1 that all have in common: " in end.error
-        assert "rank 0: a FeatureWhitening without a name (4 features, eigh) at batch 1; rank 1: nothing" in end.error
+        assert "the ranks are to refresh different things, beside 2 that all have in common: " in end.error
+        assert "rank 0: a FeatureWhitening without a name (4 features, eigh) at batch 1, " in end.error
+        assert "; rank 1: nothing" in end.error
 
 
 def absent(rank, way):
     model = whiten(Branches(), include="left")
     wrapped = DistributedDataParallel(model, find_unused_parameters=True) if way == "goes on" else model
-    for step in range(10 if rank == 0 or way == "goes on" else 9):
-        wrapped(torch.randn(5, 4), rank == 0 or step != 9).sum().backward()
+    for step in range(DUE if rank == 0 or way == "goes on" else DUE - 1):
+        wrapped(torch.randn(5, 4), rank == 0 or step != DUE - 1).sum().backward()
     if rank == 1 and way == "goes on":
         wrapped(torch.randn(5, 4), True).sum().backward()
     if rank == 1 and way == "ends":
@@ -79,10 +84,11 @@ def absent(rank, way):
 
 @pytest.mark.parametrize("way", ["ends", "waits", "goes on"])
 def test_a_rank_that_does_not_come_is_an_error_within_the_groups_timeout(way):
-    """In the tenth batch, when a refresh is due, the second rank reaches no whitened layer, or has stopped."""
+    """In a batch in which a refresh is due, the second rank reaches no whitened layer, or has stopped."""
     first, _ = outcomes(absent, 2, way, patience=1, timeout=25)
     assert first.status == 1
-    assert "rank 0 is to refresh left (4 features, eigh) at batch 10, and another rank has not come" in first.error
+    assert f"rank 0 is to refresh left (4 features, eigh) at batch {DUE}, " in first.error
+    assert ", and another rank has not come" in first.error
 
 
 def differently_whitened(rank):
@@ -122,9 +128,9 @@ def counting(rank, kind, transform):
 @pytest.mark.parametrize("kind", ["DDP", pytest.param("FSDP2", marks=needs_fsdp2)])
 def test_nothing_is_sent_but_when_a_refresh_is_due(kind):
     for steps in run(counting, 2, kind, "default"):
-        assert [number for number, sent in enumerate(steps, 1) if sent] == [1, 2, 4, 8, 10, 20]
+        assert [number for number, sent in enumerate(steps, 1) if sent] == [1, 2, 4, 8, DUE]
         # Who is there and what is wanted; means and triangles; an outcome from each.
-        assert steps[19] == ["all_reduce"] * 4 + ["broadcast"] * 2
+        assert steps[DUE - 1] == ["all_reduce"] * 4 + ["broadcast"] * 2
 
 
 def test_transforms_without_statistics_send_nothing_at_their_own_interval():
