@@ -41,6 +41,23 @@ def steps(model, optimizer, numbers):
         optimizer.step()
 
 
+def test_what_an_earlier_version_did_not_save_starts_afresh():
+    model = whiten(plain(), FeatureWhitening(output_power=0.5))
+    steps(model, torch.optim.SGD(model.parameters(), 0.02), range(8))
+    fresh = whiten(plain(), FeatureWhitening(output_power=0.5))
+    start = {name: value.clone() for name, value in fresh.state_dict().items()}
+    newer = [name for name in start if "norms." in name or "bounded" in name or "effective" in name]
+    old = {name: value.clone() for name, value in model.state_dict().items() if name not in newer}
+    fresh.load_state_dict(old, strict=True)
+    state = fresh.state_dict()
+    assert any("norms." in name for name in newer) and all(torch.equal(state[name], old[name]) for name in old)
+    for name in newer:
+        # All rows of a covariance count, until the first of the new version are seen.
+        expected = old.get(name.replace("_effective", ""), start[name])
+        torch.testing.assert_close(state[name], expected, rtol=0, atol=0)
+    steps(fresh, torch.optim.SGD(fresh.parameters(), 0.02), range(8, 20))
+
+
 @each_transform
 def test_save_load_and_go_on_is_the_run_that_was_not_interrupted(transform):
     whole = whiten(plain(), transform)

@@ -28,7 +28,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ._torch import function_transforms
 from ._torch.engine import wants_gradient, will_run
-from ._torch.function_transforms import call_on_plain_tensors
+from ._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from ._torch.modules import holds_parameter
 from ._torch.operations import NOT_IN_CUDA_GRAPHS, keep_order
 from ._torch.precision import without_autocast
@@ -97,8 +97,7 @@ def _observe(transform: GradientTransform, input: Tensor, grad_weight: Tensor) -
     dims = grad_weight.dim()
 
     def observe(input: Tensor, grad_weight: Tensor) -> None:
-        # `torch.vmap` over samples yields one gradient per sample, but the samples form one batch.
-        transform.observe(input, grad_weight.sum_to_size(grad_weight.shape[-dims:]))
+        transform.observe(input, sum_over_samples(grad_weight, dims))
 
     call_on_plain_tensors(observe, input, grad_weight)
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from .conversion.whiten import reasons_left
-from .statistics.norm_ratio import NormRatio
 from .statistics.whitening_factor import WhiteningFactor
 from .transforms import FeatureWhitening, GradientTransform
 
@@ -125,7 +124,8 @@ def report(model: nn.Module) -> Report:
     """
     rows = []
     for name, transform in _transforms(model):
-        norms = getattr(transform, "norms", None)
+        whitening = transform if isinstance(transform, FeatureWhitening) else None
+        norms = whitening and whitening.norms
         for factor_name, factor in transform.named_children():
             if not isinstance(factor, WhiteningFactor):
                 continue
@@ -142,9 +142,9 @@ def report(model: nn.Module) -> Report:
                     refreshes=int(factor.num_refreshes),
                     failed=int(factor.num_refreshes_failed),
                     restarted=int(factor.num_refreshes_restarted),
-                    bounded=int(transform.num_batches_bounded) if isinstance(transform, FeatureWhitening) else 0,
+                    bounded=int(whitening.num_batches_bounded) if whitening else 0,
                     effective_rows=factor.running_effective_count.min().item(),
-                    norm=1 / norms.correction.item() if isinstance(norms, NormRatio) else 1.0,
+                    norm=1 / norms.correction.item() if norms else 1.0,
                     condition=condition,
                     whitened=whitened,
                     bytes=sum(buffer.nbytes for buffer in factor.buffers()),

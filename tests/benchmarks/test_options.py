@@ -52,6 +52,15 @@ WRONG = {
         (["--device", "cuda:99"], "CUDA devices that are here: "),
         (["--power", "-1"], "power=-1.0 is not possible"),
     ],
+    "safety": [
+        (["--tasks", "cifar"], "argument --tasks: invalid choice: 'cifar'"),
+        (["--optimizer", "lion"], "argument --optimizer: invalid choice: 'lion'"),
+        (["--steps", "0"], "argument --steps: invalid positive int value: '0'"),
+        (["--factors", "-1"], "invalid positive float value: '-1'"),
+        (["--power", "2"], "power=2.0 is not possible"),
+        (["--compare", "ranks=3"], "unrecognized arguments: --ranks=3"),
+        (["--compare", "method=qr"], "method='qr' is not possible"),
+    ],
     "two_stage": [
         (["--sets", "boston"], "invalid choice: 'boston'"),
         (["--trainers", "adam"], "invalid choice: 'adam'"),

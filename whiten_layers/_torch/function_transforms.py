@@ -23,6 +23,14 @@ is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
 """Tell whether the older vmap behind ``is_grads_batched=True`` and ``vectorize=True`` maps over a tensor."""
 
 
+def sum_over_samples(gradient: Tensor, dims: int) -> Tensor:
+    """Sum a gradient over the dimensions in front of its own `dims`.
+
+    On plain tensors `torch.vmap` over samples leaves one gradient per sample, but the samples are one batch.
+    """
+    return gradient.sum_to_size(gradient.shape[-dims:])
+
+
 def nodes_of(tensor: Tensor) -> list[Any]:
     """List the nodes of the graph that computed a tensor, one for each function transform that follows it."""
     nodes = [tensor.grad_fn]

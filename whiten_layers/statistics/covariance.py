@@ -136,8 +136,8 @@ class FeatureCovariance(WideBuffers):
     Buffers, for ``groups · blocks`` matrices of M features: ``running_count`` and ``running_effective_count``
     (groups·blocks,), ``running_mean`` (groups·blocks, M), ``running_covariance`` (groups·blocks, M, M); and, of these
     shapes, ``window_count``, ``window_effective_count``, ``window_mean`` and ``window_covariance`` while a window is
-    open. A checkpoint has no window, which is one
-    process's: loading one drops what was observed since the last window was closed.
+    open. A checkpoint has no window, which is one process's: loading one drops what was observed since the last window
+    was closed.
     """
 
     is_approximate: bool = False  # whether a refresh gets nearer to the exact result even when nothing new was observed
@@ -175,7 +175,7 @@ class FeatureCovariance(WideBuffers):
         self.register_buffer("running_covariance", torch.zeros(matrices, size, size, device=device, dtype=dtype))
         for name in WINDOW:
             self.register_buffer(name, None, persistent=False)
-        self._pending: list[tuple[Tensor, int, torch.dtype]] = []  # rows, and how many of them are one sample
+        self._pending: list[tuple[Tensor, int]] = []  # rows, and how many of them are one sample
         self._has_marked_rows = False  # rows among them that are NaN, and to be left out
 
     def split(self, rows: Tensor) -> Tensor:
@@ -226,22 +226,21 @@ class FeatureCovariance(WideBuffers):
             Whether they were taken: not where they hold a NaN, an Inf, or numbers whose squares do.
         """
         norm = torch.linalg.vector_norm(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
+        number, most = rows.shape[1], max(rows.shape[-1], PENDING_ROWS)
         if norm.is_cpu and not isinstance(valid, Tensor):  # a number on the CPU can be read without waiting
             valid = valid and math.isfinite(norm)
             if not valid:
                 return False
-            rows = rows if rows.shape[1] >= PENDING_ROWS else rows.clone()  # the former are not kept
+            rows = rows.clone() if number < most else rows  # so many are not kept
         else:
             valid = torch.isfinite(norm) & torch.as_tensor(valid, device=norm.device)
             rows = torch.where(valid, rows, torch.nan)  # to be left out
             self._has_marked_rows = True
-        number = rows.shape[1]
-        samples = number if samples is None else min(samples, number)
-        size = number // samples
-        if self._pending and self._pending[0][1:] != (size, rows.dtype):
+        size = 1 if samples is None else number // min(samples, number)
+        if any((other.dtype, each) != (rows.dtype, size) for other, each in self._pending[:1]):
             self._gather()
-        self._pending.append((rows, size, rows.dtype))
-        if sum(part.shape[1] for part, *_ in self._pending) >= max(rows.shape[-1], PENDING_ROWS):
+        self._pending.append((rows, size))
+        if sum(part.shape[1] for part, _ in self._pending) >= most:
             self._gather()
         return valid
 
@@ -252,7 +251,7 @@ class FeatureCovariance(WideBuffers):
         last bit.
         """
         moments = {name: part for name in WINDOW if (part := getattr(self, name)) is not None}
-        rows = {f"pending_{place}_by_{size}": part for place, (part, size, _) in enumerate(self._pending)}
+        rows = {f"pending_{place}_by_{size}": part for place, (part, size) in enumerate(self._pending)}
         return moments | rows
 
     @torch.no_grad()
@@ -279,10 +278,10 @@ class FeatureCovariance(WideBuffers):
             if part.dim() != 3 or part.shape[::2] != (self.groups, self.features):
                 shape = f"({self.groups}, any number, {self.features})"
                 raise ValueError(f"{name} of shape {tuple(part.shape)} is not possible: give {shape}")
-            pending.append((int(match[1]), (part.to(self.running_mean.device, copy=True), int(match[2]), part.dtype)))
+            pending.append((int(match[1]), (part.to(self.running_mean.device, copy=True), int(match[2]))))
         self.window = Moments(*moments) if moments else None
         self._pending = [rows for _, rows in sorted(pending, key=lambda one: one[0])]
-        self._has_marked_rows = not all(torch.isfinite(rows).all() for rows, *_ in self._pending)
+        self._has_marked_rows = not all(torch.isfinite(rows).all() for rows, _ in self._pending)
 
     @torch.no_grad()
     def _gather(self) -> None:
@@ -291,7 +290,7 @@ class FeatureCovariance(WideBuffers):
             return
         parts, self._pending = self._pending, []
         size = parts[0][1]
-        whole = [part[:, : part.shape[1] // size * size] for part, *_ in parts]
+        whole = [part[:, : part.shape[1] // size * size] for part, _ in parts]
         rows = whole[0] if len(whole) == 1 else torch.cat(whole, 1)
         rows = self.split(rows.to(self.running_mean.device))
         known = None

@@ -33,6 +33,7 @@ class GradientTransform(StatefulModule, ABC):
         schedule: counts backward passes and knows what is due; `whiten` lets the layers of a model share one.
         name: the layer's, in the model that was given to `whiten`; for messages.
         update_interval, statistics_interval: batches between refreshes, and between statistics.
+        newer_state: how the names of state begin that checkpoints of earlier versions lack.
         observes_output, reads_weight: whether `observe_output` is to be called, and whether `transform` is to be given
             the layer's weight. Known when `bind` has returned.
 
@@ -45,6 +46,7 @@ class GradientTransform(StatefulModule, ABC):
     statistics_interval: int = 10
     observes_output: bool = False
     reads_weight: bool = False
+    newer_state: tuple[str, ...] = ()
     keeps_its_tensors = True
     num_batches_skipped: Tensor
     handle: Tensor
@@ -146,6 +148,10 @@ class GradientTransform(StatefulModule, ABC):
             self.reset_state()  # what `to_empty` has made is not initialised
 
     def before_loading(self, state_dict: dict[str, Any], prefix: str) -> None:
-        if not any(key.startswith(prefix) for key in state_dict):
-            # A plain layer's checkpoint knows no transform: ours stays as it is, and nothing is missing.
-            state_dict.update(self.state_dict(prefix=prefix))
+        # A plain layer's checkpoint knows no transform, and one of an earlier version not all of it: what it does not
+        # know stays as it is, and nothing is missing.
+        is_plain = not any(key.startswith(prefix) for key in state_dict)
+        newer = tuple(prefix + name for name in self.newer_state)
+        for key, value in self.state_dict(prefix=prefix).items():
+            if is_plain or key.startswith(newer):
+                state_dict.setdefault(key, value)

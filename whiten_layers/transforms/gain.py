@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch.function_transforms import call_on_plain_tensors
+from .._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from .._torch.precision import full_precision
 from ..options import check, check_statistics, is_real
 from ..statistics.covariance import SolvedStatistics, moments, snapshot_for_graph
@@ -249,9 +249,8 @@ class OptimalInputGain(GradientTransform):
 
     def _take_direction(self, *direction: Tensor) -> None:
         dims = (2 + self.geometry.spatial_dims, 1)
-        # Under `torch.vmap` over samples each has its own gradient, but all are one batch: sum them.
         pairs = zip(direction, dims, strict=False)
-        self._direction = tuple(part.detach().sum_to_size(part.shape[-dim:]).clone() for part, dim in pairs)
+        self._direction = tuple(sum_over_samples(part.detach(), dim).clone() for part, dim in pairs)
 
     def observe_output(self, grad_output: Tensor) -> None:
         self.schedule.begin_batch(self, announced=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .._torch import function_transforms
-from .._torch.function_transforms import call_on_plain_tensors
+from .._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from ..inverse import METHODS, resolve, supports
 from ..options import check, check_statistics, is_count, is_real
 from ..statistics.covariance import Moments
@@ -91,6 +91,7 @@ class FeatureWhitening(GradientTransform):
     ``outputs`` if the outputs are whitened, and a `NormRatio` called ``norms`` with `rescale`.
     """
 
+    newer_state = ("norms.", "num_batches_bounded")
     geometry: Geometry
     separable: bool
     norms: NormRatio | None
@@ -144,8 +145,8 @@ class FeatureWhitening(GradientTransform):
     @classmethod
     def exact(cls, method: str = "auto", **options: Any) -> Self:
         """Make the paper's form: whole patches, power 1, no rescaling, all rows, and a refresh after every batch."""
-        exact: dict[str, Any] = {"features": "patch", "power": 1.0, "rescale": False, "center": True}
-        exact |= {"shrink": False, "bound": None, "block_size": None}
+        exact: dict[str, Any] = {"features": "patch", "power": 1.0, "center": True, "block_size": None}
+        exact |= {"rescale": False, "shrink": False, "bound": None}
         every = {"update_interval": 1, "statistics_interval": 1, "max_rows": None}
         return cls(method, **(exact | every | options))
 
@@ -258,11 +259,9 @@ class FeatureWhitening(GradientTransform):
         return matrix * torch.where(is_longer, self.bound * plain / mapped, 1)
 
     def _take_norms(self, grad_weight: Tensor, matrix: Tensor) -> None:
-        dims = (2 + self.geometry.spatial_dims, 4)
-        # Under `torch.vmap` over samples each has its own gradient, but all are one batch: sum them.
-        parts = (part.sum_to_size(part.shape[-dim:]) for part, dim in zip((grad_weight, matrix), dims, strict=True))
-        plain, mapped = (torch.linalg.vector_norm(part, dtype=matrix.dtype) for part in parts)
-        self._norms = (plain, mapped)
+        plain = sum_over_samples(grad_weight, 2 + self.geometry.spatial_dims)
+        mapped = sum_over_samples(matrix, 4)
+        self._norms = (torch.linalg.vector_norm(plain, dtype=matrix.dtype), torch.linalg.vector_norm(mapped))
 
     def pending(self) -> dict[str, Any]:
         return {"_output_rows": None, "_norms": None}
