@@ -177,7 +177,7 @@ def inverse_power(covariance: Tensor, power: float, damping: float, rescale: boo
     damped = covariance + damping * covariance.trace() / size * torch.eye(size, dtype=covariance.dtype)
     u, s, _ = torch.linalg.svd(damped)
     inverse = u @ torch.diag(s**-power) @ u.T
-    scale = math.sqrt(covariance.trace() / (inverse @ covariance @ inverse).trace()) if rescale else 1.0
+    scale = covariance.trace() / (inverse @ covariance).trace() if rescale else 1.0
     return scale * inverse
 
 
@@ -286,8 +286,8 @@ class Whitening:
         self.correlations: list[Tensor] = []
         self.samples: list[int] = []
         self.correlation_rows: list[Tensor] = []  # effective ones
-        self.logarithms: list[float] = []  # of the ratios of norms, each without the correction
-        self.ratio: float | None = None  # of the batch that is mapped but not observed
+        self.logarithms: list[float] = []  # of ⟨Ĝ, G⟩ / ‖G‖², each without the correction
+        self.ratio: float | None = 1.0  # of the batch that is mapped but not observed; the first is not mapped
         self.condition = 1.0  # of what the last map inverted, all factors together
 
     def observe(self, x: Tensor, upstream: Tensor) -> None:
@@ -385,7 +385,7 @@ class Whitening:
     def transformed(self, grad_weight: Tensor, grad_bias: Tensor | None = None) -> list[Tensor]:
         """The plain gradients, mapped."""
         means, precisions, outputs = [], [], []
-        self.condition, is_refreshed = 1.0, True
+        self.condition = 1.0
         for group in range(self.groups):
             of_group = [batch[group] for batch in self.inputs]
             covariance, mean = self._estimate(of_group, not self.center, 1 if self.separable else self.taps)
@@ -405,12 +405,14 @@ class Whitening:
             precisions.append(precision)
             moment, _ = self._estimate([batch[group] for batch in self.outputs], about_zero=True)
             outputs.append(self._inverse(moment, self.output_power, self.damping))
-            if group == 0:
-                is_refreshed = bool((covariance if self.power else moment).trace() > 0)
         stacked = torch.stack(means), self.correction * torch.stack(precisions), torch.stack(outputs)
         mapped = transformed(self.layer, grad_weight, grad_bias, *stacked)
-        if is_refreshed and grad_weight.norm() > 0:
-            self.ratio = (mapped[0].norm() / grad_weight.norm()).item() / self.correction
+        plain = matrix(self.layer, grad_weight)
+        if grad_bias is not None:
+            plain = plain - grad_bias.reshape(self.groups, -1, 1) * stacked[0].unsqueeze(1)
+        if plain.norm() > 0:
+            component = (matrix(self.layer, mapped[0]) * plain).sum() / plain.square().sum()
+            self.ratio = component.item() / self.correction
         return [gradient for gradient in mapped if gradient is not None]
 
 

@@ -92,7 +92,8 @@ def test_statistics_and_inverses_are_full_precision_whatever_the_setting(transfo
                 x = torch.randn(256, 64, generator=torch.Generator().manual_seed(seed))
                 # The upstream gradient depends on no product.
                 layer(x).backward(torch.randn(256, 32, generator=torch.Generator().manual_seed(seed)))
-            states.append(buffers(layer))
+            # But for what is measured of the gradient, which is a product of the user's precision.
+            states.append({name: buffer for name, buffer in buffers(layer).items() if "norms." not in name})
     finally:
         torch.set_float32_matmul_precision("highest")
     torch.testing.assert_close(*states, rtol=0, atol=0)

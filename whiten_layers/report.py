@@ -18,9 +18,9 @@ class Row:
     """One factor of one layer's transform: ``groups · blocks`` matrices of `size` features.
 
     Condition numbers are those of the damped covariance, with all blocks of a group together; the worst group counts.
-    `effective_rows` are those that the covariance comes from, of the group with the fewest. `norm` is how many times
-    the layer's transform would have lengthened the gradient, as measured on new batches, if that were not corrected; 1
-    where it is not measured. `bounded` counts the layer's gradients that were shortened to the bound.
+    `effective_rows` are those that the covariance comes from, of the group with the fewest. `component` is how many
+    times longer the gradient's component along the plain one would be, as measured on new batches, if that were not
+    corrected; 1 where it is not measured. `bounded` counts the layer's gradients that were shortened to the bound.
     """
 
     layer: str
@@ -35,7 +35,7 @@ class Row:
     restarted: int
     bounded: int
     effective_rows: float
-    norm: float
+    component: float
     condition: float
     whitened: float
     bytes: int
@@ -57,12 +57,12 @@ class Report:
         return {"rows": [asdict(row) for row in self.rows], "left": dict(self.left), "bytes": self.bytes}
 
     def __str__(self) -> str:
-        heads = "layer,factor,size,rows,batches,skipped,bounded,refreshes,failed,restarted,norm,condition,whitened,KiB"
-        lines = [heads.split(",")]
+        heads = "layer factor size rows batches skipped bounded refreshes failed restarted component condition whitened"
+        lines = [[*heads.split(), "KiB"]]
         for row in self.rows:
             size = " × ".join([*(str(n) for n in (row.groups, row.blocks) if n > 1), str(row.size)])
             counts = [row.batches, row.skipped, row.bounded, row.refreshes, row.failed, row.restarted]
-            ratios = [f"{ratio:.3g}" for ratio in (row.norm, row.condition, row.whitened)]
+            ratios = [f"{ratio:.3g}" for ratio in (row.component, row.condition, row.whitened)]
             rows = f"{row.effective_rows:.0f}"
             lines.append([row.layer, row.factor, size, rows, *map(str, counts), *ratios, f"{row.bytes / 1024:.0f}"])
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -144,7 +144,7 @@ def report(model: nn.Module) -> Report:
                     restarted=int(factor.num_refreshes_restarted),
                     bounded=int(whitening.num_batches_bounded) if whitening else 0,
                     effective_rows=factor.running_effective_count.min().item(),
-                    norm=1 / norms.correction.item() if norms else 1.0,
+                    component=1 / norms.correction.item() if norms else 1.0,
                     condition=condition,
                     whitened=whitened,
                     bytes=sum(buffer.nbytes for buffer in factor.buffers()),

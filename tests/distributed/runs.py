@@ -17,15 +17,21 @@ SAMPLES = 8
 # How a batch is dealt out: unevenly, and with nothing for one of four.
 CUTS = {1: (0, 8), 2: (0, 3, 8), 4: (0, 0, 3, 4, 8)}
 
+# Without what each process measures of its own part of a batch: then they do what one does with the whole.
+ALIKE: dict[str, Any] = {"shrink": False, "rescale": False, "bound": None}
 TRANSFORMS: dict[str, dict[str, Any]] = {
     "default": {},
-    "both sides": {"output_power": 0.5},
-    "paper": {"features": "patch", "power": 1.0, "rescale": False, "update_interval": 1, "statistics_interval": 1},
-    "windows of several batches": {"statistics_interval": 2, "update_interval": 6, "center": False},
-    "whitened, then scaled": {"output_power": 0.5, "psi": ["0", "2"]},
-    "rarely, then scaled": {"update_interval": 100, "psi": ["0", "2"]},
+    # A window that is open when a checkpoint is saved is lost; so none is.
+    "observed at refreshes": {"statistics_interval": 10, "output_power": 0.5, **ALIKE},
+    "alike": ALIKE,
+    "both sides": {"output_power": 0.5, **ALIKE},
+    "paper": {"features": "patch", "power": 1.0, "update_interval": 1, **ALIKE},
+    "windows of several batches": {"statistics_interval": 2, "update_interval": 6, "center": False, **ALIKE},
+    "whitened, then scaled": {"output_power": 0.5, "psi": ["0", "2"], **ALIKE},
+    "rarely, then scaled": {"update_interval": 100, "psi": ["0", "2"], **ALIKE},
     # In none of 9 refreshes its 18 steps run out of directions: from there on rounding chooses them.
-    "recursive in blocks": {"method": "recursive", "power": 1.0, "rank": 1, "block_size": 32, "features": "patch"},
+    "recursive in blocks": {"method": "recursive", "power": 1.0, "rank": 1, "block_size": 32, "features": "patch"}
+    | ALIKE,
 }
 
 

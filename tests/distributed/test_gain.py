@@ -30,7 +30,8 @@ def test_gains_are_those_of_all_processes_rows():
     first, second = run(gains, 2)
     assert first == second  # to the last bit
     parts = [trained(rank) for rank in (0, 1)]
-    one, other = (Moments(part.running_count, part.running_mean, part.running_covariance) for part in parts)
+    names = ("running_count", "running_effective_count", "running_mean", "running_covariance")
+    one, other = (Moments(*(getattr(part, name) for name in names)) for part in parts)
     together = copy.deepcopy(parts[0])
     together.reset_state()
     together.window = merged(one, other)

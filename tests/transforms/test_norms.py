@@ -1,4 +1,4 @@
-"""The norm that is promised is the norm that is measured; the bound; the bias under every optimizer."""
+"""The component along the plain gradient is kept, as measured; the bound; the bias under every optimizer."""
 
 import copy
 import math
@@ -11,9 +11,9 @@ from torch import nn
 from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, report, whiten
 
 
-def ratios(layer, make_input, steps):
-    """‖Ĝ‖ / ‖G‖ of a layer's weight at each step, for upstream gradients that do not depend on the inputs."""
-    plain, result = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d, []
+def measured(layer, make_input, steps):
+    """``‖Ĝ‖ / ‖G‖`` and ``⟨Ĝ, G⟩ / ‖G‖²`` at each step, for upstream gradients that do not depend on the inputs."""
+    plain, ratios, components = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d, [], []
     for _ in range(steps):
         layer.zero_grad()
         x = make_input()
@@ -24,8 +24,9 @@ def ratios(layer, make_input, steps):
             expected = upstream.T @ x
         else:
             expected = nn.grad.conv2d_weight(x, layer.weight.shape, upstream, padding=layer.padding)
-        result.append((layer.weight.grad.norm() / expected.norm()).item())
-    return result
+        ratios.append((layer.weight.grad.norm() / expected.norm()).item())
+        components.append(((layer.weight.grad * expected).sum() / expected.square().sum()).item())
+    return ratios, components
 
 
 SIZES = [(1, 64), (2, 64), (8, 512), (8, 64), (64, 256), (512, 64)]  # rows, features
@@ -40,9 +41,12 @@ SIZES = [(1, 64), (2, 64), (8, 512), (8, 64), (64, 256), (512, 64)]  # rows, fea
     + [("convolution", *size) for size in SIZES if math.prod(size) <= 2048],  # the others are slow
 )
 def test_white_inputs_keep_the_norm_at_every_step(kind, rows, features, power, output_power, bias):
-    """Nothing is to be gained on white inputs, however few rows there are; amplifying chance is all one can do."""
+    """Nothing is to be gained on white inputs, however few rows there are; amplifying chance is all one can do.
+
+    Inputs that were rectified are not white about zero: of their gradients it is the component that stays.
+    """
     torch.manual_seed(0)
-    transform = FeatureWhitening(power=power, output_power=output_power)
+    transform = FeatureWhitening(power=power, output_power=output_power, bound=None)
     if kind == "convolution":
         layer = WhitenedConv2d(features, 32, 3, padding=1, bias=bias, transform=transform)
         shape = (rows, features, 4, 4)
@@ -50,18 +54,20 @@ def test_white_inputs_keep_the_norm_at_every_step(kind, rows, features, power, o
         layer = WhitenedLinear(features, 32, bias=bias, transform=transform)
         shape = (rows, features)
     make = (lambda: torch.randn(shape).relu()) if kind == "rectified" else lambda: torch.randn(shape)
-    found = ratios(layer, make, 10)
-    assert min(found) > 0.8 and max(found) < 1.25, found
+    ratios, components = measured(layer, make, 10)
+    found = components if kind == "rectified" else ratios
+    least, most = (0.8, 1.25) if rows >= 8 else (0.6, 2.0)  # the first statistics are those of so few rows
+    assert min(found) > least and max(found) < most, found
 
 
 def test_the_widest_of_the_issue():
     torch.manual_seed(0)
     layer = WhitenedLinear(1024, 32, transform=FeatureWhitening(power=1.0, output_power=1.0))
-    found = ratios(layer, lambda: torch.randn(8, 1024), 12)
-    assert min(found) > 0.8 and max(found) < 1.25, found
+    ratios, _ = measured(layer, lambda: torch.randn(8, 1024), 12)
+    assert min(ratios) > 0.8 and max(ratios) < 1.25, ratios
 
 
-def test_a_norm_that_was_mispredicted_is_corrected():
+def test_a_component_that_was_mispredicted_is_corrected():
     """An upstream gradient that depends on the input: what the statistics predict is wrong, what is measured is not."""
     torch.manual_seed(0)
     scales = torch.arange(1, 33) ** -1.0
@@ -73,68 +79,110 @@ def test_a_norm_that_was_mispredicted_is_corrected():
             x = torch.randn(64, 32) * scales
             upstream = x[:, -1:]  # all of it along the weakest direction
             layer(x).backward(upstream)
-            found.append((layer.weight.grad.norm() / (upstream.T @ x).norm()).item())
-        return sum(found[-20:]) / 20, layer
+            plain = upstream.T @ x
+            found.append(((layer.weight.grad * plain).sum() / plain.square().sum()).log().item())
+        return math.exp(sum(found[-40:]) / 40), layer
 
-    measured, layer = last(FeatureWhitening(power=1.0, bound=None))
+    kept, layer = last(FeatureWhitening(power=1.0, bound=None))
     predicted, _ = last(FeatureWhitening(power=1.0, bound=None, rescale=False))
-    assert measured == pytest.approx(1.0, abs=0.2) and not 0.5 < predicted < 2
+    assert kept == pytest.approx(1.0, abs=0.2) and not 0.5 < predicted < 2
     row = report(whiten(nn.Sequential(layer))).rows[0]
-    assert row.norm == pytest.approx(1 / layer.transform.norms.correction.item())
+    assert row.component == pytest.approx(1 / layer.transform.norms.correction.item())
 
 
-def bounded(transform, upstream_scale=1.0):
-    """A layer whose inputs have changed since its last refresh: the next gradient is amplified."""
-    torch.manual_seed(0)
-    layer = WhitenedLinear(16, 4, dtype=torch.float64, transform=transform)
-    for _ in range(4):
-        x = torch.randn(64, 16, dtype=torch.float64)
-        x[:, 8:] *= 1e-3
-        layer(x).backward(torch.ones(64, 4, dtype=torch.float64) * torch.randn(64, 1, dtype=torch.float64))
-    layer.zero_grad()
-    x = torch.randn(64, 16, dtype=torch.float64)  # features that were weak wake up
-    upstream = torch.randn(64, 4, dtype=torch.float64)
-    layer(x).backward(upstream * upstream_scale)
-    return layer, (upstream.T @ x).norm() * upstream_scale
+class Layer:
+    """A layer with white inputs, and upstream gradients as long as one asks for."""
+
+    def __init__(self, transform):
+        torch.manual_seed(0)
+        self.layer = WhitenedLinear(16, 4, dtype=torch.float64, transform=transform)
+
+    def step(self, scale=1.0):
+        """One batch; returns the norms of the plain and of the layer's gradient."""
+        self.layer.zero_grad()
+        x, upstream = torch.randn(64, 16, dtype=torch.float64), scale * torch.randn(64, 4, dtype=torch.float64)
+        self.layer(x).backward(upstream)
+        return (upstream.T @ x).norm().item(), self.layer.weight.grad.norm().item()
+
+    @property
+    def bounded(self):
+        return self.layer.transform.num_batches_bounded.item()
 
 
-def test_no_gradient_is_longer_than_the_bound_and_those_that_were_are_counted():
-    free, norm = bounded(FeatureWhitening(power=1.0, bound=None))
-    assert free.weight.grad.norm() > 3 * norm and free.transform.num_batches_bounded == 0
-    for bound in (1.0, 1.5, 2.0):
-        layer, norm = bounded(FeatureWhitening(power=1.0, bound=bound))
-        torch.testing.assert_close(layer.weight.grad.norm(), bound * norm)
-        torch.testing.assert_close(
-            layer.weight.grad / layer.weight.grad.norm(), free.weight.grad / free.weight.grad.norm()
-        )
-        assert layer.transform.num_batches_bounded == 1
-        assert report(whiten(nn.Sequential(layer))).rows[0].bounded == 1
+@pytest.mark.parametrize("rescale", [True, False])
+def test_no_gradient_is_longer_than_usual_times_the_bound_and_those_that_were_are_counted(rescale):
+    for bound in (1.0, 1.5, 4.0, None):
+        one = Layer(FeatureWhitening(power=1.0, bound=bound, rescale=rescale, decay=0.9))
+        norms = [one.step()[0] for _ in range(30)]
+        before, (plain, mapped) = one.bounded, one.step(100)
+        if bound is None:
+            assert mapped == pytest.approx(plain, rel=0.3) and one.bounded == 0
+        else:
+            usual = (sum(min(norm, bound * 63) ** 2 for norm in norms) / 30) ** 0.5  # norms scatter by a tenth
+            assert mapped == pytest.approx(bound * usual, rel=0.15) and one.bounded == before + 1
+            assert (before == 0) == (bound > 1)
+            assert report(whiten(nn.Sequential(one.layer))).rows[0].bounded == one.bounded
+
+
+def test_a_long_gradient_does_not_raise_the_bound_and_what_stays_long_does():
+    one = Layer(FeatureWhitening(bound=1.5, decay=0.98))
+    for _ in range(150):
+        one.step()
+    limit = one.layer.transform.norms.limit.item()
+    for factor in (1e6, *[1.0] * 20):
+        one.step(factor)
+    assert one.layer.transform.norms.limit.item() < 1.1 * limit  # 2 % of it counts 1.65 times the usual
+    ratios = [mapped / plain for plain, mapped in (one.step(10.0) for _ in range(400))]
+    assert max(ratios[:10]) < 0.25 and ratios[100] < 0.8 and min(ratios[-100:]) > 0.8
 
 
 @pytest.mark.parametrize("scale", [2.0**-40, 2.0**16, 2.0**40])
 def test_loss_scaling_cancels_in_the_bound(scale):
-    layers = [bounded(FeatureWhitening(), scale)[0], bounded(FeatureWhitening())[0]]
-    torch.testing.assert_close(layers[0].weight.grad / scale, layers[1].weight.grad, rtol=1e-12, atol=0)
-    assert layers[0].transform.num_batches_bounded == layers[1].transform.num_batches_bounded > 0
+    layers = [Layer(FeatureWhitening(bound=1.1)) for _ in range(2)]
+    for step in range(20):
+        for layer, factor in zip(layers, (scale, 1), strict=True):
+            torch.manual_seed(step)
+            layer.step(factor * (3 if step == 15 else 1))
+    torch.testing.assert_close(layers[0].layer.weight.grad / scale, layers[1].layer.weight.grad, rtol=1e-12, atol=0)
+    assert layers[0].bounded == layers[1].bounded > 0
+
+
+def test_a_loss_scale_that_doubles_shortens_gradients_only_for_a_while():
+    """As `torch.amp.GradScaler` does every 2000 batches; the defaults."""
+    one = Layer(FeatureWhitening())
+    for _ in range(200):
+        one.step()
+    ratios = [mapped / plain for plain, mapped in (one.step(2.0) for _ in range(200))]
+    assert min(ratios) > 0.4 and min(ratios[-20:]) > 0.8
+
+
+def test_gradients_that_grow_from_nothing_are_followed():
+    """As those of a network do whose last layer starts at zero: a hundred times as long after a hundred batches."""
+    one = Layer(FeatureWhitening())
+    ratios = [mapped / plain for plain, mapped in (one.step(step) for step in range(1, 100))]
+    assert min(ratios) > 0.25
 
 
 def test_each_micro_batch_is_bounded_for_itself():
     """What the bound costs accumulation: where it acts, the sum of two is not the gradient of both together."""
     made = {}
-    for bound in (1.5, None):
-        layer, _ = bounded(FeatureWhitening(power=1.0, bound=bound))
+    for bound in (1.0, None):
+        layer = Layer(FeatureWhitening(bound=bound))
+        for _ in range(20):
+            layer.step()
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(64, 16, dtype=torch.float64, generator=generator)
-        upstream = torch.randn(64, 4, dtype=torch.float64, generator=generator)
+        upstream = 10 * torch.randn(64, 4, dtype=torch.float64, generator=generator)
         gradients = []
         for parts in (1, 2):
-            one = copy.deepcopy(layer)
+            one = copy.deepcopy(layer.layer)
             one.zero_grad()
+            one.transform.update_interval = 10**6
             for rows, delta in zip(x.chunk(parts), upstream.chunk(parts), strict=True):
                 one(rows).backward(delta)
             gradients.append(one.weight.grad)
         made[bound] = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
-    assert made[None] < 1e-12 < made[1.5]
+    assert made[None] < 1e-12 < made[1.0]
 
 
 @pytest.mark.parametrize("make", [nn.Linear, nn.Conv2d])
@@ -202,4 +250,5 @@ def test_a_jump_of_the_inputs_is_survived_where_plain_survives_it(at, lr, moment
         losses = train(model, torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum), 160, batches)
         final[whitened] = sum(losses[-20:]) / 20
     assert final[False] < 0.5  # plain recovers
-    assert final[True] <= 1.05 * final[False]
+    # Gradients that are suddenly longer are shortened, so the way back may take longer: 0.8 to 1.7 times the loss here.
+    assert final[True] <= 2 * final[False]

@@ -1,6 +1,5 @@
 """Whitening of one side: a running covariance, and the inverse power of it that gradients are multiplied by."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -8,25 +7,6 @@ from torch import Tensor
 
 from ..inverse import METHODS, Inverse, resolve
 from .covariance import FeatureCovariance, snapshot_for_graph
-
-PROBES = 16
-
-
-def transformed_trace(inverse: Tensor, covariance: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Compute ``tr(P C P)`` of n pairs of matrices, over the features that are `kept` ``(n, M)``, or all.
-
-    Up to M = 512 exactly. Above, where the product would outweigh a recursive inverse, as the mean
-    over 16 fixed vectors z of random signs, E[(Pz)ᵀ C (Pz)] = tr(PCP) (Hutchinson 1989). Its relative
-    standard deviation is √(1 / 8 r), with r the effective rank tr(A)² / tr(A²) of A = PCP: 5 % where that is 50.
-    """
-    size = covariance.shape[-1]
-    if size <= 512:
-        columns = inverse if kept is None else inverse * kept.unsqueeze(-2)
-    else:
-        signs = 2 * torch.randint(0, 2, (size, PROBES), generator=torch.Generator().manual_seed(0)) - 1
-        probes = signs.to(inverse) if kept is None else signs.to(inverse) * kept.unsqueeze(-1)
-        columns = inverse @ probes / math.sqrt(PROBES)
-    return torch.linalg.vecdot(columns.flatten(1), (covariance @ columns).flatten(1))
 
 
 def shrinkage(covariance: Tensor, rows: Tensor, features: Tensor | int) -> Tensor:
@@ -61,9 +41,9 @@ class WhiteningFactor(FeatureCovariance):
     C is what `estimate` makes of the running statistics: about the mean or about zero, and shrunk. m is the mean
     variance of a group's features, so λ, `damping`, is relative to it. k is ``m^(-p)`` (for an approximate inverse and
     power 1 such that the whitened features have variance 1 on the mean) or, with `rescale`, the factor that keeps the
-    expected norm of a gradient ``G = Σ δ xᵀ`` whose δ does not depend on x: with E‖G‖² ∝ tr C and E‖GP‖² ∝ tr(PCP),
-    ``k = sqrt(tr C / tr(PCP))``. It depends on the statistics alone, so the transform stays linear. The blocks of a
-    group share m and k; a feature that fills up a block has variance 1 + λ.
+    expected component of a gradient along the plain one. For ``G = Σ δ xᵀ`` whose δ does not depend on x, E‖G‖² is
+    proportional to tr C and E⟨GP, G⟩ to tr(PC), so ``k = tr C / tr(PC)``. It depends on the statistics alone, so the
+    transform stays linear. The blocks of a group share m and k; a feature that fills up a block has variance 1 + λ.
 
     Args:
         groups, channels, taps, decay, block_size, trace, dtype: as for `FeatureCovariance`.
@@ -166,12 +146,6 @@ class WhiteningFactor(FeatureCovariance):
         covariance.diagonal(dim1=-2, dim2=-1).add_((even / variance / kept.sum(1)).unsqueeze(1) * kept)
         return covariance, variance
 
-    def _whitened_trace(self, inverse: Tensor, covariance: Tensor) -> Tensor:
-        """Compute ``tr(P (C/m + λI))`` of each group, for an inverse P of `damped()` and C/m."""
-        diagonal = self.join(inverse.diagonal(dim1=-2, dim2=-1).unsqueeze(1)).sum((1, 2))
-        product = torch.linalg.vecdot(inverse.flatten(1), covariance.flatten(1))
-        return self.group_sum(product) + self.damping * diagonal.repeat_interleave(self.blocks)
-
     def damped(self) -> Tensor:
         """Compute ``C/m + λI``, of mean variance 1 + λ, which is also the variance of features that fill up a block."""
         covariance, _ = self.estimate()
@@ -189,13 +163,14 @@ class WhiteningFactor(FeatureCovariance):
     def scale_inverse(self, inverse: Inverse) -> RefreshResult:
         """Scale inverse powers of `damped()` to precisions. Where one is not finite none of its group is valid."""
         matrix, (covariance, variance) = inverse.matrix, self.estimate()
+        trace = self.group_sum(torch.linalg.vecdot(matrix.flatten(1), covariance.flatten(1)))  # of P C/m
         if self.rescale:
-            kept = self.kept() if self._padding else None
-            scale = (self.features / self.group_sum(transformed_trace(matrix, covariance, kept))).sqrt()
+            scale = self.features / trace
         else:
             scale = variance.pow(-self.power)
             if self.power == 1 and self.is_approximate:
-                scale = scale * self.features / self._whitened_trace(matrix, covariance)
+                diagonal = (matrix.diagonal(dim1=-2, dim2=-1) * self.kept()).sum(-1)
+                scale = scale * self.features / (trace + self.damping * self.group_sum(diagonal))
         valid = torch.isfinite(self.group_sum(scale * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)))
         restarted = torch.zeros_like(valid) if inverse.restarted is None else inverse.restarted
         return RefreshResult(valid, restarted, scale, matrix.mul_(scale[:, None, None]), inverse.directions)

@@ -25,7 +25,7 @@ from .._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from ..inverse import METHODS, resolve, supports
 from ..options import check, check_statistics, is_count, is_real
 from ..statistics.covariance import Moments
-from ..statistics.norm_ratio import NormRatio
+from ..statistics.gradient_norms import GradientNorms
 from ..statistics.patches import (
     Geometry,
     channel_rows,
@@ -64,14 +64,16 @@ class FeatureWhitening(GradientTransform):
             moment, with the plain bias gradient g). None is False for a layer with a bias and True without one: an
             optimizer that scales weight and bias each for itself (Adam, Muon) breaks the coupling of Ĝ and ĝ, by which
             the mean cancels; and a layer without a bias is followed by a normalization, which takes the mean out.
-        rescale: choose k so that the norm of the gradient stays that of the plain one: first as the statistics predict,
-            then as it is measured on new batches. Otherwise k = 1 (recursive method with power 1: k such that the
-            whitened features have mean variance 1).
+        rescale: choose k so that the component of the gradient along the plain one stays: ``⟨Ĝ, G⟩ = ‖G‖²`` on the
+            mean. To first order in the learning rate the loss then falls as fast as with the plain gradient. k is
+            first what the statistics predict, then what is measured on new batches. Otherwise k = 1 (recursive
+            method with power 1: k such that the whitened features have mean variance 1).
         shrink: shrink C towards a multiple of the identity, the more the fewer effective rows it comes from; see
             `WhiteningFactor.estimate`. Otherwise directions that few rows happen not to show are amplified.
-        bound: largest ratio of the norms of a weight's gradient after and before the transform, at least 1. A gradient
-            beyond it is shortened, and counted in ``num_batches_bounded``: the only place where the map is
-            not linear. Each micro-batch, each process and each call of the layer is bounded for itself. None for none.
+        bound: largest norm of a weight's gradient, after the transform, as a multiple of the usual norm of the plain
+            one (its root mean square over past batches), at least 1. A longer gradient is shortened, and counted in
+            ``num_batches_bounded``: the only place where the map is not linear. Each micro-batch, each process
+            and each call of the layer is bounded for itself. None for no bound.
         update_interval: batches between two refreshes of P, on the mean: one of every so many batches, at a place that
             is in step with no loop. Before that many, P is refreshed after 1, 2, 4, 8, …
         statistics_interval: the same for the batches that are observed. A layer that such a batch does not reach
@@ -88,13 +90,13 @@ class FeatureWhitening(GradientTransform):
         ValueError: an option has a value that is not allowed; the message names it, its value and the choices.
 
     State, after `bind`: a `WhiteningFactor` called ``inputs``, or two called ``channels`` and ``taps``, one called
-    ``outputs`` if the outputs are whitened, and a `NormRatio` called ``norms`` with `rescale`.
+    ``outputs`` if the outputs are whitened, and `GradientNorms` called ``norms`` with `rescale` or `bound`.
     """
 
     newer_state = ("norms.", "num_batches_bounded")
     geometry: Geometry
     separable: bool
-    norms: NormRatio | None
+    norms: GradientNorms | None
     num_batches_bounded: Tensor
 
     def __init__(
@@ -109,7 +111,7 @@ class FeatureWhitening(GradientTransform):
         center: bool | None = None,
         rescale: bool = True,
         shrink: bool = True,
-        bound: float | None = 1.1,
+        bound: float | None = 1.4,
         update_interval: int = 10,
         statistics_interval: int = 1,
         max_rows: int | None = 512,
@@ -140,7 +142,7 @@ class FeatureWhitening(GradientTransform):
         self.block_size, self.rank = block_size, rank
         # Of the batch that is being mapped and observed
         self._output_rows: tuple[Tensor, int] | None = None
-        self._norms: tuple[Tensor, Tensor] | None = None
+        self._measured: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def exact(cls, method: str = "auto", **options: Any) -> Self:
@@ -194,15 +196,17 @@ class FeatureWhitening(GradientTransform):
         if self.output_power > 0:
             self.outputs = factor(geometry.out_channels, 1, self.output_power, center=False, trace=1.0)
         dtype = torch.promote_types(dtype, torch.float32)
-        is_measured = self.rescale and self.power + self.output_power > 0
-        self.norms = NormRatio(decay=self.decay, device=device, dtype=dtype) if is_measured else None
+        self.norms = None
+        if (self.rescale or self.bound is not None) and self.power + self.output_power > 0:
+            options: dict[str, Any] = {"bound": self.bound, "rescale": self.rescale, "decay": self.decay}
+            self.norms = GradientNorms(**options, device=device, dtype=dtype)
         self.register_buffer("num_batches_bounded", torch.zeros((), dtype=torch.long, device=device))
         return self
 
     def reset_state(self) -> None:
         self.reset_counters()
         self.num_batches_bounded.zero_()
-        self._output_rows = self._norms = None
+        self._output_rows = self._measured = None
         for factor in self.factors():
             factor.reset_state()
         if self.norms is not None:
@@ -223,6 +227,7 @@ class FeatureWhitening(GradientTransform):
             mean = (self.channels if self.separable else self.inputs).current_mean()
             mean = mean.unsqueeze(-1) / geometry.spread if self.separable else mean.view(shape[0], *shape[2:])
             matrix = matrix - bias[:, :, None, None] * mean.unsqueeze(1)
+        plain = matrix
         correction = None if self.norms is None else self.norms.current_correction()
         if self.power > 0 and self.separable:
             # Taps first, and from the left, on whole rows of channels: products with 9 columns take five times as long.
@@ -234,37 +239,39 @@ class FeatureWhitening(GradientTransform):
             correction = None if self.power > 0 else correction
             matrix = self.outputs.multiply(matrix.flatten(2).mT, correction).mT.reshape(shape)
             bias = None if bias is None else self.outputs.multiply(bias.unsqueeze(1)).squeeze(1)
-        matrix = self._bounded(grad_weight, matrix)
+        matrix = self._bounded(plain, matrix)
         if bias is not None and mean is not None:
             bias = bias - (matrix * mean.unsqueeze(1)).sum((-2, -1))
         matrix = geometry.weight(matrix, grad_weight).to(grad_weight.dtype)
         return matrix, None if bias is None else bias.flatten().to(grad_weight.dtype)
 
-    def _bounded(self, grad_weight: Tensor, matrix: Tensor) -> Tensor:
-        """Measure what the transform does to a gradient's norm, and shorten the gradient to the bound.
+    def _bounded(self, plain: Tensor, mapped: Tensor) -> Tensor:
+        """Measure what the transform does to a gradient, and shorten the gradient to the bound.
 
         The bound is the one place where the map is not linear, so under `torch.func` it does not act: there the
         gradients of single samples have to add up to the batch's.
         """
-        if self.norms is None and self.bound is None:
-            return matrix
-        call_on_plain_tensors(self._take_norms, grad_weight, matrix)
-        if self.bound is None or self._norms is None or function_transforms.are_active():
-            return matrix
-        plain, mapped = self._norms
-        is_longer = mapped > self.bound * plain
+        if self.norms is None:
+            return mapped
+        call_on_plain_tensors(self._measure, plain, mapped)
+        if self.bound is None or self._measured is None or function_transforms.are_active():
+            return mapped
+        norm, limit = self._measured[2], self.norms.limit
+        is_longer = (norm > limit) & (limit > 0)
         if is_longer.is_cpu and not is_longer:
-            return matrix
+            return mapped
         self.num_batches_bounded.add_(is_longer)
-        return matrix * torch.where(is_longer, self.bound * plain / mapped, 1)
+        return mapped * torch.where(is_longer, limit / norm, 1)
 
-    def _take_norms(self, grad_weight: Tensor, matrix: Tensor) -> None:
-        plain = sum_over_samples(grad_weight, 2 + self.geometry.spatial_dims)
-        mapped = sum_over_samples(matrix, 4)
-        self._norms = (torch.linalg.vector_norm(plain, dtype=matrix.dtype), torch.linalg.vector_norm(mapped))
+    def _measure(self, plain: Tensor, mapped: Tensor) -> None:
+        """Keep ‖G‖, ``⟨Ĝ, G⟩ / ‖G‖²`` and ‖Ĝ‖."""
+        plain, mapped = (sum_over_samples(matrix, 4).flatten() for matrix in (plain, mapped))
+        norm = torch.linalg.vector_norm(plain)
+        unit = plain / norm  # so that no square is out of range
+        self._measured = norm, torch.dot(unit, mapped) / norm, torch.linalg.vector_norm(mapped)
 
     def pending(self) -> dict[str, Any]:
-        return {"_output_rows": None, "_norms": None}
+        return {"_output_rows": None, "_measured": None}
 
     def observe_output(self, grad_output: Tensor) -> None:
         batch = self.schedule.begin_batch(self, announced=True)
@@ -285,7 +292,7 @@ class FeatureWhitening(GradientTransform):
                 valid = self._observe_factors(input, batch, valid)
             if valid is not True:
                 self.num_batches_skipped.add_(torch.as_tensor(valid).logical_not())
-        self._output_rows = self._norms = None
+        self._output_rows = self._measured = None
         self.schedule.end_batch(self)
 
     def _rows(self, tensor: Tensor, batch: int) -> tuple[Tensor, int]:
@@ -310,10 +317,8 @@ class FeatureWhitening(GradientTransform):
             valid = self.inputs.observe_rows(*self._rows(input, batch), valid)
         if self._output_rows is not None:
             self.outputs.observe_rows(*self._output_rows, valid)
-        if self.norms is not None and self._norms is not None:
-            plain, mapped = self._norms
-            # Before the first refresh the map is the identity: log(0) says that there is nothing to measure.
-            self.norms.observe_norms(plain, torch.where(self.factors()[0].scale[0] > 0, mapped, 0), valid)
+        if self.norms is not None and self._measured is not None:
+            self.norms.observe_gradient(*self._measured[:2], valid)
         return valid
 
     def _observe_taps(self, input: Tensor, batch: int, valid: Tensor) -> None:

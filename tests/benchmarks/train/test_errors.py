@@ -221,7 +221,7 @@ def test_a_full_disk_on_the_way(data, tmp_path, capsys):
     root = data("cifar10")
     assert main(options("cifar10", root, tmp_path / "whole")) == 0
     size = (tmp_path / "whole" / "checkpoint.pt").stat().st_size
-    with small_disk(tmp_path / "disk", str(size * 3 // 2)) as disk:  # no room for the new one beside the old one
+    with small_disk(tmp_path / "disk", str(size * 5 // 4)) as disk:  # no room for the new one beside the old one
         arguments = options("cifar10", root, disk / "run")
         assert "checkpoint.pt cannot be written: No space left on device" in fails(arguments, capsys)
         assert torch.load(disk / "run" / "checkpoint.pt", weights_only=True)["epoch"] == 0

@@ -1,0 +1,152 @@
+"""The defaults under the optimizers that people use: never behind, at the plain network's best learning rate."""
+
+import statistics
+from functools import partial
+from itertools import islice
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+
+from whiten_layers import FeatureWhitening, whiten
+
+
+class Lion(optim.Optimizer):
+    """The sign of an interpolated momentum (arXiv 2302.06675, algorithm 2), without weight decay."""
+
+    def __init__(self, parameters, lr, betas=(0.9, 0.99)):
+        super().__init__(parameters, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.sub_(torch.lerp(p.grad, momentum, first).sign(), alpha=group["lr"])
+                momentum.lerp_(p.grad, 1 - second)
+
+
+class SOAP(optim.Optimizer):
+    """Adam in the eigenbases of Shampoo's two factors (arXiv 2409.11321), computed at every step; Adam for biases."""
+
+    def __init__(self, parameters, lr, betas=(0.95, 0.95), eps=1e-8):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                gradient, state = p.grad.reshape(len(p), -1), self.state[p]
+                if not state:
+                    state.update(step=0, momentum=torch.zeros_like(gradient), square=torch.zeros_like(gradient))
+                    state["factors"] = [torch.eye(size) for size in gradient.shape]
+                state["step"] += 1
+                if p.dim() == 2:
+                    for factor, moment in zip(
+                        state["factors"], (gradient @ gradient.mT, gradient.mT @ gradient), strict=True
+                    ):
+                        factor.lerp_(moment / moment.trace(), 1 - second)
+                left, right = (torch.linalg.eigh(factor).eigenvectors for factor in state["factors"])
+                state["momentum"].lerp_(gradient, 1 - first)
+                state["square"].lerp_((left.mT @ gradient @ right).square(), 1 - second)
+                step = (left.mT @ state["momentum"] @ right) / (state["square"].sqrt() + group["eps"])
+                scale = (1 - second ** state["step"]) ** 0.5 / (1 - first ** state["step"])
+                p.sub_((left @ step @ right.mT).view_as(p), alpha=group["lr"] * scale)
+
+
+class Muon:
+    """torch's Muon for the weights, AdamW for the biases, which it does not take."""
+
+    def __init__(self, parameters, lr):
+        parts = list(parameters)
+        self.methods = [
+            optim.Muon([p for p in parts if p.dim() == 2], lr=lr, weight_decay=0.0),
+            optim.AdamW([p for p in parts if p.dim() != 2], lr=lr / 10, weight_decay=0.0),
+        ]
+
+    def zero_grad(self):
+        for method in self.methods:
+            method.zero_grad()
+
+    def step(self):
+        for method in self.methods:
+            method.step()
+
+
+needs_muon = pytest.mark.skipif(not hasattr(optim, "Muon"), reason="this torch has no Muon")
+# Each with the best of the learning rates 1, 2 and 5 times powers of ten for the plain network.
+OPTIMIZERS = {
+    "SGD": (optim.SGD, 0.1),
+    "momentum": (partial(optim.SGD, momentum=0.9), 0.1),
+    "nesterov": (partial(optim.SGD, momentum=0.9, nesterov=True), 0.05),
+    "RMSprop": (optim.RMSprop, 0.001),
+    "Adam": (optim.Adam, 0.01),
+    "AdamW": (optim.AdamW, 0.01),
+    "Adafactor": (optim.Adafactor, 0.01),
+    "Lion": (Lion, 0.001),
+    "SOAP": (SOAP, 0.01),
+    "Muon": (Muon, 0.02),
+}
+
+
+def batches(seed):
+    """A teacher on correlated inputs that are far from zero mean; the deviations are 1, ½, ⅓, …"""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q / torch.arange(1, 33).unsqueeze(1)
+    first, second = torch.randn(32, 32, generator=generator), torch.randn(32, 4, generator=generator) / 32**0.5
+    while True:
+        varying = torch.randn(64, 32, generator=generator) @ mixing
+        yield 1 + varying, (varying @ first).tanh() @ second
+
+
+def final_loss(make, lr, transform, seed, steps=200):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    if transform is not None:
+        whiten(model, transform)
+    method, losses = make(model.parameters(), lr=lr), []
+    for x, y in islice(batches(seed), steps):
+        method.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        method.step()
+        losses.append(loss.item())
+    return statistics.fmean(losses[-20:])
+
+
+@pytest.mark.parametrize("output_power", [0.0, 0.5])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_muon if n == "Muon" else ()) for n in OPTIMIZERS])
+def test_the_whitened_network_is_ahead(name, output_power):
+    """Not by much where the optimizer whitens itself: Muon and SOAP do."""
+    make, lr = OPTIMIZERS[name]
+    plain, whitened = (
+        statistics.median(final_loss(make, lr, transform, seed) for seed in range(3))
+        for transform in (None, FeatureWhitening(output_power=output_power))
+    )
+    assert whitened < (1.05 if name in ("Muon", "SOAP") else 0.7) * plain
+
+
+def test_lbfgs_without_a_line_search():
+    """On one batch, as it needs."""
+    final = {}
+    for whitened in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 4))
+        if whitened:
+            whiten(model)
+        x, y = (torch.cat(parts) for parts in zip(*islice(batches(0), 4), strict=True))
+        method = optim.LBFGS(model.parameters(), lr=0.1, max_iter=5)
+
+        def closure(model=model, method=method, x=x, y=y):
+            method.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(30):
+            method.step(closure)
+        final[whitened] = closure().item()
+    assert final[True] < final[False]
