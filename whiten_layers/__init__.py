@@ -3,6 +3,7 @@
 from .conversion.convert_batchnorm import convert_batchnorm
 from .conversion.fold import fold
 from .conversion.whiten import unwhiten, whiten
+from .estimate import Estimate, estimate
 from .layers import (
     WhitenedConv1d,
     WhitenedConv2d,
@@ -36,6 +37,7 @@ __all__ = [
     "DecorrelatedBatchNorm1d",
     "DecorrelatedBatchNorm2d",
     "DecorrelatedBatchNorm3d",
+    "Estimate",
     "FeatureWhitening",
     "GradientTransform",
     "IterNorm1d",
@@ -56,6 +58,7 @@ __all__ = [
     "WhitenedConvTranspose3d",
     "WhitenedLinear",
     "convert_batchnorm",
+    "estimate",
     "fold",
     "follow_learning_rate",
     "load_window_state_dict",

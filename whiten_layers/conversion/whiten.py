@@ -1,6 +1,7 @@
 """Conversion of a model's layers to their whitened twins, and back."""
 
 import logging
+import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from .._torch.modules import own_parameter
 from ..layers import PLAIN, TWINS, attach, make_transform
 from ..processes import ProcessGroup
 from ..refresh.schedule import Schedule
+from ..statistics.whitening_factor import WhiteningFactor
 from ..transforms import Chain, GradientTransform, PSIScaling
 from .ddp import exclude_from_wrappers
 from .patterns import check_patterns, chosen_layers, matches, pattern_list
@@ -20,6 +22,7 @@ from .scale_invariance import scale_invariant
 logger = logging.getLogger("whiten_layers")
 
 M = TypeVar("M", bound=nn.Module)
+COSTLY = 10**11  # operations of a refresh of one layer: some ten seconds on a CPU core
 
 
 def whiten(
@@ -61,7 +64,8 @@ def whiten(
 
     Returns:
         `model`. Modules that look like layers but were left are logged, with the reason, to "whiten_layers" at level
-        INFO.
+        INFO. Layers whose refresh takes more than 10¹¹ operations (with the default `block_size` none does) are named
+        in one warning; `estimate` tells what each layer costs.
 
     Raises:
         ValueError: a pattern matches no layer that could be converted; or, with ``psi=True``, the model cannot be
@@ -90,9 +94,26 @@ def whiten(
         part.name = name
     Schedule(process_group).join(transforms)
     exclude_from_wrappers(transforms)
+    _warn_of_costly(twins)
     for name, reason in reasons_left(model).items():
         logger.info("left %s: %s", name, reason)
     return model
+
+
+def _warn_of_costly(layers: dict[str, Any]) -> None:
+    costly = {}
+    for name, layer in layers.items():
+        factors = [module for module in layer.transform.modules() if isinstance(module, WhiteningFactor)]
+        operations = sum(
+            len(factor.running_mean) * factor.operations(factor.running_mean.shape[1]) for factor in factors
+        )
+        if operations > COSTLY:
+            widest = max(factor.running_mean.shape[1] for factor in factors)
+            costly[name or "the model"] = f"{widest} features, {operations:.0e} operations"
+    if costly:
+        layers_named = ", ".join(f"{name} ({cost})" for name, cost in costly.items())
+        cure = 'give FeatureWhitening a smaller block_size, features="kronecker", or method="recursive"'
+        warnings.warn(f"a refresh of these layers takes long: {layers_named}: {cure}", stacklevel=3)
 
 
 def unwhiten(model: M) -> M:

@@ -1,0 +1,120 @@
+"""Estimate of what whitening a model will cost, before any batch."""
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .conversion.whiten import whiten
+from .inverse import METHODS
+from .statistics.whitening_factor import WhiteningFactor
+from .transforms import GradientTransform
+
+MEASURED = 512  # features of the largest matrix that is inverted to see how fast this machine is
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One factor of one layer: `matrices` of `size` features, their memory, and the time of a refresh.
+
+    `bytes` are those of the state beside the weight; while a window is open, about half as much again. `seconds` are
+    those of the inverses, which `update_interval` batches share.
+    """
+
+    layer: str
+    factor: str
+    matrices: int
+    size: int
+    method: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A cost for each factor of each layer that would be whitened, in the model's order."""
+
+    costs: list[Cost]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the state of all transforms, which adds to the model's own parameters."""
+        return sum(cost.bytes for cost in self.costs)
+
+    @property
+    def seconds(self) -> float:
+        """Time of a refresh of all layers by one process."""
+        return sum(cost.seconds for cost in self.costs)
+
+    def __str__(self) -> str:
+        lines = [["layer", "factor", "matrices", "size", "method", "MiB", "seconds"]]
+        for cost in self.costs:
+            sizes = [str(cost.matrices), str(cost.size), cost.method, f"{cost.bytes / 2**20:.1f}"]
+            lines.append([cost.layer, cost.factor, *sizes, f"{cost.seconds:.2g}"])
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        return "\n".join([*text, f"{self.bytes / 2**20:.1f} MiB, and {self.seconds:.2g} seconds a refresh, in all"])
+
+
+def _copy_without_data(model: nn.Module) -> nn.Module:
+    """Copy a model, but for the data of its parameters and buffers."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _seconds(factor: WhiteningFactor, size: int, device: torch.device) -> float:
+    """Time the inverse of one matrix of so many features, the second of two."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2 * size, size, generator=generator, dtype=torch.float32).to(device)
+    covariance = (rows.mT @ rows / len(rows) + factor.damping * torch.eye(size, device=device))[None]
+    method = METHODS[factor.method]
+    arguments = (covariance, factor.power, None, min(factor.rank, size))[: method.arguments]
+    start = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        method.inverse(*arguments).matrix.sum().item()  # waits for the device
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def estimate(model: nn.Module, transform: GradientTransform | str | None = None, **options: Any) -> Estimate:
+    """Estimate memory and time of whitening a model, without touching it.
+
+    The memory is exact. The time is that of the inverse of a matrix of up to 512 features, measured on the device of
+    the model's first parameter, and for larger ones scaled by the number of operations.
+
+    Args:
+        model: the model, whitened or not.
+        transform: the transform of each layer, as for `whiten`.
+        **options: as for `whiten`.
+
+    Raises:
+        ValueError: as for `whiten`.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    whitened = whiten(_copy_without_data(model), transform, **options)
+    costs, measured = [], dict[Any, float]()
+    for name, part in _factors(whitened):
+        matrices, size = part.running_mean.shape
+        small = min(size, MEASURED)
+        key = part.method, part.power, part.rank, small
+        if key not in measured:
+            measured[key] = _seconds(part, small, device)
+        seconds = matrices * measured[key] * part.operations(size) / part.operations(small)
+        memory = sum(buffer.nbytes for buffer in part.buffers())
+        layer, _, factor = name.rpartition(".transform.")
+        costs.append(Cost(layer or "the model", factor, matrices, size, part.method, memory, seconds))
+    return Estimate(costs)
+
+
+def _factors(model: nn.Module) -> list[tuple[str, WhiteningFactor]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, WhiteningFactor)]
