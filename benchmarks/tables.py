@@ -18,7 +18,7 @@ from .output import replace
 PROGRAM = "python -m benchmarks.tables"
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- table: ([^>]+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
-BULKY = ("curves", "seconds", "cases")  # of a run, that no table needs
+BULKY = ("curves", "seconds", "cases", "runs")  # of a run, that no table needs
 VERSIONS = {"Python": "python", "torch": "torch", "torchvision": "torchvision"}
 
 
