@@ -48,7 +48,9 @@ def test_a_layer_that_costs_too_much_is_named_once():
         with torch.device("meta"):
             whiten(nn.Linear(25088, 4096))  # VGG's
     with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(9216, 4096), nn.ReLU(), nn.Linear(4096, 10), nn.ReLU(), nn.Linear(10, 10))
-        with pytest.warns(UserWarning, match=r"0 \(9216 features, 9e\+12 operations\), 2 \(4096 .*block_size") as seen:
+        model = nn.Sequential(nn.Linear(9216, 4608), nn.Linear(4608, 10), nn.Linear(10, 10))
+        with pytest.warns(UserWarning, match=r"0 \(9216 features, 9e\+12 operations\), 1 \(4608 .*block_size") as seen:
             whiten(model, FeatureWhitening(block_size=None))
-    assert len(seen) == 1 and "4 (" not in str(seen[0].message) and seen[0].filename == __file__
+        assert len(seen) == 1 and "2 (" not in str(seen[0].message) and seen[0].filename == __file__
+        with pytest.warns(UserWarning, match="and 4 more: give"):
+            whiten(nn.Sequential(*(nn.Linear(5000, 1) for _ in range(9))), FeatureWhitening(block_size=None))

@@ -22,7 +22,7 @@ from .scale_invariance import scale_invariant
 logger = logging.getLogger("whiten_layers")
 
 M = TypeVar("M", bound=nn.Module)
-COSTLY = 10**11  # operations of a refresh of one layer: some ten seconds on a CPU core
+COSTLY = 10**12  # operations of a refresh of one layer: a minute or two on a CPU core
 
 
 def whiten(
@@ -64,7 +64,7 @@ def whiten(
 
     Returns:
         `model`. Modules that look like layers but were left are logged, with the reason, to "whiten_layers" at level
-        INFO. Layers whose refresh takes more than 10¹¹ operations (with the default `block_size` none does) are named
+        INFO. Layers whose refresh takes more than 10¹² operations (with the default `block_size` none does) are named
         in one warning; `estimate` tells what each layer costs.
 
     Raises:
@@ -111,9 +111,10 @@ def _warn_of_costly(layers: dict[str, Any]) -> None:
             widest = max(factor.running_mean.shape[1] for factor in factors)
             costly[name or "the model"] = f"{widest} features, {operations:.0e} operations"
     if costly:
-        layers_named = ", ".join(f"{name} ({cost})" for name, cost in costly.items())
+        named = [f"{name} ({cost})" for name, cost in costly.items()]
+        named = [*named[:5], f"and {len(named) - 5} more"] if len(named) > 5 else named
         cure = 'give FeatureWhitening a smaller block_size, features="kronecker", or method="recursive"'
-        warnings.warn(f"a refresh of these layers takes long: {layers_named}: {cure}", stacklevel=3)
+        warnings.warn(f"a refresh of these layers takes long: {', '.join(named)}: {cure}", stacklevel=3)
 
 
 def unwhiten(model: M) -> M:
