@@ -10,6 +10,7 @@ from torch import nn
 
 from .conversion.whiten import whiten
 from .inverse import METHODS
+from .report import aligned
 from .statistics.whitening_factor import WhiteningFactor
 from .transforms import GradientTransform
 
@@ -54,11 +55,9 @@ class Estimate:
         for cost in self.costs:
             sizes = [str(cost.matrices), str(cost.size), cost.method, f"{cost.bytes / 2**20:.1f}"]
             lines.append([cost.layer, cost.factor, *sizes, f"{cost.seconds:.2g}"])
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        return "\n".join([*text, f"{self.bytes / 2**20:.1f} MiB, and {self.seconds:.2g} seconds a refresh, in all"])
+        return "\n".join(
+            [*aligned(lines), f"{self.bytes / 2**20:.1f} MiB, and {self.seconds:.2g} seconds a refresh, in all"]
+        )
 
 
 def _copy_without_data(model: nn.Module) -> nn.Module:
@@ -103,18 +102,16 @@ def estimate(model: nn.Module, transform: GradientTransform | str | None = None,
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     whitened = whiten(_copy_without_data(model), transform, **options)
     costs, measured = [], dict[Any, float]()
-    for name, part in _factors(whitened):
+    for name, part in whitened.named_modules():
+        if not isinstance(part, WhiteningFactor):
+            continue
         matrices, size = part.running_mean.shape
         small = min(size, MEASURED)
         key = part.method, part.power, part.rank, small
         if key not in measured:
             measured[key] = _seconds(part, small, device)
-        seconds = matrices * measured[key] * part.operations(size) / part.operations(small)
+        seconds = matrices * measured[key] * (size / small) ** (2 if part.is_approximate else 3)
         memory = sum(buffer.nbytes for buffer in part.buffers())
         layer, _, factor = name.rpartition(".transform.")
         costs.append(Cost(layer or "the model", factor, matrices, size, part.method, memory, seconds))
     return Estimate(costs)
-
-
-def _factors(model: nn.Module) -> list[tuple[str, WhiteningFactor]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, WhiteningFactor)]

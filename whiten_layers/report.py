@@ -13,6 +13,12 @@ from .statistics.whitening_factor import WhiteningFactor
 from .transforms import FeatureWhitening, GradientTransform
 
 
+def aligned(lines: list[list[str]]) -> list[str]:
+    """Join the cells of each line, those of a column below one another."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
 @dataclass(frozen=True)
 class Row:
     """One factor of one layer's transform: ``groups · blocks`` matrices of `size` features.
@@ -65,11 +71,7 @@ class Report:
             ratios = [f"{ratio:.3g}" for ratio in (row.component, row.condition, row.whitened)]
             rows = f"{row.effective_rows:.0f}"
             lines.append([row.layer, row.factor, size, rows, *map(str, counts), *ratios, f"{row.bytes / 1024:.0f}"])
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        text.append(f"{self.bytes / 2**20:.1f} MiB in all")
+        text = [*aligned(lines), f"{self.bytes / 2**20:.1f} MiB in all"]
         text += [f"not whitened: {name} ({reason})" for name, reason in self.left.items()]
         return "\n".join(text)
 

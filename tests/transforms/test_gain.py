@@ -340,7 +340,8 @@ def test_a_badly_scaled_problem_converges_faster(before):
             torch.optim.SGD(layer.parameters(), 1e-3).step()
         return loss.item()
 
-    assert last_loss(*before, OptimalInputGain(damping=0.03)) < 0.9 * last_loss(*before)
+    most = 0.9 if before and before[0].power == 1 else 0.8
+    assert last_loss(*before, OptimalInputGain(damping=0.03)) < most * last_loss(*before)
 
 
 @pytest.mark.parametrize(

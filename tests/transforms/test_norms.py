@@ -56,7 +56,7 @@ def test_white_inputs_keep_the_norm_at_every_step(kind, rows, features, power, o
     make = (lambda: torch.randn(shape).relu()) if kind == "rectified" else lambda: torch.randn(shape)
     ratios, components = measured(layer, make, 10)
     found = components if kind == "rectified" else ratios
-    least, most = (0.8, 1.25) if rows >= 8 else (0.6, 2.0)  # the first statistics are those of so few rows
+    least, most = (0.6, 2.0) if rows == 2 else (0.8, 1.25)  # of one row nothing is believed, of two too much
     assert min(found) > least and max(found) < most, found
 
 
@@ -250,5 +250,6 @@ def test_a_jump_of_the_inputs_is_survived_where_plain_survives_it(at, lr, moment
         losses = train(model, torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum), 160, batches)
         final[whitened] = sum(losses[-20:]) / 20
     assert final[False] < 0.5  # plain recovers
-    # Gradients that are suddenly longer are shortened, so the way back may take longer: 0.8 to 1.7 times the loss here.
-    assert final[True] <= 2 * final[False]
+    # Gradients that are suddenly longer are shortened, so without momentum the way back takes longer: 1.4 to 1.7 times
+    # plain's loss. It was at most 1.05 times that when the bound was one on each batch's own ratio.
+    assert final[True] <= (1.05 if momentum else 2) * final[False]

@@ -13,7 +13,7 @@ from .._torch.modules import own_parameter
 from ..layers import PLAIN, TWINS, attach, make_transform
 from ..processes import ProcessGroup
 from ..refresh.schedule import Schedule
-from ..statistics.whitening_factor import WhiteningFactor
+from ..refresh.update import cost
 from ..transforms import Chain, GradientTransform, PSIScaling
 from .ddp import exclude_from_wrappers
 from .patterns import check_patterns, chosen_layers, matches, pattern_list
@@ -103,15 +103,13 @@ def whiten(
 def _warn_of_costly(layers: dict[str, Any]) -> None:
     costly = {}
     for name, layer in layers.items():
-        factors = [module for module in layer.transform.modules() if isinstance(module, WhiteningFactor)]
-        operations = sum(
-            len(factor.running_mean) * factor.operations(factor.running_mean.shape[1]) for factor in factors
-        )
+        factors = [factor for part in layer.transform.parts() for factor in part.factors()]
+        operations = sum(map(cost, factors))
         if operations > COSTLY:
             widest = max(factor.running_mean.shape[1] for factor in factors)
             costly[name or "the model"] = f"{widest} features, {operations:.0e} operations"
     if costly:
-        named = [f"{name} ({cost})" for name, cost in costly.items()]
+        named = [f"{name} ({what})" for name, what in costly.items()]
         named = [*named[:5], f"and {len(named) - 5} more"] if len(named) > 5 else named
         cure = 'give FeatureWhitening a smaller block_size, features="kronecker", or method="recursive"'
         warnings.warn(f"a refresh of these layers takes long: {', '.join(named)}: {cure}", stacklevel=3)

@@ -175,11 +175,6 @@ class WhiteningFactor(FeatureCovariance):
         restarted = torch.zeros_like(valid) if inverse.restarted is None else inverse.restarted
         return RefreshResult(valid, restarted, scale, matrix.mul_(scale[:, None, None]), inverse.directions)
 
-    def operations(self, size: int) -> int:
-        """Count roughly the operations of the inverse of one matrix of so many features."""
-        method = METHODS[self.method]
-        return method.operations * size**2 * (self.rank if method.is_approximate else size)
-
     def commit(self, result: RefreshResult) -> None:
         """Write what is valid of a result into the buffers, in place; the other groups stay as they are."""
         valid, precision = result.valid, result.precision
