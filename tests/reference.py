@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 from typing import Any
 
 import torch
@@ -328,7 +329,9 @@ class Whitening:
     def correction(self) -> float:
         if not (self.rescale and self.logarithms):
             return 1.0
-        return math.exp(-self._age(self.logarithms) / self._age([1.0] * len(self.logarithms)))
+        number = len(self.logarithms)
+        weights = [self.decay ** (4 * age) for age in reversed(range(number))]  # norms are forgotten faster
+        return math.exp(-sum(map(operator.mul, weights, self.logarithms)) / sum(weights))
 
     def _inverse(self, covariance: Tensor, power: float, damping: float) -> Tensor:
         if power == 0 or covariance.trace() == 0:

@@ -42,7 +42,7 @@ def test_a_bare_checkout_beside_a_users_own_models(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").write_text("owner = 'user'\n")
     command = [sys.executable, "-I", "-S", "-c", PROGRAM, sysconfig.get_path("purelib")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     builders, files = result.stdout.splitlines()
     assert builders.split() == sorted(whiten_layers.models.__all__)

@@ -6,10 +6,12 @@ from torch import Tensor
 from .covariance import SolvedStatistics, snapshot_for_graph
 
 EARLY = 3  # batches, after which a norm may count twice as much as the limit
+MIXED = 0.8  # of the usual length of a transformed gradient, from which it is mixed with the plain one
+FASTER = 4  # times as fast as the statistics of features: norms are single numbers, known well from a few batches
 
 
 class GradientNorms(SolvedStatistics):
-    """Running means of what a transform does to gradients, and the two numbers that follow from them.
+    """Running means of what a transform does to gradients, and the numbers that follow from them.
 
     A factor's scale k keeps the *expected* component of a gradient along the plain one: expected from the rows that its
     inverse was computed from, and for an upstream gradient that does not depend on the input. Neither holds exactly. So
@@ -18,23 +20,30 @@ class GradientNorms(SolvedStatistics):
     The first batch, which nothing maps yet, counts as a ratio of 1: a single measurement is not trusted in full.
 
     ``limit`` is `bound` times the root mean square of ‖G‖. A norm counts as no more than the limit of the day, so a few
-    long gradients do not raise it. What stays long does, slowly: with a decay of 0.99 and a bound of 1.4 the limit
-    doubles in 145 batches. It does faster as long as few batches are known, since gradients may well grow then: those
-    of a network whose last layer starts at zero do.
+    long gradients do not raise it. What stays long does, slowly: with the default decay of 0.99, of which norms take
+    the fourth power, and a bound of 1.3 the limit doubles in 52 batches. It does faster as long as few batches are
+    known, since gradients may well grow then: those of a network whose last layer starts at zero do.
 
-    Between two refreshes both are fixed numbers.
+    ``mixed_from`` is the norm from which a transformed gradient is mixed with the plain one: the limit or, if that is
+    more, `MIXED` times the root mean square of ‖G‖ times the geometric mean of ``‖Ĝ‖ / ‖G‖``. For where inputs have
+    very unequal variances Ĝ is longer than G in every batch, and only the unusual ones are to be mixed. A ratio does
+    not grow with a spike, as a mean of ‖Ĝ‖ would.
+
+    Between two refreshes all are fixed numbers.
 
     Args:
         bound: at least 1; None for no limit.
         rescale: whether there is a correction; 1 otherwise.
-        decay, device, dtype: as for `FeatureCovariance`, of which this is one of two features.
+        decay: of the features' statistics, which norms follow `FASTER`.
+        device, dtype: as for `FeatureCovariance`, of which this is one of three features.
 
-    Buffers, beside the statistics: ``correction`` () and ``limit`` (). Until the first refresh they are 1, and 0 for no
-    limit.
+    Buffers, beside the statistics: ``correction`` (), ``limit`` () and ``mixed_from`` (). Until the first refresh they
+    are 1, and 0 for no limit.
     """
 
     correction: Tensor
     limit: Tensor
+    mixed_from: Tensor
 
     def __init__(
         self,
@@ -45,10 +54,11 @@ class GradientNorms(SolvedStatistics):
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(1, 2, decay=decay, device=device, dtype=dtype)
+        super().__init__(1, 3, decay=decay**FASTER, device=device, dtype=dtype)
         self.bound, self.rescale = bound, rescale
         self.register_buffer("correction", torch.ones((), device=device, dtype=dtype))
         self.register_buffer("limit", torch.zeros((), device=device, dtype=dtype))
+        self.register_buffer("mixed_from", torch.zeros((), device=device, dtype=dtype))
 
     @torch.no_grad()
     def reset_state(self) -> None:
@@ -60,14 +70,15 @@ class GradientNorms(SolvedStatistics):
         """Return the correction, to be multiplied by a gradient; None for 1."""
         return snapshot_for_graph(self.correction) if self.rescale else None
 
-    def observe_gradient(self, norm: Tensor, component: Tensor, valid: Tensor | bool) -> None:
-        """Take a gradient into the window: ‖G‖, and ``⟨Ĝ, G⟩ / ‖G‖²`` with the correction.
+    def observe_gradient(self, norm: Tensor, component: Tensor, mapped: Tensor, valid: Tensor | bool) -> None:
+        """Take a gradient into the window: ‖G‖, and ``⟨Ĝ, G⟩ / ‖G‖²`` and ‖Ĝ‖ with the correction.
 
         A component of 0, or one that is not positive, has no logarithm: such a gradient is left out.
         """
         most = self.limit * (1 + EARLY / self.running_count.squeeze())
-        norm = torch.where(self.limit > 0, torch.minimum(norm, most), norm)
-        self.observe_rows(torch.stack([(component / self.correction).log(), norm]).view(1, 1, 2), valid=valid)
+        counted = torch.where(self.limit > 0, torch.minimum(norm, most), norm)
+        logarithms = (component / self.correction).log(), (mapped / norm).log()
+        self.observe_rows(torch.stack([*logarithms, counted]).view(1, 1, 3), valid=valid)
 
     @torch.no_grad()
     def solve_in_place(self) -> None:
@@ -75,7 +86,9 @@ class GradientNorms(SolvedStatistics):
         if self.rescale:
             self.correction.copy_((-mean[0]).exp())
         if self.bound is not None:
-            self.limit.copy_(self.bound * (mean[1].square() + variance[1]).sqrt())
+            usual = (mean[2].square() + variance[2]).sqrt()
+            self.limit.copy_(self.bound * usual)
+            self.mixed_from.copy_(usual * (MIXED * mean[1].exp()).clamp(min=self.bound))
 
     def extra_repr(self) -> str:
         return f"bound={self.bound}"

@@ -70,10 +70,11 @@ class FeatureWhitening(GradientTransform):
             method with power 1: k such that the whitened features have mean variance 1).
         shrink: shrink C towards a multiple of the identity, the more the fewer effective rows it comes from; see
             `WhiteningFactor.estimate`. Otherwise directions that few rows happen not to show are amplified.
-        bound: largest norm of a weight's gradient, after the transform, as a multiple of the usual norm of the plain
-            one (its root mean square over past batches), at least 1. A longer gradient is shortened, and counted in
-            ``num_batches_bounded``: the only place where the map is not linear. Each micro-batch, each process
-            and each call of the layer is bounded for itself. None for no bound.
+        bound: norm up to which a weight's gradient, after the transform, is an ordinary one, as a multiple of the usual
+            norm of the plain gradient (its root mean square over recent batches), at least 1. A longer one is counted
+            in ``num_batches_bounded``, mixed with the plain gradient and shortened; see `_bounded`. This is the only
+            place where the map is not linear. Each micro-batch, each process and each call of the layer is bounded for
+            itself. None for no bound.
         update_interval: batches between two refreshes of P, on the mean: one of every so many batches, at a place that
             is in step with no loop. Before that many, P is refreshed after 1, 2, 4, 8, …
         statistics_interval: the same for the batches that are observed. A layer that such a batch does not reach
@@ -111,7 +112,7 @@ class FeatureWhitening(GradientTransform):
         center: bool | None = None,
         rescale: bool = True,
         shrink: bool = True,
-        bound: float | None = 1.4,
+        bound: float | None = 1.3,
         update_interval: int = 10,
         statistics_interval: int = 1,
         max_rows: int | None = 512,
@@ -246,25 +247,37 @@ class FeatureWhitening(GradientTransform):
         return matrix, None if bias is None else bias.flatten().to(grad_weight.dtype)
 
     def _bounded(self, plain: Tensor, mapped: Tensor) -> Tensor:
-        """Measure what the transform does to a gradient, and shorten the gradient to the bound.
+        """Measure what the transform does to a gradient; make one that is longer than usual safe.
 
-        The bound is the one place where the map is not linear, so under `torch.func` it does not act: there the
-        gradients of single samples have to add up to the batch's.
+        Near the largest stable learning rate a few long gradients follow each other, and grow. What ends that is the
+        plain gradient's component in the strong directions, which whitening suppresses. So ``a Ĝ + (1 − a) G`` is
+        returned, with ``a = mixed_from / ‖Ĝ‖``: the longer the gradient, the more of the plain one. The norm is then
+        shortened to the limit, or, where the plain gradient is beyond the limit itself, to the geometric mean of
+        ``‖G‖`` and the limit: gradients that grow because training needs it must not be held back.
+
+        Not being linear, this is left out under `torch.func`: there the gradients of single samples have to add up to
+        the batch's.
         """
         if self.norms is None:
             return mapped
         call_on_plain_tensors(self._measure, plain, mapped)
         if self.bound is None or self._measured is None or function_transforms.are_active():
             return mapped
-        norm, limit = self._measured[2], self.norms.limit
+        (plain_norm, component, norm), limit = self._measured, self.norms.limit
         is_longer = (norm > limit) & (limit > 0)
         if is_longer.is_cpu and not is_longer:
             return mapped
         self.num_batches_bounded.add_(is_longer)
-        return mapped * torch.where(is_longer, limit / norm, 1)
+        part = (self.norms.mixed_from / norm).clamp(max=1)
+        # Both norms divided by ‖G‖, so that no square is out of range
+        mixed = (part * norm / plain_norm).square() + 2 * part * (1 - part) * component + (1 - part).square()
+        allowed = torch.maximum(limit / plain_norm, (limit / plain_norm).sqrt())
+        part = torch.where(is_longer, part, 1)
+        shortened = torch.where(is_longer, (allowed / mixed.sqrt()).clamp(max=1), 1)
+        return torch.lerp(plain, mapped, part) * shortened
 
     def _measure(self, plain: Tensor, mapped: Tensor) -> None:
-        """Keep ‖G‖, ``⟨Ĝ, G⟩ / ‖G‖²`` and ‖Ĝ‖."""
+        """Keep ``‖G‖``, ``⟨Ĝ, G⟩ / ‖G‖²`` and ``‖Ĝ‖``."""
         plain, mapped = (sum_over_samples(matrix, 4).flatten() for matrix in (plain, mapped))
         norm = torch.linalg.vector_norm(plain)
         unit = plain / norm  # so that no square is out of range
@@ -318,7 +331,7 @@ class FeatureWhitening(GradientTransform):
         if self._output_rows is not None:
             self.outputs.observe_rows(*self._output_rows, valid)
         if self.norms is not None and self._measured is not None:
-            self.norms.observe_gradient(*self._measured[:2], valid)
+            self.norms.observe_gradient(*self._measured, valid)
         return valid
 
     def _observe_taps(self, input: Tensor, batch: int, valid: Tensor) -> None:

@@ -213,7 +213,7 @@ def wait_for(process, out, epochs):
     while not path.exists() or len(results(out)["epochs"]) < epochs:
         if process.poll() is not None or time.monotonic() > end:
             process.kill()
-            pytest.fail(str(process.communicate()))
+            pytest.fail(str(process.communicate(timeout=60)))
         time.sleep(0.01)
 
 
