@@ -330,7 +330,7 @@ class Whitening:
         if not (self.rescale and self.logarithms):
             return 1.0
         number = len(self.logarithms)
-        weights = [self.decay ** (4 * age) for age in reversed(range(number))]  # norms are forgotten faster
+        weights = [self.decay ** (10 * age) for age in reversed(range(number))]  # norms are forgotten faster
         return math.exp(-sum(map(operator.mul, weights, self.logarithms)) / sum(weights))
 
     def _inverse(self, covariance: Tensor, power: float, damping: float) -> Tensor:

@@ -174,7 +174,7 @@ def test_from_which_norm_a_gradient_is_mixed(power):
 
 
 def test_a_long_gradient_does_not_raise_the_bound_and_what_stays_long_does():
-    one = Layer(FeatureWhitening(bound=1.5, decay=0.995))  # for norms 0.98
+    one = Layer(FeatureWhitening(bound=1.5, decay=0.998))  # for norms 0.98
     for _ in range(150):
         one.step()
     limit = one.layer.transform.norms.limit.item()
@@ -280,8 +280,8 @@ def train(model, optimizer, steps, batches):
 
 @pytest.mark.parametrize("lr, momentum", [(0.1, 0.0), (0.01, 0.9)])
 @pytest.mark.parametrize("at", [57, 60, 65])
-def test_a_jump_of_the_inputs_is_survived_where_plain_survives_it(at, lr, momentum):
-    """Five standard deviations, at any place between two refreshes."""
+def test_after_a_jump_of_the_inputs_the_network_is_soon_ahead_again(at, lr, momentum):
+    """Five standard deviations, at any place between two refreshes; 140 batches later."""
     truth = torch.randn(16, 4, generator=torch.Generator().manual_seed(5))
 
     def batches(step):
@@ -296,9 +296,9 @@ def test_a_jump_of_the_inputs_is_survived_where_plain_survives_it(at, lr, moment
         model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
         if whitened:
             whiten(model)
-        losses = train(model, torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum), 160, batches)
+        losses = train(model, torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum), 200, batches)
         final[whitened] = sum(losses[-20:]) / 20
     assert final[False] < 0.5  # plain recovers
-    # Gradients that are suddenly longer are shortened, so without momentum the way back takes longer: 1.4 to 1.7 times
-    # plain's loss. It was at most 1.05 times that when the bound was one on each batch's own ratio.
-    assert final[True] <= (1.05 if momentum else 2) * final[False]
+    # Gradients that are suddenly longer are held back at first: without momentum the whitened loss is up to 3.4 times
+    # plain's in the 70 batches after the jump, and less than plain's from 130 batches after it on.
+    assert final[True] <= final[False]

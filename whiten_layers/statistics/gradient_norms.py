@@ -7,7 +7,7 @@ from .covariance import SolvedStatistics, snapshot_for_graph
 
 EARLY = 3  # batches, after which a norm may count twice as much as the limit
 MIXED = 0.8  # of the usual length of a transformed gradient, from which it is mixed with the plain one
-FASTER = 4  # times as fast as the statistics of features: norms are single numbers, known well from a few batches
+FASTER = 10  # times as fast as the statistics of features: norms are single numbers, known well from a few batches
 
 
 class GradientNorms(SolvedStatistics):
@@ -21,7 +21,7 @@ class GradientNorms(SolvedStatistics):
 
     ``limit`` is `bound` times the root mean square of ‖G‖. A norm counts as no more than the limit of the day, so a few
     long gradients do not raise it. What stays long does, slowly: with the default decay of 0.99, of which norms take
-    the fourth power, and a bound of 1.3 the limit doubles in 52 batches. It does faster as long as few batches are
+    the tenth power, and a bound of 1.2 the limit doubles in 34 batches. It does faster as long as few batches are
     known, since gradients may well grow then: those of a network whose last layer starts at zero do.
 
     ``mixed_from`` is the norm from which a transformed gradient is mixed with the plain one: the limit or, if that is

@@ -112,7 +112,7 @@ class FeatureWhitening(GradientTransform):
         center: bool | None = None,
         rescale: bool = True,
         shrink: bool = True,
-        bound: float | None = 1.3,
+        bound: float | None = 1.2,
         update_interval: int = 10,
         statistics_interval: int = 1,
         max_rows: int | None = 512,
