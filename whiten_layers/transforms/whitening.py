@@ -231,9 +231,10 @@ class FeatureWhitening(GradientTransform):
         plain = matrix
         correction = None if self.norms is None else self.norms.current_correction()
         if self.power > 0 and self.separable:
-            # Taps first, and from the left, on whole rows of channels: products with 9 columns take five times as long.
-            matrix = self.taps.current_precision(correction).unsqueeze(1) @ matrix.transpose(2, 3).contiguous()
-            matrix = self.channels.multiply(matrix.flatten(1, 2)).view(matrix.shape).transpose(2, 3)
+            # Taps first, and from the left, on whole rows of channels: products with 9 columns take five times as long,
+            # and a copy of the transposed gradient six times as long as this product that reads it in place.
+            matrix = self.taps.current_precision(correction).unsqueeze(1) @ matrix.transpose(2, 3)
+            matrix = self.channels.multiply(matrix.flatten(1, 2)).view(matrix.shape).transpose(2, 3).contiguous()
         elif self.power > 0:
             matrix = self.inputs.multiply(matrix.flatten(2), correction).view(shape)
         if self.output_power > 0:
@@ -280,8 +281,7 @@ class FeatureWhitening(GradientTransform):
         """Keep ``‖G‖``, ``⟨Ĝ, G⟩ / ‖G‖²`` and ``‖Ĝ‖``."""
         plain, mapped = (sum_over_samples(matrix, 4).flatten() for matrix in (plain, mapped))
         norm = torch.linalg.vector_norm(plain)
-        unit = plain / norm  # so that no square is out of range
-        self._measured = norm, torch.dot(unit, mapped) / norm, torch.linalg.vector_norm(mapped)
+        self._measured = norm, torch.dot(plain, mapped) / norm / norm, torch.linalg.vector_norm(mapped)
 
     def pending(self) -> dict[str, Any]:
         return {"_output_rows": None, "_measured": None}
