@@ -270,11 +270,13 @@ class FeatureWhitening(GradientTransform):
             return mapped
         self.num_batches_bounded.add_(is_longer)
         part = (self.norms.mixed_from / norm).clamp(max=1)
-        # Both norms divided by ‖G‖, so that no square is out of range
+        # Squared norm of the mixture and norm that is allowed, relative to ‖G‖, so that no square is out of range
         mixed = (part * norm / plain_norm).square() + 2 * part * (1 - part) * component + (1 - part).square()
-        allowed = torch.maximum(limit / plain_norm, (limit / plain_norm).sqrt())
+        allowed = limit / plain_norm
+        allowed = torch.maximum(allowed, allowed.sqrt())
         part = torch.where(is_longer, part, 1)
-        shortened = torch.where(is_longer, (allowed / mixed.sqrt()).clamp(max=1), 1)
+        # Where a norm is out of range, no length can be kept: a gradient whose entries are finite becomes zero.
+        shortened = torch.where(is_longer, (allowed / mixed.sqrt()).clamp(max=1).nan_to_num(nan=0), 1)
         return torch.lerp(plain, mapped, part) * shortened
 
     def _measure(self, plain: Tensor, mapped: Tensor) -> None:
