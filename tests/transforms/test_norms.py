@@ -147,7 +147,7 @@ def test_a_long_gradient_is_mixed_with_the_plain_one_and_shortened(limit, mixed_
     layer(x).backward(upstream)
     expected = mapped
     if limit < 1:
-        part = min(1, mixed_from)
+        part = min(1, mixed_from) ** 2
         expected = part * mapped + (1 - part) * plain
         length = max(norms.limit, (norms.limit * plain.norm()).sqrt())
         expected = expected * (length / expected.norm()).clamp(max=1)
@@ -157,7 +157,7 @@ def test_a_long_gradient_is_mixed_with_the_plain_one_and_shortened(limit, mixed_
 
 @pytest.mark.parametrize("power", [0.2, 1.0])
 def test_from_which_norm_a_gradient_is_mixed(power):
-    """From the limit, or 0.8 times the usual length of a transformed gradient, which here is longer with power 1."""
+    """From the limit, or 1.25 times the usual length of a transformed gradient, which here is longer with power 1."""
     torch.manual_seed(0)
     layer = whiten(nn.Linear(16, 4, dtype=torch.float64), FeatureWhitening(power=power, bound=1.3))
     norms, lengths = layer.transform.norms, []
@@ -168,7 +168,7 @@ def test_from_which_norm_a_gradient_is_mixed(power):
         lengths.append(((upstream.T @ x).norm(), mapped.norm()))
         layer(x).backward(upstream)
     plain, mapped = torch.tensor(lengths, dtype=torch.float64)[50:].mean(0)
-    longest = max(1.3 * plain, 0.8 * mapped)
+    longest = max(1.3 * plain, 1.25 * mapped)
     torch.testing.assert_close(norms.mixed_from, longest, rtol=0.1, atol=0)  # norms scatter by a third
     assert (longest > 1.2 * norms.limit) == (power == 1)
 

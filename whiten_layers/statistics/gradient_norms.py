@@ -6,7 +6,7 @@ from torch import Tensor
 from .covariance import SolvedStatistics, snapshot_for_graph
 
 EARLY = 3  # batches, after which a norm may count twice as much as the limit
-MIXED = 0.8  # of the usual length of a transformed gradient, from which it is mixed with the plain one
+MIXED = 1.25  # times the usual length of a transformed gradient, from which it is mixed with the plain one
 FASTER = 10  # times as fast as the statistics of features: norms are single numbers, known well from a few batches
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .covariance import effective_rows
 
-MIN_IMAGES = 8  # of a batch that has as many, in `tap_autocovariance`
+MIN_IMAGES = 32  # of a batch that has as many, in `tap_autocovariance`
 
 
 @dataclass(frozen=True)

@@ -252,9 +252,10 @@ class FeatureWhitening(GradientTransform):
 
         Near the largest stable learning rate a few long gradients follow each other, and grow. What ends that is the
         plain gradient's component in the strong directions, which whitening suppresses. So ``a Ĝ + (1 − a) G`` is
-        returned, with ``a = mixed_from / ‖Ĝ‖``: the longer the gradient, the more of the plain one. The norm is then
-        shortened to the limit, or, where the plain gradient is beyond the limit itself, to the geometric mean of
-        ``‖G‖`` and the limit: gradients that grow because training needs it must not be held back.
+        returned, with ``a = (mixed_from / ‖Ĝ‖)²``: the longer the gradient, the more of the plain one. The square
+        leaves ordinary gradients nearly as they are. The norm is then shortened to the limit, or, where the plain
+        gradient is beyond the limit itself, to the geometric mean of ``‖G‖`` and the limit: gradients that grow
+        because training needs it must not be held back.
 
         Not being linear, this is left out under `torch.func`: there the gradients of single samples have to add up to
         the batch's.
@@ -269,7 +270,7 @@ class FeatureWhitening(GradientTransform):
         if is_longer.is_cpu and not is_longer:
             return mapped
         self.num_batches_bounded.add_(is_longer)
-        part = (self.norms.mixed_from / norm).clamp(max=1)
+        part = (self.norms.mixed_from / norm).clamp(max=1).square()
         # Squared norm of the mixture and norm that is allowed, relative to ‖G‖, so that no square is out of range
         mixed = (part * norm / plain_norm).square() + 2 * part * (1 - part) * component + (1 - part).square()
         allowed = limit / plain_norm
