@@ -92,12 +92,16 @@ def test_gains_beside_whitening(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_whitened_sgd_reaches_the_plain_loss_in_half_the_steps(tmp_path):
-    """The claim of the README's first table, with one seed at the learning rate that is the plain network's best."""
-    arguments = ["--dataset", "crops", "--model", "resnet20", "--power", "1", "--seeds", "0", "--out", str(tmp_path)]
+def test_whitened_sgd_reaches_the_plain_loss_in_fewer_steps(tmp_path):
+    """The README's first table, with one seed: there the median of three takes two thirds of plain's steps.
+
+    A single run takes 104 to 156 steps with power 1 where the code differs in rounding alone: hence three quarters.
+    """
+    arguments = ["--dataset", "crops", "--compare", "power=0.5", "power=1", "--seeds", "0", "--out", str(tmp_path)]
     assert convergence.main(arguments) == 0
-    plain, whitened = results(tmp_path)["rows"]
-    assert whitened["steps_to_plain"] <= plain["steps"] / 2
+    plain, *whitened = results(tmp_path)["rows"]
+    for row in whitened:
+        assert row["steps_to_plain"] <= 0.75 * plain["steps_to_plain"], row["variant"]
 
 
 def test_a_curve_finds_when_a_loss_is_reached():
