@@ -90,6 +90,8 @@ OPTIMIZERS = {
     "SOAP": (SOAP, 0.01),
     "Muon": (Muon, 0.02),
 }
+# Limits of the ratio to plain's loss, by output power, where the optimizer whitens itself; elsewhere it is 0.7.
+NEAR_ONE = {("Muon", 0.0): 1.05, ("Muon", 0.5): 1.05, ("SOAP", 0.0): 1.05, ("SOAP", 0.5): 1.2}
 
 
 def batches(seed):
@@ -126,13 +128,13 @@ def test_the_whitened_network_is_ahead(name, output_power):
     (SOAP), 1.11 and 1.13 (SOAP with both sides), 0.94 (Muon with both sides).
     """
     make, lr = OPTIMIZERS[name]
-    whitens_itself = name in ("Muon", "SOAP")
+    case = name, output_power
+    seeds = 9 if case in NEAR_ONE else 3
     ratios = [
         final_loss(make, lr, FeatureWhitening(output_power=output_power), seed) / final_loss(make, lr, None, seed)
-        for seed in range(9 if whitens_itself else 3)
+        for seed in range(seeds)
     ]
-    limit = 1.2 if name == "SOAP" and output_power else 1.05 if whitens_itself else 0.7
-    assert statistics.geometric_mean(ratios) < limit
+    assert statistics.geometric_mean(ratios) < NEAR_ONE.get(case, 0.7)
 
 
 def test_lbfgs_without_a_line_search():
