@@ -2,7 +2,8 @@
 
 A page says where a table stands: between ``<!-- table: NAME -->`` and ``<!-- end -->``. NAME.json holds the cells of
 the table that a benchmark printed ("table"), on which machine ("environment"), and the commands that repeat it. With
-several names the rows follow one another.
+several names the rows follow one another. ``<!-- table: NAME, without CELL -->`` leaves out the rows that end with this
+cell, and the commands: a table of failures, for instance, beside a whole one on another page.
 """
 
 import json
@@ -33,8 +34,10 @@ class Options:
     command: tuple[str, ...] | None = None  # with --keep: what repeats the run (default: as NAME.json says)
 
 
-def markdown(names: list[str], results: dict[str, dict[str, Any]]) -> str:
+def markdown(names: list[str], results: dict[str, dict[str, Any]], without: str | None = None) -> str:
     """Make a table, and below it the commands that repeat it, the machine, and where figures come from if not a run.
+
+    With `without` the rows whose last cell it is are left out, and what is below the table.
 
     Raises:
         ValueError: there is no such file, or the files' columns differ.
@@ -46,11 +49,14 @@ def markdown(names: list[str], results: dict[str, dict[str, Any]]) -> str:
     head = chosen[0]["table"][0]
     if any(one["table"][0] != head for one in chosen):
         raise ValueError(f"the columns of {', '.join(names)} are not the same")
-    lines = [head, ["---"] * len(head), *(row for one in chosen for row in one["table"][1:])]
+    lines = [head, ["---"] * len(head), *(row for one in chosen for row in one["table"][1:] if row[-1] != without)]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    if without is not None:  # the whole table, elsewhere, says how it was made
+        return table
     below = [f"`{command}`" for command in dict.fromkeys(command for one in chosen for command in one["command"])]
     below += [f"on {machine}" for machine in dict.fromkeys(_machine(one["environment"]) for one in chosen) if machine]
     below += [f"transcribed {source}" for source in dict.fromkeys(one.get("transcribed") for one in chosen) if source]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + ";\n".join(below) + "\n"
+    return table + "\n" + ";\n".join(below) + "\n"
 
 
 def _machine(environment: dict[str, Any]) -> str:
@@ -67,7 +73,8 @@ def filled(text: str, results: dict[str, dict[str, Any]]) -> str:
         begin, names, inside, end = match.groups()
         if "<!-- table:" in inside:
             raise ValueError(f"the table {names} has no <!-- end -->")
-        return begin + markdown(names.split(), results) + end
+        names, _, without = names.partition(", without ")
+        return begin + markdown(names.split(), results, without or None) + end
 
     if text.count("<!-- table:") != len(MARKED.findall(text)):
         raise ValueError("a table has no <!-- end -->, or its marker is not <!-- table: NAME --> on a line of its own")

@@ -93,7 +93,7 @@ def test_gains_beside_whitening(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_whitened_sgd_reaches_the_plain_loss_in_fewer_steps(tmp_path):
-    """The README's first table, with one seed: there the median of three takes two thirds of plain's steps.
+    """The README's table of crops, with one seed: there the median of three takes two thirds of plain's steps.
 
     A single run scatters: with power 1 this one takes 156 steps on one thread and 129 on two. Hence three quarters.
     """

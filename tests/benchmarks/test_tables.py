@@ -44,7 +44,7 @@ def root(tmp_path):
 def test_the_pages_show_what_the_files_hold(capsys):
     assert main(["--check"]) == 0, capsys.readouterr().out
     pages = "\n".join(page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-    named = {name for names in re.findall(r"<!-- table: ([^>]+) -->", pages) for name in names.split()}
+    named = {name for names in re.findall(r"<!-- table: ([^>,]+)[^>]* -->", pages) for name in names.split()}
     assert named == {file.stem for file in (ROOT / "benchmarks" / "results").glob("*.json")}
 
 
@@ -57,6 +57,14 @@ def test_a_table_is_written_and_a_figure_that_changes_is_noticed(root, capsys):
     capsys.readouterr()
     assert main(["--check"], root) == 1 and "docs/page.md" in capsys.readouterr().out
     assert main([], root) == 0 and "| whitened | 0.3 |" in page.read_text()
+
+
+def test_rows_that_end_with_a_cell_are_left_out(root):
+    page = root / "docs" / "page.md"
+    page.write_text(PAGE.replace("one -->", "one, without 0.2 -->"))
+    assert main([], root) == 0
+    text = page.read_text()
+    assert "| whitened | 0.1 |" in text and "| plain |" not in text and "python -m" not in text
 
 
 def test_a_run_is_kept_without_what_is_bulky(root, capsys):
