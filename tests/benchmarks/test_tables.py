@@ -44,7 +44,7 @@ def root(tmp_path):
 def test_the_pages_show_what_the_files_hold(capsys):
     assert main(["--check"]) == 0, capsys.readouterr().out
     pages = "\n".join(page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-    named = {name for names in re.findall(r"<!-- table: ([^>,]+)[^>]* -->", pages) for name in names.split()}
+    named = {name for names in re.findall(r"<!-- table: ([^>,]+) -->", pages) for name in names.split()}
     assert named == {file.stem for file in (ROOT / "benchmarks" / "results").glob("*.json")}
 
 
