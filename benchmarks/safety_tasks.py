@@ -74,9 +74,9 @@ def shuffled(data: Sequence[Tensor], size: int, generator: Generator) -> Iterato
             yield tuple(part[rows] for part in data)
 
 
-def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True) -> nn.Sequential:
     """Make a multilayer perceptron."""
-    layers = [part for ends in pairwise(widths) for part in (nn.Linear(*ends), activation())]
+    layers = [part for ends in pairwise(widths) for part in (nn.Linear(*ends, bias=bias), activation())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -240,7 +240,7 @@ def vae(steps: int = 200) -> Task:
     )
 
 
-def regression(steps: int = 400) -> Task:
+def regression(steps: int = 400, bias: bool = True) -> Task:
     """Learn from a teacher on correlated inputs that are far from zero mean."""
 
     def batches(generator: Generator) -> Iterator[Batch]:
@@ -256,7 +256,7 @@ def regression(steps: int = 400) -> Task:
     return Task(
         steps,
         {"sgd": 0.1, "adamw": 0.003},
-        lambda: (mlp(64, 128, 128, 8),),
+        lambda: (mlp(64, 128, 128, 8, bias=bias),),
         batches,
         supervised(F.mse_loss),
     )
@@ -438,6 +438,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "resnet20-crops": resnet20_crops,
     "vae": vae,
     "regression": regression,
+    "regression-no-bias": partial(regression, bias=False),
     "transformer-source": transformer_source,
     "mnist-cnn": mnist_cnn,
     "mnist1d": mnist1d,

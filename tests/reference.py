@@ -172,13 +172,15 @@ def block_diagonal(matrix: Tensor, block_size: int | None, taps: int = 1) -> Ten
     return matrix * (block[:, None] == block)
 
 
-def inverse_power(covariance: Tensor, power: float, damping: float, rescale: bool) -> Tensor:
+def inverse_power(covariance: Tensor, power: float, damping: float, rescale: bool, between: bool = False) -> Tensor:
     """``k (C + λI)^(-p)``, λ relative to the mean variance, by a singular value decomposition."""
     size = len(covariance)
     damped = covariance + damping * covariance.trace() / size * torch.eye(size, dtype=covariance.dtype)
     u, s, _ = torch.linalg.svd(damped)
     inverse = u @ torch.diag(s**-power) @ u.T
     scale = covariance.trace() / (inverse @ covariance).trace() if rescale else 1.0
+    if rescale and between:
+        scale = (scale * (covariance.trace() / (inverse @ covariance @ inverse).trace()) ** 0.5) ** 0.5
     return scale * inverse
 
 
@@ -265,6 +267,7 @@ class Whitening:
     def __init__(
         self,
         layer: Any,
+        method: str = "auto",
         *,
         features: str = "kronecker",
         power: float = 0.5,
@@ -280,8 +283,11 @@ class Whitening:
         self.taps = 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)
         self.separable = features == "kronecker" and self.taps > 1
         self.power, self.output_power, self.damping, self.decay = power, output_power, damping, decay
-        self.center = layer.bias is None if center is None else center
+        # A convolution without a bias is taken to be followed by a normalization.
+        is_normalized = layer.bias is None and not isinstance(layer, nn.Linear)
+        self.center = is_normalized if center is None else center
         self.rescale, self.shrink, self.block_size = rescale, shrink, block_size
+        self.between = is_normalized and method != "recursive"
         self.inputs: list[Tensor] = []  # each batch's rows, of whole patches or of channels
         self.outputs: list[Tensor] = []  # each batch's gradients, scaled to a second moment of trace 1
         self.correlations: list[Tensor] = []
@@ -327,7 +333,7 @@ class Whitening:
 
     @property
     def correction(self) -> float:
-        if not (self.rescale and self.logarithms):
+        if not (self.rescale and self.logarithms) or self.between:
             return 1.0
         number = len(self.logarithms)
         weights = [self.decay ** (10 * age) for age in reversed(range(number))]  # norms are forgotten faster
@@ -339,7 +345,7 @@ class Whitening:
         values = torch.linalg.eigvalsh(covariance)
         floor = damping * values.sum() / len(values)
         self.condition *= ((values[-1] + floor) / (values[0] + floor)).item()
-        return inverse_power(covariance, power, damping, self.rescale)
+        return inverse_power(covariance, power, damping, self.rescale, self.between)
 
     def _estimate(self, batches: list[Tensor], about_zero: bool, taps: int = 1) -> tuple[Tensor, Tensor]:
         """The covariance or second moment of a group's rows, block by block, and their mean."""

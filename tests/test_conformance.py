@@ -48,7 +48,7 @@ def conforms(plain: nn.Module, inputs: list[torch.Tensor], options: dict, method
     """
     transform = FeatureWhitening(method, update_interval=1, statistics_interval=1, max_rows=None, bound=None, **options)
     twin = whiten(copy.deepcopy(plain), transform)
-    truth = reference.Whitening(plain, **options)
+    truth = reference.Whitening(plain, method, **options)
     precision = torch.finfo(torch.promote_types(plain.weight.dtype, torch.float32))
     rounding = torch.finfo(plain.weight.dtype)
     for number, x in enumerate(inputs):

@@ -95,6 +95,8 @@ def test_training_follows_the_network_that_whitens_its_samples(network, options)
         for layer, whitened in zip(truth, model, strict=True):
             # A number that `test_conformance` has a truth for
             correction = whitened.transform.norms.correction if rescale else 1
+            is_normalized = layer.layer.bias is None and not isinstance(layer.layer, nn.Linear)
+            between = is_normalized and transform.method != "recursive"
             with torch.no_grad():
                 for parameter in layer.parameters():
                     parameter -= lr * parameter.grad
@@ -106,12 +108,12 @@ def test_training_follows_the_network_that_whitens_its_samples(network, options)
                 taps = layer.layer.weight[0, 0].numel()
                 covariance = reference.block_diagonal(covariance, transform.block_size, taps)
                 means.append(mean if transform.power else torch.zeros_like(mean))
-                precision = reference.inverse_power(covariance, transform.power, DAMPING, rescale)
+                precision = reference.inverse_power(covariance, transform.power, DAMPING, rescale, between)
                 precision = precision * (correction if transform.power else 1)
                 roots.append(reference.root(precision) if transform.power else identity)
                 _, moment = reference.moments(delta, center=False)
                 moment = reference.block_diagonal(moment / moment.trace(), transform.block_size)
-                precision = reference.inverse_power(moment, transform.output_power, DAMPING, rescale)
+                precision = reference.inverse_power(moment, transform.output_power, DAMPING, rescale, between)
                 precision = precision * (1 if transform.power else correction)
                 outputs.append(
                     reference.root(precision).T if transform.output_power else torch.eye(len(moment)).double()

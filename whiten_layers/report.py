@@ -25,8 +25,9 @@ class Row:
 
     Condition numbers are those of the damped covariance, with all blocks of a group together; the worst group counts.
     `effective_rows` are those that the covariance comes from, of the group with the fewest. `component` is how many
-    times longer the gradient's component along the plain one would be, as measured on new batches, if that were not
-    corrected; 1 where it is not measured. `bounded` counts the layer's gradients that were shortened to the bound.
+    times as long as the plain gradient the component along it usually is, as measured on new batches, before that is
+    corrected (that of a convolution without a bias is not); 1 where it is not measured. `bounded` counts the layer's
+    gradients that were shortened to the bound.
     """
 
     layer: str
@@ -146,7 +147,7 @@ def report(model: nn.Module) -> Report:
                     restarted=int(factor.num_refreshes_restarted),
                     bounded=int(whitening.num_batches_bounded) if whitening else 0,
                     effective_rows=factor.running_effective_count.min().item(),
-                    component=1 / norms.correction.item() if norms else 1.0,
+                    component=norms.usual_component().item() if norms else 1.0,
                     condition=condition,
                     whitened=whitened,
                     bytes=sum(buffer.nbytes for buffer in factor.buffers()),

@@ -36,16 +36,18 @@ def filled(*shape, **options):
         ("recursive", 0.5),
     ],
 )
-@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("rescale, between", [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("groups, channels, taps, block_size", [(1, 7, 1, 3), (2, 5, 4, 2), (3, 6, 2, 3), (1, 4, 9, 1)])
-def test_blocks_are_the_dense_block_diagonal_inverse(groups, channels, taps, block_size, method, power, rescale):
+def test_blocks_are_the_dense_block_diagonal_inverse(
+    groups, channels, taps, block_size, method, power, rescale, between
+):
     options = {"method": method, "power": power, "rescale": rescale, "block_size": block_size, "rank": 40}
-    factor, rows = filled(groups, channels, taps, **options)
+    factor, rows = filled(groups, channels, taps, between=between, **options)
     refresh_factors([factor])
     for group in range(groups):
         _, covariance = reference.moments(rows[group])
         dense = reference.block_diagonal(covariance, block_size, taps)
-        expected = reference.inverse_power(dense, power, 0.1, rescale)
+        expected = reference.inverse_power(dense, power, 0.1, rescale, between)
         unit = torch.zeros(groups, channels * taps, channels * taps, dtype=torch.float64)
         unit[group] = torch.eye(channels * taps)
         torch.testing.assert_close(factor.multiply(unit)[group], expected, rtol=1e-9, atol=1e-9)

@@ -45,7 +45,6 @@ def test_white_inputs_keep_the_norm_at_every_step(kind, rows, features, power, o
 
     Inputs that were rectified are not white about zero: of their gradients it is the component that stays.
     """
-    torch.manual_seed(0)
     transform = FeatureWhitening(power=power, output_power=output_power, bound=None)
     if kind == "convolution":
         layer = WhitenedConv2d(features, 32, 3, padding=1, bias=bias, transform=transform)
@@ -54,9 +53,12 @@ def test_white_inputs_keep_the_norm_at_every_step(kind, rows, features, power, o
         layer = WhitenedLinear(features, 32, bias=bias, transform=transform)
         shape = (rows, features)
     make = (lambda: torch.randn(shape).relu()) if kind == "rectified" else lambda: torch.randn(shape)
+    torch.manual_seed(0)  # the same rows with a bias and without
     ratios, components = measured(layer, make, 10)
     found = components if kind == "rectified" else ratios
-    least, most = (0.6, 2.0) if rows == 2 else (0.8, 1.25)  # of one row nothing is believed, of two too much
+    least, most = (
+        (0.6, 2.0) if rows == 2 else (0.8, 1.25)
+    )  # of one row nothing is believed, of two too much: one seed in 20 is beyond this
     assert min(found) > least and max(found) < most, found
 
 
@@ -73,7 +75,7 @@ def test_a_component_that_was_mispredicted_is_corrected():
     scales = torch.arange(1, 33) ** -1.0
 
     def last(transform):
-        layer, found = WhitenedLinear(32, 1, bias=False, transform=transform), []
+        layer, found = WhitenedLinear(32, 1, transform=transform), []
         for _ in range(60):
             layer.zero_grad()
             x = torch.randn(64, 32) * scales
@@ -87,7 +89,7 @@ def test_a_component_that_was_mispredicted_is_corrected():
     predicted, _ = last(FeatureWhitening(power=1.0, bound=None, rescale=False))
     assert kept == pytest.approx(1.0, abs=0.2) and not 0.5 < predicted < 2
     row = report(whiten(nn.Sequential(layer))).rows[0]
-    assert row.component == pytest.approx(1 / layer.transform.norms.correction.item())
+    assert row.component == pytest.approx(1 / layer.transform.norms.correction.item(), rel=0.1)  # of the last refresh
 
 
 class Layer:
@@ -258,21 +260,25 @@ def test_the_gradient_of_a_bias_is_plain_by_default(make):
     assert (layer.weight.grad - plain.weight.grad).norm() > 0.1 * plain.weight.grad.norm()
 
 
-def test_the_mean_counts_for_layers_with_a_bias_and_not_for_others():
-    """About zero the mean is the strongest direction; a normalization behind a layer without a bias takes it out."""
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("center", [None, True, False])
+@pytest.mark.parametrize("is_linear", [True, False])
+def test_the_mean_counts_unless_a_normalization_follows(is_linear, bias, center):
+    """About zero the mean is the strongest direction; a normalization behind a convolution without a bias takes it out.
+
+    Language models have linear layers without a bias, and no normalization behind them.
+    """
     torch.manual_seed(0)
-    for bias, center, strongest in [
-        (True, None, True),
-        (False, None, False),
-        (True, True, False),
-        (False, False, True),
-    ]:
-        layer = WhitenedLinear(5, 3, bias=bias, transform=FeatureWhitening(center=center))
-        for _ in range(4):
-            layer(torch.randn(200, 5) + 3).sum().backward()
-        precision, mean = layer.transform.inputs.precision[0], torch.ones(5) / 5**0.5
-        along = mean @ precision @ mean / precision.diagonal().mean()
-        assert (along < 0.5) == strongest
+    transform, strongest = FeatureWhitening(center=center), center is False or (center is None and (is_linear or bias))
+    if is_linear:
+        layer = WhitenedLinear(5, 3, bias=bias, transform=transform)
+    else:
+        layer = WhitenedConv2d(5, 3, 1, bias=bias, transform=transform)
+    for _ in range(4):
+        layer(torch.randn(200, 5)[(..., *[None] * (0 if is_linear else 2))] + 3).sum().backward()
+    precision, mean = layer.transform.inputs.precision[0], torch.ones(5) / 5**0.5
+    along = mean @ precision @ mean / precision.diagonal().mean()
+    assert (along < 0.5) == strongest
 
 
 def train(model, optimizer, steps, batches):
@@ -285,6 +291,27 @@ def train(model, optimizer, steps, batches):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+@pytest.mark.parametrize("method, lr", [(torch.optim.SGD, 0.1), (torch.optim.AdamW, 0.003)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_inputs_far_from_zero_mean_do_no_harm_with_a_bias_or_without(bias, method, lr):
+    """Whitened about the mean, a network without biases ended at 1.2 times plain's loss with SGD."""
+    mixing = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(5))).Q
+    truth = torch.randn(64, 8, generator=torch.Generator().manual_seed(6)) / 8
+
+    def batches(step):
+        varying = torch.randn(128, 64, generator=torch.Generator().manual_seed(step)) / torch.arange(1, 65)
+        return 1 + varying @ mixing, (varying @ mixing).mul(8).tanh() @ truth
+
+    final = {}
+    for whitened in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 128, bias), nn.ReLU(), nn.Linear(128, 8, bias))
+        if whitened:
+            whiten(model)
+        final[whitened] = sum(train(model, method(model.parameters(), lr=lr), 200, batches)[-20:]) / 20
+    assert final[True] < 0.8 * final[False]
 
 
 @pytest.mark.parametrize("lr, momentum, steps", [(0.1, 0.0, 200), (0.01, 0.9, 160)])

@@ -53,11 +53,15 @@ def test_a_dead_group_does_not_stop_the_others():
 
 @pytest.mark.parametrize("power", [0.3, 0.5, 1.0])
 @pytest.mark.parametrize("features", ["patch", "kronecker"])
-def test_rescaling_keeps_the_expected_component_along_the_plain_gradient(power, features):
-    """The ratio is 1 in the geometric mean over new batches: k is never about one of them."""
+@pytest.mark.parametrize("bias", [True, False])
+def test_rescaling_keeps_the_expected_component_along_the_plain_gradient(power, features, bias):
+    """The ratio is 1 in the geometric mean over new batches: k is never about one of them.
+
+    Without a bias it is the component times the norm that stays, up to a root.
+    """
     torch.manual_seed(0)
     transform = FeatureWhitening(features=features, power=power, update_interval=1, max_rows=None, bound=None)
-    layer = WhitenedConv2d(6, 5, 3, bias=False, dtype=torch.float64, transform=transform)
+    layer = WhitenedConv2d(6, 5, 3, bias=bias, dtype=torch.float64, transform=transform)
     mixing = torch.randn(6, 6, dtype=torch.float64)
 
     def batch():
@@ -75,7 +79,10 @@ def test_rescaling_keeps_the_expected_component_along_the_plain_gradient(power, 
         upstream = torch.randn(layer(x).shape, dtype=torch.float64)
         layer(x).backward(upstream)
         plain = torch.nn.grad.conv2d_weight(x, layer.weight.shape, upstream)
-        logarithm += ((layer.weight.grad * plain).sum() / plain.square().sum()).log().item() / 60
+        kept = (layer.weight.grad * plain).sum() / plain.square().sum()
+        if not bias:
+            kept = (kept * layer.weight.grad.norm() / plain.norm()).sqrt()
+        logarithm += kept.log().item() / 60
     # Of one batch it scatters by 0.1 (power 1): of 60, and of the 30 that were measured, by 0.02.
     assert abs(logarithm) < 0.08
 

@@ -33,7 +33,7 @@ class GradientNorms(SolvedStatistics):
 
     Args:
         bound: at least 1; None for no limit.
-        rescale: whether there is a correction; 1 otherwise.
+        rescale: whether there is a correction; 1 otherwise. What it would be is measured all the same.
         decay: of the features' statistics, which norms follow `FASTER`.
         device, dtype: as for `FeatureCovariance`, of which this is one of three features.
 
@@ -69,6 +69,10 @@ class GradientNorms(SolvedStatistics):
     def current_correction(self) -> Tensor | None:
         """Return the correction, to be multiplied by a gradient; None for 1."""
         return snapshot_for_graph(self.correction) if self.rescale else None
+
+    def usual_component(self) -> Tensor:
+        """Compute the geometric mean () of ``⟨Ĝ, G⟩ / ‖G‖²``, without the correction; 1 where none was measured."""
+        return self.running_mean[0, 0].exp()
 
     def observe_gradient(self, norm: Tensor, component: Tensor, mapped: Tensor, valid: Tensor | bool) -> None:
         """Take a gradient into the window: ‖G‖, and ``⟨Ĝ, G⟩ / ‖G‖²`` and ‖Ĝ‖ with the correction.

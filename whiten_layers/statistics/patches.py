@@ -55,6 +55,14 @@ class Geometry:
         """Dimensions of the kernel; 0 for a linear layer."""
         return len(self.kernel_size)
 
+    @property
+    def precedes_normalization(self) -> bool:
+        """Whether a normalization is taken to follow: behind a convolution without a bias.
+
+        Linear layers have no bias in many networks that do not normalise what they return, such as language models.
+        """
+        return self.spatial_dims > 0 and not self.has_bias
+
     def matrix(self, weight: Tensor) -> Tensor:
         """View a weight, or its gradient, as ``(groups, S, C, taps)``."""
         if self.upsampling:

@@ -45,10 +45,14 @@ class WhiteningFactor(FeatureCovariance):
     proportional to tr C and E⟨GP, G⟩ to tr(PC), so ``k = tr C / tr(PC)``. It depends on the statistics alone, so the
     transform stays linear. The blocks of a group share m and k; a feature that fills up a block has variance 1 + λ.
 
+    E‖GP‖² is proportional to tr(PCP), so ``√(tr C / tr(PCP))`` would keep the expected norm. It is never more than
+    ``tr C / tr(PC)``, and equal where C is a multiple of I. With `between`, k is the geometric mean of the two.
+
     Args:
         groups, channels, taps, decay, block_size, trace, dtype: as for `FeatureCovariance`.
         method, power, damping, rescale, shrink, rank: as for `FeatureWhitening`.
         center: True for the covariance, False for the second moment about zero.
+        between: with `rescale`, keep something between the component and the norm. Needs a product of M×M matrices.
 
     Buffers, beside the statistics: ``precision`` (groups·blocks, M, M), ``scale`` (groups·blocks,), the k inside it,
     ``mean`` (groups·blocks, M), ``directions`` (groups·blocks, M, rank) of the recursive method, and
@@ -77,6 +81,7 @@ class WhiteningFactor(FeatureCovariance):
         rescale: bool,
         center: bool = True,
         shrink: bool = False,
+        between: bool = False,
         block_size: int | None = None,
         rank: int = 16,
         trace: float | None = None,
@@ -89,7 +94,7 @@ class WhiteningFactor(FeatureCovariance):
         covariance = self.running_covariance
         matrices, size = self.running_mean.shape
         self.method, self.power, self.damping, self.rescale = resolve(method, power), power, damping, rescale
-        self.center, self.shrink = center, shrink
+        self.center, self.shrink, self.between = center, shrink, between
         self.rank = min(rank, size)
         self.register_buffer("precision", torch.eye(size).to(covariance).repeat(matrices, 1, 1))
         self.register_buffer("scale", covariance.new_zeros(matrices))
@@ -165,7 +170,10 @@ class WhiteningFactor(FeatureCovariance):
         matrix, (covariance, variance) = inverse.matrix, self.estimate()
         trace = self.group_sum(torch.linalg.vecdot(matrix.flatten(1), covariance.flatten(1)))  # of P C/m
         if self.rescale:
-            scale = self.features / trace
+            scale = self.features / trace  # tr C/m is the number of features
+            if self.between:
+                energy = torch.linalg.vecdot((matrix @ covariance).flatten(1), matrix.flatten(1))  # of P C/m P
+                scale = (scale * (self.features / self.group_sum(energy)).sqrt()).sqrt()
         else:
             scale = variance.pow(-self.power)
             if self.power == 1 and self.is_approximate:

@@ -61,13 +61,15 @@ class FeatureWhitening(GradientTransform):
         decay: factor on the weight of past rows at each batch, observed or not, in [0, 1). All that is observed between
             two refreshes forms one window, in which all rows have the same weight.
         center: whiten about the mean (True: covariance, with the bias gradient ĝ above) or about zero (False: second
-            moment, with the plain bias gradient g). None is False for a layer with a bias and True without one: an
-            optimizer that scales weight and bias each for itself (Adam, Muon) breaks the coupling of Ĝ and ĝ, by which
-            the mean cancels; and a layer without a bias is followed by a normalization, which takes the mean out.
+            moment, with the plain bias gradient g). None is True for a convolution without a bias: a normalization
+            follows, which takes the mean out. It is False otherwise: an optimizer that scales weight and bias each for
+            itself (Adam, Muon) breaks the coupling of Ĝ and ĝ, by which the mean cancels; and in a linear layer without
+            a bias nothing takes it out.
         rescale: choose k so that the component of the gradient along the plain one stays: ``⟨Ĝ, G⟩ = ‖G‖²`` on the
             mean. To first order in the learning rate the loss then falls as fast as with the plain gradient. k is
-            first what the statistics predict, then what is measured on new batches. Otherwise k = 1 (recursive
-            method with power 1: k such that the whitened features have mean variance 1).
+            first what the statistics predict, then what is measured on new batches. In a convolution without a bias k
+            is between that and what keeps the norm, as predicted; see `_keeps_norm`. Otherwise k = 1 (recursive method
+            with power 1: k such that the whitened features have mean variance 1).
         shrink: shrink C towards a multiple of the identity, the more the fewer effective rows it comes from; see
             `WhiteningFactor.estimate`. Otherwise directions that few rows happen not to show are amplified.
         bound: norm up to which a weight's gradient, after the transform, is an ordinary one, as a multiple of the usual
@@ -158,6 +160,7 @@ class FeatureWhitening(GradientTransform):
         for name, _ in list(self.named_children()):
             delattr(self, name)  # a transform taken from another layer brings that layer's factors
         self.bind_counters(device)
+        keeps_norm = self._keeps_norm()
 
         def factor(
             channels: int,
@@ -178,6 +181,7 @@ class FeatureWhitening(GradientTransform):
                 rescale=self.rescale,
                 center=center,
                 shrink=self.shrink,
+                between=keeps_norm,
                 block_size=self.block_size,
                 rank=self.rank,
                 trace=trace,
@@ -185,7 +189,7 @@ class FeatureWhitening(GradientTransform):
                 dtype=torch.promote_types(dtype, torch.float32),
             )
 
-        self.is_centred = not geometry.has_bias if self.center is None else self.center
+        self.is_centred = geometry.precedes_normalization if self.center is None else self.center
         self.separable = self.features == "kronecker" and geometry.taps > 1
         if self.power > 0 and self.separable:
             self.channels = factor(geometry.in_channels, 1, self.power, math.sqrt(self.damping), self.is_centred)
@@ -199,10 +203,23 @@ class FeatureWhitening(GradientTransform):
         dtype = torch.promote_types(dtype, torch.float32)
         self.norms = None
         if (self.rescale or self.bound is not None) and self.power + self.output_power > 0:
-            options: dict[str, Any] = {"bound": self.bound, "rescale": self.rescale, "decay": self.decay}
-            self.norms = GradientNorms(**options, device=device, dtype=dtype)
+            options: dict[str, Any] = {"bound": self.bound, "rescale": self.rescale and not keeps_norm}
+            self.norms = GradientNorms(**options, decay=self.decay, device=device, dtype=dtype)
         self.register_buffer("num_batches_bounded", torch.zeros((), dtype=torch.long, device=device))
         return self
+
+    def _keeps_norm(self) -> bool:
+        """Tell whether k is between what keeps the gradient's component and what keeps its norm.
+
+        It is where a normalization follows. There the loss does not depend on the length of W, so G and W are
+        orthogonal, and each step lengthens W by Pythagoras: a longer Ĝ soon makes each later step turn W by less. But
+        it is the component by which the loss falls, so k is halfway, as predicted: the measured correction would keep
+        the component.
+
+        An approximate inverse keeps the component, since ``tr(PCP)`` takes the M³ operations that it saves.
+        """
+        is_approximate = METHODS[resolve(self.method, self.power)].is_approximate
+        return self.rescale and self.geometry.precedes_normalization and not is_approximate
 
     def reset_state(self) -> None:
         self.reset_counters()
