@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiten_layers.statistics.covariance import FeatureCovariance, merged, moments
+from whiten_layers.statistics.covariance import FeatureCovariance
+from whiten_layers.statistics.moments import merged, moments
 
 from .. import reference
 
