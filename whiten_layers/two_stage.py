@@ -41,7 +41,7 @@ from torch import Tensor
 from ._torch.precision import full_precision
 from .inverse import cholesky
 from .options import check, is_count, is_real
-from .statistics.moments import moments
+from .statistics.covariance import moments
 
 # Each function, and its derivative in terms of the function's value.
 ACTIVATIONS = {

@@ -6,7 +6,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from whiten_layers import OptimalInputGain, WhitenedLinear
-from whiten_layers.statistics.moments import Moments, merged
+from whiten_layers.statistics.covariance import Moments, merged
 
 from .world import run
 

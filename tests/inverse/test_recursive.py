@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from whiten_layers.inverse import recursive
 from whiten_layers.refresh.update import refresh_factors
-from whiten_layers.statistics.moments import moments
+from whiten_layers.statistics.covariance import moments
 from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .. import reference

@@ -7,7 +7,7 @@ from torch import nn
 
 from whiten_layers import FeatureWhitening, WhitenedLinear, whiten
 from whiten_layers.inverse import METHODS
-from whiten_layers.statistics.moments import moments
+from whiten_layers.statistics.covariance import moments
 
 
 def test_matrices_of_one_size_are_inverted_in_one_call(monkeypatch):

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiten_layers.statistics.covariance import FeatureCovariance
-from whiten_layers.statistics.moments import merged, moments
+from whiten_layers.statistics.covariance import FeatureCovariance, merged, moments
 
 from .. import reference
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from sklearn.covariance import oas
 
-from whiten_layers.statistics.covariance import FeatureCovariance
-from whiten_layers.statistics.moments import moments
+from whiten_layers.statistics.covariance import FeatureCovariance, moments
 from whiten_layers.statistics.whitening_factor import WhiteningFactor, shrinkage
 
 from .. import reference

@@ -6,7 +6,7 @@ import torch
 from whiten_layers import FeatureWhitening, WhitenedLinear
 from whiten_layers.inverse import METHODS
 from whiten_layers.refresh.update import refresh_factors
-from whiten_layers.statistics.moments import moments
+from whiten_layers.statistics.covariance import moments
 from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .. import reference

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from .._torch.distributed import timeout_of
 from ..processes import ProcessGroup
-from ..statistics.covariance import FeatureCovariance
-from ..statistics.moments import Moments, zero_moments
+from ..statistics.covariance import FeatureCovariance, Moments, zero_moments
 from ..statistics.whitening_factor import RefreshResult, WhiteningFactor
 
 S = TypeVar("S", bound=FeatureCovariance)

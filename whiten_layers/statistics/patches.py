@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .moments import effective_rows
+from .covariance import effective_rows
 
 MIN_IMAGES = 32  # of a batch that has as many, in `tap_autocovariance`
 

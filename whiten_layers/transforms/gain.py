@@ -46,8 +46,7 @@ from torch import Tensor
 from .._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from .._torch.precision import full_precision
 from ..options import check, check_statistics, is_real
-from ..statistics.covariance import SolvedStatistics, snapshot_for_graph
-from ..statistics.moments import moments
+from ..statistics.covariance import SolvedStatistics, moments, snapshot_for_graph
 from ..statistics.patches import Geometry, channel_rows, linear_rows, output_sizes, patch_rows
 from .base import GradientTransform
 

@@ -24,8 +24,8 @@ from .._torch import function_transforms
 from .._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from ..inverse import METHODS, resolve, supports
 from ..options import check, check_statistics, is_count, is_real
+from ..statistics.covariance import Moments
 from ..statistics.gradient_norms import GradientNorms
-from ..statistics.moments import Moments
 from ..statistics.patches import (
     Geometry,
     channel_rows,
