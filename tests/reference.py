@@ -257,6 +257,11 @@ def transformed(
     return weight(layer, torch.stack(weights)), torch.cat(biases) if biases else None
 
 
+def precedes_normalization(layer: Any) -> bool:
+    """Whether a normalization is taken to follow: behind a convolution without a bias."""
+    return layer.bias is None and not isinstance(layer, nn.Linear)
+
+
 class Whitening:
     """What a layer under `FeatureWhitening` does that updates at every batch from every row, in float64.
 
@@ -283,11 +288,9 @@ class Whitening:
         self.taps = 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)
         self.separable = features == "kronecker" and self.taps > 1
         self.power, self.output_power, self.damping, self.decay = power, output_power, damping, decay
-        # A convolution without a bias is taken to be followed by a normalization.
-        is_normalized = layer.bias is None and not isinstance(layer, nn.Linear)
-        self.center = is_normalized if center is None else center
+        self.center = precedes_normalization(layer) if center is None else center
         self.rescale, self.shrink, self.block_size = rescale, shrink, block_size
-        self.between = is_normalized and method != "recursive"
+        self.between = precedes_normalization(layer) and method != "recursive"
         self.inputs: list[Tensor] = []  # each batch's rows, of whole patches or of channels
         self.outputs: list[Tensor] = []  # each batch's gradients, scaled to a second moment of trace 1
         self.correlations: list[Tensor] = []

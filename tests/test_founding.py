@@ -95,8 +95,7 @@ def test_training_follows_the_network_that_whitens_its_samples(network, options)
         for layer, whitened in zip(truth, model, strict=True):
             # A number that `test_conformance` has a truth for
             correction = whitened.transform.norms.correction if rescale else 1
-            is_normalized = layer.layer.bias is None and not isinstance(layer.layer, nn.Linear)
-            between = is_normalized and transform.method != "recursive"
+            between = reference.precedes_normalization(layer.layer) and transform.method != "recursive"
             with torch.no_grad():
                 for parameter in layer.parameters():
                     parameter -= lr * parameter.grad

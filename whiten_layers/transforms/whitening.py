@@ -68,8 +68,8 @@ class FeatureWhitening(GradientTransform):
         rescale: choose k so that the component of the gradient along the plain one stays: ``⟨Ĝ, G⟩ = ‖G‖²`` on the
             mean. To first order in the learning rate the loss then falls as fast as with the plain gradient. k is
             first what the statistics predict, then what is measured on new batches. In a convolution without a bias k
-            is between that and what keeps the norm, as predicted; see `_keeps_norm`. Otherwise k = 1 (recursive method
-            with power 1: k such that the whitened features have mean variance 1).
+            is between that and what keeps the norm, as predicted; see `_scale_is_between`. Otherwise k = 1 (recursive
+            method with power 1: k such that the whitened features have mean variance 1).
         shrink: shrink C towards a multiple of the identity, the more the fewer effective rows it comes from; see
             `WhiteningFactor.estimate`. Otherwise directions that few rows happen not to show are amplified.
         bound: norm up to which a weight's gradient, after the transform, is an ordinary one, as a multiple of the usual
@@ -160,7 +160,7 @@ class FeatureWhitening(GradientTransform):
         for name, _ in list(self.named_children()):
             delattr(self, name)  # a transform taken from another layer brings that layer's factors
         self.bind_counters(device)
-        keeps_norm = self._keeps_norm()
+        between = self._scale_is_between()
 
         def factor(
             channels: int,
@@ -181,7 +181,7 @@ class FeatureWhitening(GradientTransform):
                 rescale=self.rescale,
                 center=center,
                 shrink=self.shrink,
-                between=keeps_norm,
+                between=between,
                 block_size=self.block_size,
                 rank=self.rank,
                 trace=trace,
@@ -203,12 +203,14 @@ class FeatureWhitening(GradientTransform):
         dtype = torch.promote_types(dtype, torch.float32)
         self.norms = None
         if (self.rescale or self.bound is not None) and self.power + self.output_power > 0:
-            options: dict[str, Any] = {"bound": self.bound, "rescale": self.rescale and not keeps_norm}
-            self.norms = GradientNorms(**options, decay=self.decay, device=device, dtype=dtype)
+            is_corrected = self.rescale and not between
+            self.norms = GradientNorms(
+                bound=self.bound, rescale=is_corrected, decay=self.decay, device=device, dtype=dtype
+            )
         self.register_buffer("num_batches_bounded", torch.zeros((), dtype=torch.long, device=device))
         return self
 
-    def _keeps_norm(self) -> bool:
+    def _scale_is_between(self) -> bool:
         """Tell whether k is between what keeps the gradient's component and what keeps its norm.
 
         It is where a normalization follows. There the loss does not depend on the length of W, so G and W are
