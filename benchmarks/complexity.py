@@ -120,7 +120,7 @@ def refreshes(size: int, power: float, rank: int, largest: int) -> dict[str, dic
             refresh_factors([factor])
         warm_start = factor.warm_start()
         factor.running_covariance = moved
-        damped = factor.damped()
+        damped = factor.damped().matrix
 
         def whole(factor: WhiteningFactor = factor) -> None:
             factor.running_covariance = covariance if factor.running_covariance is moved else moved

@@ -67,7 +67,7 @@ def trained(epochs: int, seed: int) -> list[Case]:
     settings: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "epochs": epochs, "batch_size": 128, "seed": seed}
     train(network, data, label="ResNet-20 for its covariances", curve=Curve(), **settings)
     factors = {n: m for n, m in network.named_modules() if isinstance(m, WhiteningFactor)}
-    return [(name.removesuffix(".transform.inputs"), factor.damped()) for name, factor in factors.items()]
+    return [(name.removesuffix(".transform.inputs"), factor.damped().matrix) for name, factor in factors.items()]
 
 
 def condition(matrix: Tensor, covariance: Tensor) -> float:

@@ -96,7 +96,7 @@ def _conditions(factor: WhiteningFactor) -> tuple[float, float]:
 
     The eigenvalues of the second are those of ``Lᵀ P L`` with ``L Lᵀ = C + λI``.
     """
-    damped = factor.damped().double().cpu()
+    damped = factor.damped().matrix.double().cpu()
     lower, info = torch.linalg.cholesky_ex(damped)
     known = factor.group_sum(info) == 0  # a group that has seen no data, or only constants, has none
     if not known.any():

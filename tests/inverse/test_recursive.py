@@ -113,7 +113,7 @@ def test_p_stays_positive_definite_over_ten_thousand_refreshes_in_float32():
             # Each refresh adds a rounding of 6e-8, with no preferred sign: 1e-5 after 10,000.
             skew = (factor.precision - factor.precision.mT).norm() / factor.precision.norm()
             assert skew < 1e-5
-            conditions.append(condition(factor.precision[0], factor.damped()[0]))
+            conditions.append(condition(factor.precision[0], factor.damped().matrix[0]))
     assert factor.num_refreshes == 10_000 and factor.num_refreshes_failed == 0
     assert factor.num_refreshes_restarted == 0
     # And it keeps up: the covariance's own condition number is in the hundreds.

@@ -92,7 +92,7 @@ def test_the_recursion_goes_on_from_its_last_result_and_a_broken_one_is_counted(
     whitened = []
     for _ in range(4):
         refresh_factors([factor])
-        values = torch.linalg.eigvals(factor.precision[0] @ factor.damped()[0]).real
+        values = torch.linalg.eigvals(factor.precision[0] @ factor.damped().matrix[0]).real
         whitened.append((values.max() / values.min()).item())
     assert whitened == sorted(whitened, reverse=True) and whitened[3] < whitened[0] / 2
     assert factor.num_refreshes_restarted == 0
@@ -146,8 +146,8 @@ def test_the_recursion_keeps_up_with_a_wide_layer_that_drifts():
         factor.observe(moments(rows))
         factor.close_window()
         refresh_factors([factor])
-        conditions.append(reference.condition(factor.precision[0], factor.damped()[0]))
-    plain = reference.condition(torch.eye(200), factor.damped()[0])
+        conditions.append(reference.condition(factor.precision[0], factor.damped().matrix[0]))
+    plain = reference.condition(torch.eye(200), factor.damped().matrix[0])
     # Rank 16 of 200: within a tenth of what it would be, throughout.
     assert plain > 300 and all(value < plain / 10 for value in conditions[5:])
     assert factor.num_refreshes_failed == 0 and factor.num_refreshes_restarted == 0

@@ -15,7 +15,7 @@ from .._torch.precision import full_precision, without_autocast
 from ..inverse import METHODS, Inverse
 from ..processes import ProcessGroup
 from ..statistics.covariance import FeatureCovariance, SolvedStatistics
-from ..statistics.whitening_factor import RefreshResult, WhiteningFactor
+from ..statistics.whitening_factor import Damped, RefreshResult, WhiteningFactor
 from . import collectives
 
 
@@ -96,14 +96,16 @@ def invert(factors: Iterable[WhiteningFactor]) -> Iterator[tuple[WhiteningFactor
         size, rank = covariance.shape[-1], factor.rank if factor.is_approximate else None
         alike[factor.method, factor.power, size, rank, covariance.dtype, covariance.device].append(factor)
     for (name, power, *_), chosen in alike.items():
-        method = METHODS[name]
+        method, counts = METHODS[name], [len(factor.scale) for factor in chosen]
+        matrices, diagonals, variances = zip(*map(WhiteningFactor.damped, chosen), strict=True)
         # A single matrix may be large, and is not copied.
-        covariances = chosen[0].damped() if len(chosen) == 1 else torch.cat([factor.damped() for factor in chosen])
+        together = matrices[0] if len(chosen) == 1 else torch.cat(matrices)
+        del matrices
         is_warm = method.warm_powers is None or power in method.warm_powers
         warm_start = _gathered(list(map(WhiteningFactor.warm_start, chosen))) if is_warm else None
-        inverses = method.inverse(*(covariances, power, warm_start, chosen[0].rank)[: method.arguments])
-        parts = [inverses] if len(chosen) == 1 else _dealt(inverses, [len(factor.scale) for factor in chosen])
-        yield from zip(chosen, list(map(WhiteningFactor.scale_inverse, chosen, parts)), strict=True)
+        inverses = method.inverse(*(together, power, warm_start, chosen[0].rank)[: method.arguments])
+        parts = zip(chosen, _dealt(inverses, counts), together.split(counts), diagonals, variances, strict=True)
+        yield from [(factor, factor.scale_inverse(part, Damped(*damped))) for factor, part, *damped in parts]
 
 
 def _gathered(parts: list[Inverse]) -> Inverse:
@@ -114,5 +116,7 @@ def _gathered(parts: list[Inverse]) -> Inverse:
 
 
 def _dealt(inverses: Inverse, counts: list[int]) -> list[Inverse]:
+    if len(counts) == 1:
+        return [inverses]
     fields = [[None] * len(counts) if field is None else field.split(counts) for field in inverses]
     return [Inverse(*parts) for parts in zip(*fields, strict=True)]

@@ -51,7 +51,7 @@ def effective_rows(covariance: Tensor, squared: Tensor, samples: Tensor | int, r
         rows: number of rows in all samples, which is the most that is returned.
     """
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
-    norm = (covariance / trace[:, None, None]).square().sum((-2, -1))
+    norm = torch.linalg.vector_norm(covariance / trace[:, None, None], dim=(-2, -1)).square()
     effective = (norm + 1) * (samples - 1) / (squared - norm)
     # All, too, where no sample differs from another but by rounding
     effective = torch.where((effective > 0) & (effective < rows), effective, rows)
@@ -83,14 +83,14 @@ def moments(rows: Tensor, center: bool = True, samples: int | None = None, known
     samples = most if samples is None else min(samples, most)
     size = most // samples
     with full_precision():
-        covariance = rows.mT @ rows / total[:, None, None]
+        covariance = (rows.mT @ rows).div_(total[:, None, None])
         trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
         if center:
             rounding = (4 * torch.finfo(rows.dtype).eps) ** 2 * torch.linalg.vecdot(mean, mean)
-            covariance = torch.where((trace > rounding)[:, None, None], covariance, 0)
+            covariance.masked_fill_((trace <= rounding)[:, None, None], 0)
         parts = rows[:, : samples * size].unflatten(1, (samples, size))
         if size == 1:
-            grams = torch.linalg.vecdot(parts, parts).unsqueeze(-1)
+            grams = torch.linalg.vector_norm(parts, dim=-1, keepdim=True).square()
         else:
             grams = parts @ parts.mT if size <= features else parts.mT @ parts  # of equal norm
         share = number / most
@@ -105,7 +105,7 @@ def merged(first: Moments, second: Moments) -> Moments:
     weight = torch.where(total > 0, second.rows / total, 0).unsqueeze(-1)
     shift = second.mean - first.mean
     covariance = torch.lerp(first.covariance, second.covariance, weight.unsqueeze(-1))
-    covariance += (weight * (1 - weight) * shift).unsqueeze(-1) * shift.unsqueeze(-2)
+    covariance.addcmul_((weight * (1 - weight) * shift).unsqueeze(-1), shift.unsqueeze(-2))
     return Moments(total, first.effective_rows + second.effective_rows, first.mean + weight * shift, covariance)
 
 
@@ -182,7 +182,7 @@ class FeatureCovariance(WideBuffers):
         """Deal the features out to the blocks: ``(groups, n, features) -> (groups·blocks, n, M)``."""
         if self.blocks == 1:
             return rows
-        rows = F.pad(rows, (0, self._padding))
+        rows = F.pad(rows, (0, self._padding)) if self._padding else rows
         return rearrange(rows, "g n (b m) -> (g b) n m", b=self.blocks)
 
     def join(self, rows: Tensor) -> Tensor:
@@ -317,8 +317,14 @@ class FeatureCovariance(WideBuffers):
         spread = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + 4 * torch.linalg.vecdot(shift, shift)
         valid = torch.as_tensor(valid, device=spread.device).expand_as(spread)
         valid = valid & (torch.isfinite(spread) | ~valid).all()
-        mean, covariance = torch.where(valid[:, None], mean, 0), torch.where(valid[:, None, None], covariance, 0)
-        batch = Moments(torch.where(valid, rows, 0), torch.where(valid, effective, 0), mean, covariance)
+        batch = Moments(rows, effective, mean, covariance)
+        if not (valid.is_cpu and valid.all()):  # what can be known without waiting spares a pass
+            batch = Moments(
+                torch.where(valid, rows, 0),
+                torch.where(valid, effective, 0),
+                torch.where(valid[:, None], mean, 0),
+                torch.where(valid[:, None, None], covariance, 0),
+            )
         window = self.window
         self.window = batch if window is None else merged(window, batch)
         return valid.all()

@@ -17,9 +17,17 @@ def shrinkage(covariance: Tensor, rows: Tensor, features: Tensor | int) -> Tenso
     Other features than `features` are zero.
     """
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
-    norm = (covariance / trace[:, None, None]).square().sum((-2, -1))
+    norm = torch.linalg.vector_norm(covariance / trace[:, None, None], dim=(-2, -1)).square()
     weight = (norm + 1) / ((rows + 1) * (norm - 1 / features))
     return torch.where(weight < 1, weight, 1).clamp(min=0)  # 1 also where the covariance is m I, or zero
+
+
+class Damped(NamedTuple):
+    """``C/m + λI`` (n, M, M) of a `WhiteningFactor`, the diagonal (n, M) of C/m, and m (n,)."""
+
+    matrix: Tensor
+    diagonal: Tensor
+    variance: Tensor
 
 
 class RefreshResult(NamedTuple):
@@ -144,30 +152,36 @@ class WhiteningFactor(FeatureCovariance):
                 certain = 1 - trace / ((rows - 1) * energy)
                 certain = torch.where(certain > 0, certain, 0)
                 even = even + (1 - certain) * energy
-            covariance = covariance + certain[:, None, None] * mean.unsqueeze(-1) * mean.unsqueeze(-2)
+            column = mean.unsqueeze(-1)
+            covariance = torch.addcmul(covariance, certain[:, None, None] * column, column.mT)
             trace = trace + energy
         variance = self.group_sum(trace) / self.features
         covariance = covariance / variance[:, None, None]
         covariance.diagonal(dim1=-2, dim2=-1).add_((even / variance / kept.sum(1)).unsqueeze(1) * kept)
         return covariance, variance
 
-    def damped(self) -> Tensor:
+    def damped(self) -> Damped:
         """Compute ``C/m + λI``, of mean variance 1 + λ, which is also the variance of features that fill up a block."""
-        covariance, _ = self.estimate()
+        covariance, variance = self.estimate()
         diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+        undamped = diagonal.clone()
         diagonal.add_(self.damping)
         if self._padding:
             diagonal[self.blocks - 1 :: self.blocks, -self._padding :] += 1
-        return covariance
+        return Damped(covariance, undamped, variance)
 
     def warm_start(self) -> Inverse:
         """Return the inverse power of the last `damped()`, from which the next refresh may start; NaN for none."""
         scale = torch.where(self.scale > 0, self.scale, torch.nan)
         return Inverse(self.precision / scale[:, None, None], self.directions)
 
-    def scale_inverse(self, inverse: Inverse) -> RefreshResult:
-        """Scale inverse powers of `damped()` to precisions. Where one is not finite none of its group is valid."""
-        matrix, (covariance, variance) = inverse.matrix, self.estimate()
+    def scale_inverse(self, inverse: Inverse, damped: Damped) -> RefreshResult:
+        """Scale inverse powers of what is `damped` to precisions. Where one is not finite none of its group is valid.
+
+        The damping is taken out of ``damped.matrix``, in place.
+        """
+        matrix, (covariance, diagonal, variance) = inverse.matrix, damped
+        covariance.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
         trace = self.group_sum(torch.linalg.vecdot(matrix.flatten(1), covariance.flatten(1)))  # of P C/m
         if self.rescale:
             scale = self.features / trace  # tr C/m is the number of features
@@ -210,6 +224,8 @@ class WhiteningFactor(FeatureCovariance):
 
     def multiply(self, rows: Tensor, scale: Tensor | None = None) -> Tensor:
         """Compute ``rows @ P``, P block-diagonal, times a `scale` (): ``(groups, n, features) -> the same``."""
+        if scale is not None and rows.numel() < self.precision.numel():
+            rows, scale = rows * scale, None
         precision = self.current_precision(scale)
         if self.blocks == 1:
             return rows @ precision
