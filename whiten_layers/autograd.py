@@ -32,7 +32,7 @@ from ._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from ._torch.modules import holds_parameter
 from ._torch.operations import NOT_IN_CUDA_GRAPHS, keep_order
 from ._torch.precision import without_autocast
-from .transforms.base import GradientTransform
+from .transforms.base import GradientTransform, Samples
 from .transforms.handles import TRANSFORMS
 
 NO_VMAP_OVER_PARAMETERS = (
@@ -67,8 +67,38 @@ def _transform_of(handle: Tensor) -> GradientTransform:
     return transform
 
 
+def keep_output_gradient(output: Tensor, input: Tensor, weight: Tensor) -> None:
+    """Keep the gradient of a call's output, when the engine has it, until the weight's gradient is transformed.
+
+    It is kept only where the pass takes the weight's gradient, and not where a graph of the pass is built, which it
+    would be a part of. It does not come where an operation in place, as of an activation, has taken the output's place
+    in the graph, as it does if the output is a view (of a linear layer with more than one batch dimension).
+
+    Args:
+        output: of the layer's operation, outside of a compiled graph.
+        input: of the operation.
+        weight: the one that `TransformGradient` returned.
+    """
+    if type(input) is not Tensor or input.dtype != weight.dtype or input.dtype not in (torch.float32, torch.float64):
+        return
+    if function_transforms.are_active() or function_transforms.is_forward_mode() or output.grad_fn is None:
+        return
+    node = ref(weight.grad_fn)  # weak: whoever holds the output's node holds it, and must not be held by it
+
+    def keep(gradients: tuple[Tensor, ...]) -> None:
+        transforming: Any = node()
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and will_run(transforming):
+            transforming.grad_output = gradients[0]
+
+    output.grad_fn.register_prehook(keep)
+
+
 def _transform_gradient(
-    gradients: list[Tensor], input: Tensor, weight: Tensor | None, transform: GradientTransform
+    gradients: list[Tensor],
+    input: Tensor,
+    weight: Tensor | None,
+    transform: GradientTransform,
+    grad_output: Tensor | None = None,
 ) -> list[Tensor]:
     """Map ``[weight gradient]`` or ``[weight gradient, bias gradient]``, then observe the batch."""
     if function_transforms.is_mapped_by_autograd(gradients[0]):
@@ -77,7 +107,10 @@ def _transform_gradient(
         )
     with without_autocast(input.device):
         constant = None if weight is None else weight.detach()
-        mapped = transform.transform(gradients[0], gradients[1] if len(gradients) > 1 else None, constant)
+        # Only a transform that sets `samples_up_to` need take them.
+        samples = {} if grad_output is None else {"samples": Samples(input, grad_output)}
+        grad_bias = gradients[1] if len(gradients) > 1 else None
+        mapped = transform.transform(gradients[0], grad_bias, constant, **samples)
         results = [gradient for gradient in mapped if gradient is not None]
         _observe(transform, input, gradients[0])
     return results
@@ -162,6 +195,7 @@ class TransformGradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         input, handle, ctx.reads_weight, weight = inputs[:4]
+        ctx.grad_output = None  # see `keep_output_gradient`
         _keep(ctx, handle, input, *((weight,) if ctx.reads_weight else ()))
 
     @staticmethod
@@ -171,7 +205,8 @@ class TransformGradient(torch.autograd.Function):
         if torch.compiler.is_compiling():
             transformed = _transform_gradient_op(list(gradients), input, weight, _handle(ctx, saved))
         else:
-            transformed = _transform_gradient(list(gradients), input, weight, ctx.transform)
+            grad_output, ctx.grad_output = ctx.grad_output, None
+            transformed = _transform_gradient(list(gradients), input, weight, ctx.transform, grad_output)
         return None, None, None, *transformed
 
     @staticmethod

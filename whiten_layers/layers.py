@@ -16,7 +16,7 @@ from ._torch import function_transforms
 from ._torch.convolutions import AnyConvolution, AnyTransposedConvolution, output_padding_of, padding_of
 from ._torch.modules import StatefulModule, own_parameter
 from ._torch.precision import autocast_dtype
-from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, note_layer, observe_output
+from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, keep_output_gradient, note_layer, observe_output
 from .inverse import METHODS
 from .options import check
 from .statistics.patches import Geometry
@@ -85,14 +85,18 @@ class _Whitened(StatefulModule):
             raise RuntimeError(NO_VMAP_OVER_PARAMETERS)  # such a weight reports requires_grad=False
         if not weight.requires_grad:
             return operation(input, weight, bias, *options)
-        input, handle = _cast(input), self.transform.handle
+        input, transform = _cast(input), self.transform
         # Without a bias, or with a frozen one, nothing can absorb a shift of the inputs.
         shifted = bias is not None and bias.requires_grad
         parameters = (weight, bias) if shifted else (weight,)
         # Detached: otherwise autograd would see a path to the input's gradient, and compute the weight's for it.
-        parameters = TransformGradient.apply(input.detach(), handle, self.transform.reads_weight, *parameters)
+        parameters = TransformGradient.apply(input.detach(), transform.handle, transform.reads_weight, *parameters)
         output = operation(input, *(parameters if shifted else (*parameters, bias)), *options)
-        return observe_output(output, handle, parameters[0]) if self.transform.observes_output else output
+        if transform.observes_output:
+            output = observe_output(output, transform.handle, parameters[0])
+        if not torch.compiler.is_compiling() and 0 < output.numel() <= transform.samples_up_to:
+            keep_output_gradient(output, input, parameters[0])
+        return output
 
     def reset_parameters(self) -> None:
         """Initialise the parameters as the plain layer does, and reset the transform's state."""

@@ -132,6 +132,12 @@ def channel_rows(input: Tensor, groups: int, spatial_dims: int, max_rows: int | 
     return rearrange(input[(images, slice(None), *space)], "n (g c) ... -> g (n ...) c", g=groups)
 
 
+def from_channel_rows(rows: Tensor, like: Tensor, spatial_dims: int) -> Tensor:
+    """Undo `channel_rows` of all positions: give them the shape of the input `like`."""
+    positions = math.prod(like.shape[-spatial_dims:])
+    return rearrange(rows, "g (n p) c -> n (g c) p", p=positions).reshape(like.shape)
+
+
 def output_sizes(geometry: Geometry, sizes: Sequence[int]) -> list[int]:
     """Count the output positions of `patch_rows` along each spatial dimension, for an input of these sizes."""
     padding = geometry.padding or (0, 0) * len(sizes)

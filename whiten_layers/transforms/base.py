@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,16 @@ from ..refresh.schedule import Attendance, Schedule
 from ..statistics.patches import Geometry
 from ..statistics.whitening_factor import WhiteningFactor
 from .handles import new_handle
+
+
+class Samples(NamedTuple):
+    """Input of one call of a layer, and the gradient of its output, whose product is the weight's gradient.
+
+    Neither has a graph, and both have the weight's dtype, float32 or float64.
+    """
+
+    input: Tensor
+    grad_output: Tensor
 
 
 class GradientTransform(StatefulModule, ABC):
@@ -34,6 +44,8 @@ class GradientTransform(StatefulModule, ABC):
         name: the layer's, in the model that was given to `whiten`; for messages.
         update_interval, statistics_interval: batches between refreshes, and between statistics.
         newer_state: how the names of state begin that checkpoints of earlier versions lack.
+        samples_up_to: numbers in the output of a call up to which `transform` is given its `Samples`, where they can be
+            had; 0 for never. Only a transform that sets it need take them.
         observes_output, reads_weight: whether `observe_output` is to be called, and whether `transform` is to be given
             the layer's weight. Known when `bind` has returned.
 
@@ -46,6 +58,7 @@ class GradientTransform(StatefulModule, ABC):
     statistics_interval: int = 10
     observes_output: bool = False
     reads_weight: bool = False
+    samples_up_to: int = 0
     newer_state: tuple[str, ...] = ()
     keeps_its_tensors = True
     num_batches_skipped: Tensor
@@ -85,13 +98,16 @@ class GradientTransform(StatefulModule, ABC):
 
     @abstractmethod
     def transform(
-        self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None
+        self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None, samples: Samples | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Map the gradients of a weight ``(S, C, *kernel)`` and a bias ``(S,)``; shapes and dtypes stay.
 
         `weight` is what the forward pass computed with, a constant; None unless the transform `reads_weight`. The map
         is linear in the gradients, not in the weight. Higher derivatives pass the map as it is: the
         derivative of the map itself, with respect to the weight, is not taken.
+
+        `samples` are what the weight's gradient is made of: where they are few, the same result may cost less from
+        them. They are None wherever that is not known; see `samples_up_to`.
         """
 
     @abstractmethod

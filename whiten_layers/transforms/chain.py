@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..statistics.patches import Geometry
-from .base import GradientTransform
+from .base import GradientTransform, Samples
 
 
 class Chain(GradientTransform):
@@ -46,6 +46,7 @@ class Chain(GradientTransform):
         for member in self.members():
             member.bind(geometry, device=device, dtype=dtype)
         self.observes_output = any(member.observes_output for member in self.members())
+        self.samples_up_to = next(self.members()).samples_up_to  # the others are given another gradient
         self.reads_weight = any(member.reads_weight for member in self.members())
         return self
 
@@ -55,11 +56,13 @@ class Chain(GradientTransform):
             member.reset_state()
 
     def transform(
-        self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None
+        self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None, samples: Samples | None = None
     ) -> tuple[Tensor, Tensor | None]:
+        given = {} if samples is None else {"samples": samples}
         for member in self.members():
             read = weight if member.reads_weight else None
-            grad_weight, grad_bias = member.transform(grad_weight, grad_bias, read)
+            grad_weight, grad_bias = member.transform(grad_weight, grad_bias, read, **given)
+            given = {}
         return grad_weight, grad_bias
 
     def observe_output(self, grad_output: Tensor) -> None:

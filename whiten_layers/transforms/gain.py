@@ -48,7 +48,7 @@ from .._torch.precision import full_precision
 from ..options import check, check_statistics, is_real
 from ..statistics.covariance import SolvedStatistics, moments, snapshot_for_graph
 from ..statistics.patches import Geometry, channel_rows, linear_rows, output_sizes, patch_rows
-from .base import GradientTransform
+from .base import GradientTransform, Samples
 
 PATIENCE = 3  # exchanges of whole sets without progress, before single indices are exchanged
 
@@ -233,7 +233,7 @@ class OptimalInputGain(GradientTransform):
         self.slopes.reset_state()
 
     def transform(
-        self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None
+        self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None, samples: Samples | None = None
     ) -> tuple[Tensor, Tensor | None]:
         if self._grad_output is not None:
             # The arguments are the direction: the gradient, or the result of the transforms before.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..statistics.patches import Geometry
-from .base import GradientTransform
+from .base import GradientTransform, Samples
 
 
 class PSIScaling(GradientTransform):
@@ -50,7 +50,7 @@ class PSIScaling(GradientTransform):
         self.reset_counters()
 
     def transform(
-        self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None
+        self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None, samples: Samples | None = None
     ) -> tuple[Tensor, Tensor | None]:
         assert weight is not None  # since `reads_weight` is set
         dtype = torch.promote_types(grad_weight.dtype, torch.float32)
