@@ -48,6 +48,12 @@ def note_layer(layer: nn.Module, transform: GradientTransform) -> None:
     _layers[transform] = ref(layer)
 
 
+def whitened_layers() -> list[nn.Module]:
+    """List the layers that have a transform, of all models."""
+    pairs = ((transform, layer()) for transform, layer in list(_layers.items()))
+    return [layer for own, layer in pairs if layer is not None and getattr(layer, "transform", None) is own]
+
+
 def _trains_layer(transform: GradientTransform) -> bool:
     """Tell whether the running pass takes the gradients of a layer in a compiled graph, or cannot be said not to.
 
@@ -70,9 +76,10 @@ def _transform_of(handle: Tensor) -> GradientTransform:
 def keep_output_gradient(output: Tensor, input: Tensor, weight: Tensor) -> None:
     """Keep the gradient of a call's output, when the engine has it, until the weight's gradient is transformed.
 
-    It is kept only where the pass takes the weight's gradient, and not where a graph of the pass is built, which it
-    would be a part of. It does not come where an operation in place, as of an activation, has taken the output's place
-    in the graph, as it does if the output is a view (of a linear layer with more than one batch dimension).
+    It is kept only where the pass takes the weight's gradient. Once a graph of a pass was built (``create_graph=True``)
+    it is not kept any more: the gradient would be part of that graph, and in later passes the weight's gradient comes
+    from that graph too. It does not come where an operation in place, as of an activation, has taken the output's
+    place in the graph, as it does if the output is a view (of a linear layer with more than one batch dimension).
 
     Args:
         output: of the layer's operation, outside of a compiled graph.
@@ -85,12 +92,16 @@ def keep_output_gradient(output: Tensor, input: Tensor, weight: Tensor) -> None:
         return
     node = ref(weight.grad_fn)  # weak: whoever holds the output's node holds it, and must not be held by it
 
-    def keep(gradients: tuple[Tensor, ...]) -> None:
+    has_graph = False
+
+    def keep(_: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+        nonlocal has_graph
+        has_graph |= torch.is_grad_enabled()
         transforming: Any = node()
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and will_run(transforming):
+        if not (has_graph or torch.compiler.is_compiling()) and will_run(transforming):
             transforming.grad_output = gradients[0]
 
-    output.grad_fn.register_prehook(keep)
+    output.grad_fn.register_hook(keep)  # after the node has run: hooks before it may change what it is given
 
 
 def _transform_gradient(

@@ -18,6 +18,7 @@ from ._torch.modules import StatefulModule, own_parameter
 from ._torch.precision import autocast_dtype
 from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, keep_output_gradient, note_layer, observe_output
 from .inverse import METHODS
+from .optimizers import watch_optimizers
 from .options import check
 from .statistics.patches import Geometry
 from .transforms import FeatureWhitening, GradientTransform, OptimalInputGain
@@ -52,6 +53,7 @@ def attach(layer: nn.Linear | AnyConvolution, geometry: Geometry, transform: Gra
     bound = make_transform(transform).bind(geometry, device=layer.weight.device, dtype=layer.weight.dtype)
     layer.transform = bound.train(layer.training)
     note_layer(layer, bound)
+    watch_optimizers()
 
 
 def _cast(input: Tensor) -> Tensor:

@@ -66,6 +66,37 @@ def test_both_ways_give_one_gradient(case, transform, taken):
     assert len(taken) == (3 if can else 0)
 
 
+def test_a_weight_gradient_from_two_graphs_is_transformed_as_one(taken):
+    """A gradient penalty: the weight's gradient is not only that of the operation whose output's gradient is known."""
+    torch.manual_seed(0)
+    ours = WhitenedLinear(64, 300, dtype=torch.float64, transform=FeatureWhitening(update_interval=1))
+    theirs = copy.deepcopy(ours)
+    theirs.transform.samples_up_to = 0
+    inputs = torch.randn(4, 2, 64, dtype=torch.float64)
+    results = []
+    for layer in (ours, theirs):
+        for x in inputs:
+            layer.zero_grad()
+            x.requires_grad_()
+            loss = layer(x).tanh().sum()
+            (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss + gradient.square().sum()).backward()
+        results.append(layer.weight.grad)
+    assert not taken
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_the_gradient_of_the_output_is_what_hooks_have_made_of_it(taken):
+    ours = WhitenedLinear(64, 300, dtype=torch.float64)
+    x = torch.randn(2, 64, dtype=torch.float64)
+    y = ours(x)
+    y.register_hook(lambda gradient: 2 * gradient)
+    y.grad_fn.register_prehook(lambda gradients: (gradients[0] + 1,))
+    y.sum().backward()
+    assert taken
+    torch.testing.assert_close(ours.weight.grad, 3 * x.sum(0).expand(300, -1))
+
+
 def operations(layer: nn.Module, x: torch.Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
