@@ -175,7 +175,7 @@ class FeatureCovariance(WideBuffers):
         self.register_buffer("running_covariance", torch.zeros(matrices, size, size, device=device, dtype=dtype))
         for name in WINDOW:
             self.register_buffer(name, None, persistent=False)
-        self._pending: list[tuple[Tensor, int]] = []  # rows, and how many of them are one sample
+        self._pending: list[tuple[Tensor, int]] = []  # rows, and how many of them are one sample; all of one kind
         self._has_marked_rows = False  # rows among them that are NaN, and to be left out
 
     def split(self, rows: Tensor) -> Tensor:
@@ -237,10 +237,10 @@ class FeatureCovariance(WideBuffers):
             rows = torch.where(valid, rows, torch.nan)  # to be left out
             self._has_marked_rows = True
         size = 1 if samples is None else number // min(samples, number)
-        if any((other.dtype, each) != (rows.dtype, size) for other, each in self._pending[:1]):
+        if self._pending and (self._pending[0][0].dtype, self._pending[0][1]) != (rows.dtype, size):
             self._gather()
         self._pending.append((rows, size))
-        if sum(part.shape[1] for part, _ in self._pending) >= most:
+        if number >= most or sum([part.shape[1] for part, _ in self._pending]) >= most:
             self._gather()
         return valid
 

@@ -42,6 +42,13 @@ from .base import GradientTransform, Samples
 FEATURES = ("kronecker", "patch")
 
 
+class _Batch:
+    """What is kept of a batch while it is mapped and observed: not by the module, whose attributes are slow to set."""
+
+    output_rows: tuple[Tensor, int] | None = None
+    measured: tuple[Tensor, Tensor, Tensor] | None = None  # ‖G‖, ⟨Ĝ, G⟩ / ‖G‖² and ‖Ĝ‖
+
+
 class FeatureWhitening(GradientTransform):
     """Transform that whitens a layer's input features, and with `output_power` the gradients of its outputs.
 
@@ -145,9 +152,7 @@ class FeatureWhitening(GradientTransform):
         self.shrink, self.bound = shrink, bound
         self.update_interval, self.statistics_interval, self.max_rows = update_interval, statistics_interval, max_rows
         self.block_size, self.rank = block_size, rank
-        # Of the batch that is being mapped and observed
-        self._output_rows: tuple[Tensor, int] | None = None
-        self._measured: tuple[Tensor, Tensor, Tensor] | None = None
+        self._batch = _Batch()
 
     @classmethod
     def exact(cls, method: str = "auto", **options: Any) -> Self:
@@ -229,7 +234,7 @@ class FeatureWhitening(GradientTransform):
     def reset_state(self) -> None:
         self.reset_counters()
         self.num_batches_bounded.zero_()
-        self._output_rows = self._measured = None
+        self._batch = _Batch()
         for factor in self.factors():
             factor.reset_state()
         if self.norms is not None:
@@ -319,10 +324,10 @@ class FeatureWhitening(GradientTransform):
         if self.norms is None:
             return mapped
         call_on_plain_tensors(self._measure, plain, mapped)
-        if self.bound is None or self._measured is None or function_transforms.are_active():
+        if self.bound is None or self._batch.measured is None or function_transforms.are_active():
             return mapped
-        (plain_norm, component, norm), limit = self._measured, self.norms.limit
-        is_longer = (norm > limit) & (limit > 0)
+        (plain_norm, component, norm), limit = self._batch.measured, self.norms.limit
+        is_longer = norm > limit
         if is_longer.is_cpu and not is_longer:
             return mapped
         self.num_batches_bounded.add_(is_longer)
@@ -338,19 +343,21 @@ class FeatureWhitening(GradientTransform):
 
     def _measure(self, plain: Tensor, mapped: Tensor) -> None:
         """Keep ``‖G‖``, ``⟨Ĝ, G⟩ / ‖G‖²`` and ``‖Ĝ‖``."""
-        plain, mapped = (sum_over_samples(matrix, 4).flatten() for matrix in (plain, mapped))
+        if plain.dim() > 4:
+            plain, mapped = (sum_over_samples(matrix, 4) for matrix in (plain, mapped))
+        plain, mapped = plain.flatten(), mapped.flatten()
         norm = torch.linalg.vector_norm(plain)
-        self._measured = norm, torch.dot(plain, mapped) / norm / norm, torch.linalg.vector_norm(mapped)
+        self._batch.measured = norm, torch.dot(plain, mapped) / norm / norm, torch.linalg.vector_norm(mapped)
 
     def pending(self) -> dict[str, Any]:
-        return {"_output_rows": None, "_measured": None}
+        return {"_batch": _Batch()}
 
     def observe_output(self, grad_output: Tensor) -> None:
         batch = self.schedule.begin_batch(self, announced=True)
         if grad_output.numel() > 0 and self.schedule.statistics_are_due(self):
             # Kept until `observe` knows whether the batch is valid.
             rows, samples = self._rows(grad_output, batch)
-            self._output_rows = rows.clone(), samples  # a compiled graph may reuse the memory
+            self._batch.output_rows = rows.clone(), samples  # a compiled graph may reuse the memory
 
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:
         batch = self.schedule.begin_batch(self)
@@ -364,7 +371,7 @@ class FeatureWhitening(GradientTransform):
                 valid = self._observe_factors(input, batch, valid)
             if valid is not True:
                 self.num_batches_skipped.add_(torch.as_tensor(valid).logical_not())
-        self._output_rows = self._measured = None
+        self._batch.output_rows = self._batch.measured = None
         self.schedule.end_batch(self)
 
     def _rows(self, tensor: Tensor, batch: int) -> tuple[Tensor, int]:
@@ -387,10 +394,10 @@ class FeatureWhitening(GradientTransform):
             valid = self.inputs.observe_rows(rows, samples, valid)
         elif self.power > 0:
             valid = self.inputs.observe_rows(*self._rows(input, batch), valid)
-        if self._output_rows is not None:
-            self.outputs.observe_rows(*self._output_rows, valid)
-        if self.norms is not None and self._measured is not None:
-            self.norms.observe_gradient(*self._measured, valid)
+        if self._batch.output_rows is not None:
+            self.outputs.observe_rows(*self._batch.output_rows, valid)
+        if self.norms is not None and self._batch.measured is not None:
+            self.norms.observe_gradient(*self._batch.measured, valid)
         return valid
 
     def _observe_taps(self, input: Tensor, batch: int, valid: Tensor) -> None:
