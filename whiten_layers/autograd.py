@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ._torch import function_transforms
-from ._torch.engine import wants_gradient, will_run
+from ._torch.engine import version_of, wants_gradient, will_run
 from ._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from ._torch.modules import holds_parameter
 from ._torch.operations import NOT_IN_CUDA_GRAPHS, keep_order
@@ -77,10 +77,11 @@ def _transform_of(handle: Tensor) -> GradientTransform:
 def keep_output_gradient(output: Tensor, input: Tensor, weight: Tensor) -> None:
     """Keep the gradient of a call's output, when the engine has it, until the weight's gradient is transformed.
 
-    It is kept only where the pass takes the weight's gradient. Once a graph of a pass was built (``create_graph=True``)
-    it is not kept any more: the gradient would be part of that graph, and in later passes the weight's gradient comes
-    from that graph too. It does not come where an operation in place, as of an activation, has taken the output's
-    place in the graph, as it does if the output is a view (of a linear layer with more than one batch dimension).
+    With it is kept the weight's gradient that the operation makes of it: what reaches `TransformGradient` may be
+    another, for instance where a hook has changed it, or where a gradient penalty adds to it.
+
+    Nothing is kept of an output that may be a view (one of other dimensions than a batch of the layer's own): an
+    operation in place then takes another way through the graph than what has used the output before.
 
     Args:
         output: of the layer's operation, outside of a compiled graph.
@@ -89,20 +90,30 @@ def keep_output_gradient(output: Tensor, input: Tensor, weight: Tensor) -> None:
     """
     if type(input) is not Tensor or input.dtype != weight.dtype or input.dtype not in (torch.float32, torch.float64):
         return
-    if function_transforms.are_active() or function_transforms.is_forward_mode() or output.grad_fn is None:
+    if output.dim() != weight.dim() or output.grad_fn is None:
         return
-    node = ref(weight.grad_fn)  # weak: whoever holds the output's node holds it, and must not be held by it
+    if function_transforms.are_active() or function_transforms.is_forward_mode():
+        return
+    node, size = ref(weight.grad_fn), weight.numel()  # weak: whoever holds the output's node holds it
 
-    has_graph = False
-
-    def keep(_: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
-        nonlocal has_graph
-        has_graph |= torch.is_grad_enabled()
+    def keep(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor, ...]) -> None:
         transforming: Any = node()
-        if not (has_graph or torch.compiler.is_compiling()) and will_run(transforming):
-            transforming.grad_output = gradients[0]
+        (grad_output,) = grad_outputs
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not will_run(transforming):
+            return
+        if type(grad_output) is Tensor and grad_output.layout is torch.strided:
+            made = [gradient for gradient in grad_inputs if gradient is not None and gradient.numel() == size]
+            transforming.kept = grad_output, [(gradient, version_of(gradient)) for gradient in made]
 
-    output.grad_fn.register_hook(keep)  # after the node has run: hooks before it may change what it is given
+    output.grad_fn.register_hook(keep)
+
+
+def _take_output_gradient(ctx: Any, grad_weight: Tensor) -> Tensor | None:
+    """Return the gradient of the output if this gradient of the weight is what was made of it, and forget it."""
+    (grad_output, made), ctx.kept = ctx.kept, (None, [])
+    place = grad_weight.data_ptr(), version_of(grad_weight)
+    is_own = any((gradient.data_ptr(), version) == place for gradient, version in made)
+    return grad_output if is_own and not torch.is_grad_enabled() else None
 
 
 def _transform_gradient(
@@ -207,7 +218,7 @@ class TransformGradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         input, handle, ctx.reads_weight, weight = inputs[:4]
-        ctx.grad_output = None  # see `keep_output_gradient`
+        ctx.kept = None, []  # see `keep_output_gradient`
         _keep(ctx, handle, input, *((weight,) if ctx.reads_weight else ()))
 
     @staticmethod
@@ -217,7 +228,7 @@ class TransformGradient(torch.autograd.Function):
         if torch.compiler.is_compiling():
             transformed = _transform_gradient_op(list(gradients), input, weight, _handle(ctx, saved))
         else:
-            grad_output, ctx.grad_output = ctx.grad_output, None
+            grad_output = None if ctx.kept[0] is None else _take_output_gradient(ctx, gradients[0])
             transformed = _transform_gradient(list(gradients), input, weight, ctx.transform, grad_output)
         return None, None, None, *transformed
 

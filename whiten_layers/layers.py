@@ -94,10 +94,10 @@ class _Whitened(StatefulModule):
         # Detached: otherwise autograd would see a path to the input's gradient, and compute the weight's for it.
         parameters = TransformGradient.apply(input.detach(), transform.handle, transform.reads_weight, *parameters)
         output = operation(input, *(parameters if shifted else (*parameters, bias)), *options)
-        if transform.observes_output:
-            output = observe_output(output, transform.handle, parameters[0])
         if not torch.compiler.is_compiling() and 0 < output.numel() <= transform.samples_up_to:
             keep_output_gradient(output, input, parameters[0])
+        if transform.observes_output:
+            output = observe_output(output, transform.handle, parameters[0])
         return output
 
     def reset_parameters(self) -> None:

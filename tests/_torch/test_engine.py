@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from whiten_layers._torch.engine import call_at_end_of_pass, current_pass, is_nested_pass, wants_gradient, will_run
+from whiten_layers._torch.engine import (
+    call_at_end_of_pass,
+    current_pass,
+    is_nested_pass,
+    version_of,
+    wants_gradient,
+    will_run,
+)
 
 
 def test_a_pass_has_a_number():
@@ -173,3 +180,11 @@ def test_a_pass_that_fails_leaves_the_next_one_its_call():
         failing.sum().backward()
     fine.sum().backward()
     assert len(calls) == 1
+
+
+def test_a_version_counts_what_is_written():
+    tensor = torch.zeros(2, 3)
+    view, before = tensor.t(), version_of(tensor)
+    assert version_of(view) == before
+    view.add_(1)
+    assert version_of(tensor) == version_of(view) == before + 1, "is `Tensor._version` still counted?"

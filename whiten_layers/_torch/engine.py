@@ -1,5 +1,5 @@
-"""Access to the backward pass that autograd's engine is running: its number, its nesting, which gradients it wants, and
-a call at its end.
+"""Access to the backward pass that autograd's engine is running: its number, its nesting, which gradients it wants,
+whether a gradient has changed on its way, and a call at its end.
 """
 
 import sys
@@ -66,6 +66,11 @@ def wants_gradient(leaves: Iterable[Tensor]) -> bool:
         _wanted_leaves[node] = number, wanted
     answers = (wanted.get(id(leaf), True) for leaf in leaves)
     return next(answers, True) or any(answers)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor's memory was written to; views of one memory share the number."""
+    return tensor._version
 
 
 def call_at_end_of_pass(number: int, function: Callable[[int], None], after: int = 2) -> None:
