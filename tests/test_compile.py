@@ -206,3 +206,13 @@ def test_a_compiled_autograd(transform, forward):
     assert_equal(compiled, eager)
     assert compiled[0].transform.channels.num_refreshes == eager[0].transform.channels.num_refreshes == 4
     assert len(schedule._open_passes) == before  # nobody waits for a callback
+
+
+def test_the_import_leaves_a_compiled_backward_of_plain_layers_alone():
+    """The compiler makes modules inside of what it traces, and the library is told of every new module."""
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    loss = layer(x).square().sum()
+    (expected,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda loss: loss.backward(), backend="eager")(loss)
+    torch.testing.assert_close(layer.weight.grad, expected, rtol=0, atol=0)

@@ -27,7 +27,10 @@ _wrappers: WeakSet[DistributedDataParallel] = WeakSet()
 
 
 def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    if isinstance(parent, DistributedDataParallel) and name == "module" and module is not None:
+    # A compiler that makes modules of its own follows them into here, before they are whole.
+    if torch.compiler.is_compiling() or not isinstance(parent, DistributedDataParallel):
+        return
+    if name == "module" and module is not None:
         _wrappers.add(parent)
         _exclude(parent, module)
 
