@@ -38,7 +38,7 @@ class GradientNorms(SolvedStatistics):
         device, dtype: as for `FeatureCovariance`, of which this is one of three features.
 
     Buffers, beside the statistics: ``correction`` (), ``limit`` () and ``mixed_from`` (). Until the first refresh they
-    are 1, and infinite.
+    are 1, and 0 for no limit.
     """
 
     correction: Tensor
@@ -57,16 +57,14 @@ class GradientNorms(SolvedStatistics):
         super().__init__(1, 3, decay=decay**FASTER, device=device, dtype=dtype)
         self.bound, self.rescale = bound, rescale
         self.register_buffer("correction", torch.ones((), device=device, dtype=dtype))
-        self.register_buffer("limit", torch.full((), torch.inf, device=device, dtype=dtype))
-        self.register_buffer("mixed_from", torch.full((), torch.inf, device=device, dtype=dtype))
+        self.register_buffer("limit", torch.zeros((), device=device, dtype=dtype))
+        self.register_buffer("mixed_from", torch.zeros((), device=device, dtype=dtype))
 
     @torch.no_grad()
     def reset_state(self) -> None:
         """Set every buffer to what it was when made."""
         self.clear()
         self.correction.fill_(1)
-        self.limit.fill_(torch.inf)
-        self.mixed_from.fill_(torch.inf)
 
     def current_correction(self) -> Tensor | None:
         """Return the correction, to be multiplied by a gradient; None for 1."""
@@ -82,8 +80,9 @@ class GradientNorms(SolvedStatistics):
         A component of 0, or one that is not positive, has no logarithm: such a gradient is left out.
         """
         most = self.limit * (1 + EARLY / self.running_count.squeeze())
+        counted = torch.where(self.limit > 0, torch.minimum(norm, most), norm)
         logarithms = (component / self.correction).log(), (mapped / norm).log()
-        self.observe_rows(torch.stack([*logarithms, torch.minimum(norm, most)]).view(1, 1, 3), valid=valid)
+        self.observe_rows(torch.stack([*logarithms, counted]).view(1, 1, 3), valid=valid)
 
     @torch.no_grad()
     def solve_in_place(self) -> None:

@@ -327,7 +327,7 @@ class FeatureWhitening(GradientTransform):
         if self.bound is None or self._batch.measured is None or function_transforms.are_active():
             return mapped
         (plain_norm, component, norm), limit = self._batch.measured, self.norms.limit
-        is_longer = norm > limit
+        is_longer = (norm > limit) & (limit > 0)
         if is_longer.is_cpu and not is_longer:
             return mapped
         self.num_batches_bounded.add_(is_longer)
@@ -363,10 +363,13 @@ class FeatureWhitening(GradientTransform):
         batch = self.schedule.begin_batch(self)
         is_observed = self.schedule.statistics_are_due(self)
         if input.numel() > 0:
-            # A NaN or Inf anywhere in the input or in the output's gradient reaches the weight's gradient.
-            total = grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32))
-            # Reading a number on the CPU does not block, and saves three small operations per step.
-            valid = math.isfinite(total) if total.is_cpu else torch.isfinite(total)
+            # A NaN or Inf anywhere in the input or in the output's gradient reaches the weight's gradient. Reading a
+            # number on the CPU does not block, and saves three small operations per step.
+            measured = self._batch.measured
+            valid: Tensor | bool = measured is not None and measured[0].is_cpu and math.isfinite(measured[0])
+            if not valid:  # not measured, or a norm that is out of range
+                total = grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32))
+                valid = math.isfinite(total) if total.is_cpu else torch.isfinite(total)
             if is_observed:
                 valid = self._observe_factors(input, batch, valid)
             if valid is not True:
