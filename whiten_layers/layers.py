@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import optimizers  # noqa: F401 - warns of LBFGS, also where layers are unpickled
 from ._torch import function_transforms
 from ._torch.convolutions import AnyConvolution, AnyTransposedConvolution, output_padding_of, padding_of
 from ._torch.modules import StatefulModule, own_parameter
 from ._torch.precision import autocast_dtype
 from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, keep_output_gradient, note_layer, observe_output
 from .inverse import METHODS
-from .optimizers import watch_optimizers
 from .options import check
 from .statistics.patches import Geometry
 from .transforms import FeatureWhitening, GradientTransform, OptimalInputGain
@@ -53,7 +53,6 @@ def attach(layer: nn.Linear | AnyConvolution, geometry: Geometry, transform: Gra
     bound = make_transform(transform).bind(geometry, device=layer.weight.device, dtype=layer.weight.dtype)
     layer.transform = bound.train(layer.training)
     note_layer(layer, bound)
-    watch_optimizers()
 
 
 def _cast(input: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ _wrappers: WeakSet[DistributedDataParallel] = WeakSet()
 
 
 def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    # A compiler that makes modules of its own follows them into here, before they are whole.
+    # The compiler traces this call for modules of its own, whose attributes cannot be read yet.
     if torch.compiler.is_compiling() or not isinstance(parent, DistributedDataParallel):
         return
     if name == "module" and module is not None:

@@ -109,7 +109,7 @@ def merged(first: Moments, second: Moments) -> Moments:
     return Moments(total, first.effective_rows + second.effective_rows, first.mean + weight * shift, covariance)
 
 
-PENDING_NUMBERS = 2**18  # 1 MiB of float32
+PENDING_ROWS, PENDING_NUMBERS = 1024, 2**18  # whichever allows more rows; 1 MiB of float32
 WINDOW = ("window_count", "window_effective_count", "window_mean", "window_covariance")
 
 
@@ -220,14 +220,17 @@ class FeatureCovariance(WideBuffers):
         """Take rows ``(groups, n, features)`` of so many independent samples into the window, if they are `valid`.
 
         They are copied, and their moments computed later, of several batches at once: a batch of few rows then costs
-        little more than the copy. At most as many rows wait as there are features, or 1024, or as make up
+        little more than the copy. At most as many rows wait as there are features, or `PENDING_ROWS`, or as make up
         `PENDING_NUMBERS`.
 
         Returns:
             Whether they were taken: not where they hold a NaN, an Inf, or numbers whose squares do.
         """
         norm = torch.linalg.vector_norm(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
-        number, most = rows.shape[1], max(rows.shape[-1], 1024, PENDING_NUMBERS // (rows.shape[0] * rows.shape[-1]))
+        number, most = (
+            rows.shape[1],
+            max(rows.shape[-1], PENDING_ROWS, PENDING_NUMBERS // (rows.shape[0] * rows.shape[-1])),
+        )
         if norm.is_cpu and not isinstance(valid, Tensor):  # a number on the CPU can be read without waiting
             valid = valid and math.isfinite(norm)
             if not valid:
@@ -241,7 +244,7 @@ class FeatureCovariance(WideBuffers):
         if self._pending and (self._pending[0][0].dtype, self._pending[0][1]) != (rows.dtype, size):
             self._gather()
         self._pending.append((rows, size))
-        if number >= most or sum([part.shape[1] for part, _ in self._pending]) >= most:
+        if sum([part.shape[1] for part, _ in self._pending]) >= most:
             self._gather()
         return valid
 

@@ -43,7 +43,7 @@ FEATURES = ("kronecker", "patch")
 
 
 class _Batch:
-    """What is kept of a batch while it is mapped and observed: not by the module, whose attributes are slow to set."""
+    """Measurements of the batch in progress. A plain object, because setting an attribute of a module is slow."""
 
     output_rows: tuple[Tensor, int] | None = None
     measured: tuple[Tensor, Tensor, Tensor] | None = None  # ‖G‖, ⟨Ĝ, G⟩ / ‖G‖² and ‖Ĝ‖
@@ -279,16 +279,15 @@ class FeatureWhitening(GradientTransform):
     def _from_samples(self, samples: Samples, correction: Tensor | None) -> Tensor:
         """Compute G P as ``Σ δ (P x)ᵀ``, ``(groups, S, C·taps)``."""
         geometry, input = self.geometry, samples.input
-        if geometry.spatial_dims == 0:
-            return linear_rows(samples.grad_output).mT @ self.inputs.multiply(linear_rows(input), correction)
         if self.separable:
-            channels = self.channels.multiply(channel_rows(input, geometry.groups, geometry.spatial_dims))
+            channels = self.channels.multiply(self._positions(input))
             patches = patch_rows(from_channel_rows(channels, input, geometry.spatial_dims), geometry)
             taps = patches.unflatten(2, (-1, geometry.taps)) @ self.taps.current_precision(correction).unsqueeze(1)
-            patches = taps.flatten(2)
+            rows = taps.flatten(2)
         else:
-            patches = self.inputs.multiply(patch_rows(input, geometry), correction)
-        return channel_rows(samples.grad_output, geometry.groups, geometry.spatial_dims).mT @ patches
+            rows = patch_rows(input, geometry) if geometry.spatial_dims else self._positions(input)
+            rows = self.inputs.multiply(rows, correction)
+        return self._positions(samples.grad_output).mT @ rows
 
     def _samples_up_to(self) -> int:
         """Count the numbers in an output up to which `_from_samples` takes fewer operations than the product with P.
@@ -343,7 +342,7 @@ class FeatureWhitening(GradientTransform):
 
     def _measure(self, plain: Tensor, mapped: Tensor) -> None:
         """Keep ``‖G‖``, ``⟨Ĝ, G⟩ / ‖G‖²`` and ``‖Ĝ‖``."""
-        if plain.dim() > 4:
+        if plain.dim() > 4:  # under `torch.vmap`; every step comes here
             plain, mapped = (sum_over_samples(matrix, 4) for matrix in (plain, mapped))
         plain, mapped = plain.flatten(), mapped.flatten()
         norm = torch.linalg.vector_norm(plain)
@@ -377,13 +376,17 @@ class FeatureWhitening(GradientTransform):
         self._batch.output_rows = self._batch.measured = None
         self.schedule.end_batch(self)
 
+    def _positions(self, tensor: Tensor, max_rows: int | None = None, phase: int = 0) -> Tensor:
+        """Take an input's or output's channels, group by group, at all positions or at sampled ones."""
+        dims = self.geometry.spatial_dims
+        if dims == 0:
+            return linear_rows(tensor, max_rows, phase)
+        return channel_rows(tensor, self.geometry.groups, dims, max_rows, phase)
+
     def _rows(self, tensor: Tensor, batch: int) -> tuple[Tensor, int]:
         """Sample rows of an input's or output's channels, group by group; return them and the number of samples."""
-        phase, dims = batch // self.statistics_interval, self.geometry.spatial_dims
-        samples = count_samples(tensor, dims, self.max_rows)
-        if dims == 0:
-            return linear_rows(tensor, self.max_rows, phase), samples
-        return channel_rows(tensor, self.geometry.groups, dims, self.max_rows, phase), samples
+        samples = count_samples(tensor, self.geometry.spatial_dims, self.max_rows)
+        return self._positions(tensor, self.max_rows, batch // self.statistics_interval), samples
 
     def _observe_factors(self, input: Tensor, batch: int, valid: Tensor | bool) -> Tensor | bool:
         """Add a batch to the statistics if it is valid; return whether it is."""
