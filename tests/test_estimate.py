@@ -41,6 +41,24 @@ def test_options_of_whiten():
         estimate(network(), skip="nothing")
 
 
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (lambda: nn.Linear(4096, 10), 256),
+        (lambda: nn.Linear(9216, 10), 128),
+        (lambda: nn.Linear(25088, 10), 64),
+        (lambda: nn.Linear(10**6, 10), 16),
+        (lambda: nn.Conv2d(6144, 10, 3), 128),
+        (lambda: nn.Conv2d(6144, 8, 3, groups=8), 128),
+        (lambda: nn.Conv2d(6144, 1024, 3, groups=1024), 6),
+    ],
+)
+def test_a_layer_of_many_channels_has_smaller_blocks_by_default(layer, size):
+    with torch.device("meta"):
+        widest = estimate(layer()).costs[0]
+    assert widest.size == size and widest.matrices * size**3 <= 2**28 and 0 < widest.seconds < 100
+
+
 def test_a_layer_that_costs_too_much_is_named_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

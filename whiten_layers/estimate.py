@@ -73,14 +73,15 @@ def _copy_without_data(model: nn.Module) -> nn.Module:
 def _seconds(factor: WhiteningFactor, size: int, device: torch.device) -> float:
     """Time the inverse of one matrix of so many features, the second of two."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(2 * size, size, generator=generator, dtype=torch.float32).to(device)
+    rows = torch.randn(2 * size, size, generator=generator, dtype=torch.float32, device="cpu").to(device)
     covariance = (rows.mT @ rows / len(rows) + factor.damping * torch.eye(size, device=device))[None]
     method = METHODS[factor.method]
     arguments = (covariance, factor.power, None, min(factor.rank, size))[: method.arguments]
     start = 0.0
     for _ in range(2):
         start = time.perf_counter()
-        method.inverse(*arguments).matrix.sum().item()  # waits for the device
+        with device:  # whatever the default device is
+            method.inverse(*arguments).matrix.sum().item()  # waits for the device
     return time.perf_counter() - start
 
 
@@ -89,7 +90,8 @@ def estimate(model: nn.Module, transform: GradientTransform | str | None = None,
     """Estimate memory and time of whitening a model, without touching it.
 
     The memory is exact. The time is that of the inverse of a matrix of up to 512 features, measured on the device of
-    the model's first parameter, and for larger ones scaled by the number of operations.
+    the model's first parameter (the CPU for a model on the meta device), and for larger ones scaled by the number of
+    operations.
 
     Args:
         model: the model, whitened or not.
@@ -100,6 +102,7 @@ def estimate(model: nn.Module, transform: GradientTransform | str | None = None,
         ValueError: as for `whiten`.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = torch.device("cpu") if device.type == "meta" else device
     whitened = whiten(_copy_without_data(model), transform, **options)
     costs, measured = [], dict[Any, float]()
     for name, part in whitened.named_modules():

@@ -195,7 +195,7 @@ def test_exact_is_the_papers_form_and_takes_options():
         ({"rescale": None}, "rescale=None is not possible: give True or False"),
         ({"update_interval": 0}, "update_interval=0 is not possible: give an integer of at least 1"),
         ({"statistics_interval": 2.5}, "statistics_interval=2.5 is not possible: give an integer of at least 1"),
-        ({"block_size": 0}, "block_size=0 is not possible: give an integer of at least 1, or None"),
+        ({"block_size": 0}, "block_size=0 is not possible: give an integer of at least 1, 'auto', or None"),
         ({"rank": None}, "rank=None is not possible: give an integer of at least 1"),
         ({"method": "newton_schulz", "power": 0.25}, "power=0.25 is not possible: give another power, or method auto"),
         ({"max_rows": True}, "max_rows=True is not possible: give an integer of at least 1, or None"),

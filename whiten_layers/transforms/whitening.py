@@ -16,7 +16,7 @@ On the output side, ``y = R ỹ`` with ``R Rᵀ = Q`` has ``∂L/∂ỹ = Rᵀ �
 """
 
 import math
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -40,6 +40,20 @@ from ..statistics.whitening_factor import WhiteningFactor
 from .base import GradientTransform, Samples
 
 FEATURES = ("kronecker", "patch")
+LARGEST_BLOCK = 256  # channels: no larger block was better, and an inverse of 256 features takes milliseconds
+CUBES = 2**28  # largest channels · block², to which the operations of a layer's inverses are proportional
+
+
+def default_block_size(channels: int) -> int:
+    """Return how many channels to whiten together, a power of 2, such that no layer's inverses take long.
+
+    256 for up to 4,096 channels of a layer, all groups together, 128 up to 16,384, 64 up to 65,536, and so on: inverses
+    of b blocks of M channels take b M³ operations.
+    """
+    block = LARGEST_BLOCK
+    while block > 1 and channels * block**2 > CUBES:
+        block //= 2
+    return block
 
 
 class _Batch:
@@ -91,8 +105,9 @@ class FeatureWhitening(GradientTransform):
         statistics_interval: the same for the batches that are observed. A layer that such a batch does not reach
             observes the next one that does.
         max_rows: rows (positions, for a convolution) sampled from each observed batch; None for all.
-        block_size: largest number of channels (of a linear layer: features) that are whitened together; None for all.
-            They are split in order into equal parts, and the covariance becomes block-diagonal. With "patch" features a
+        block_size: largest number of channels (of a linear layer: features) that are whitened together; None for all,
+            "auto" for 256, or fewer where a layer has more than 4,096 channels (see `default_block_size`). They are
+            split in order into equal parts, and the covariance becomes block-diagonal. With "patch" features a
             channel's taps stay together. Divides memory and the cost of the transform by the number of blocks, and the
             cost of an inverse by its square (of a recursive one, by the number).
         rank: number of columns in the recursive method, at least 1. With power 1 a refresh whitens twice as many
@@ -127,7 +142,7 @@ class FeatureWhitening(GradientTransform):
         update_interval: int = 10,
         statistics_interval: int = 1,
         max_rows: int | None = 512,
-        block_size: int | None = 256,
+        block_size: int | Literal["auto"] | None = "auto",
         rank: int = 16,
     ) -> None:
         super().__init__()
@@ -143,15 +158,16 @@ class FeatureWhitening(GradientTransform):
         for name, value in [("rescale", rescale), ("shrink", shrink)]:
             check(name, value, isinstance(value, bool), "True or False")
         check("bound", bound, bound is None or (is_real(bound) and bound >= 1), "a number of at least 1, or None")
-        is_limit = block_size is None or is_count(block_size)
-        check("block_size", block_size, is_limit, "an integer of at least 1, or None")
+        is_limit = block_size is None or block_size == "auto" or is_count(block_size)
+        check("block_size", block_size, is_limit, "an integer of at least 1, 'auto', or None")
         check("rank", rank, is_count(rank), "an integer of at least 1")
         self.method, self.features = method, features
         self.power, self.output_power = power, output_power
         self.damping, self.decay, self.center, self.rescale = damping, decay, center, rescale
         self.shrink, self.bound = shrink, bound
         self.update_interval, self.statistics_interval, self.max_rows = update_interval, statistics_interval, max_rows
-        self.block_size, self.rank = block_size, rank
+        self.block_size: int | Literal["auto"] | None = block_size
+        self.rank = rank
         self._batch = _Batch()
 
     @classmethod
@@ -177,6 +193,7 @@ class FeatureWhitening(GradientTransform):
             center: bool = True,
             trace: float | None = None,
         ) -> WhiteningFactor:
+            block = default_block_size(geometry.groups * channels) if self.block_size == "auto" else self.block_size
             return WhiteningFactor(
                 geometry.groups,
                 channels,
@@ -189,7 +206,7 @@ class FeatureWhitening(GradientTransform):
                 center=center,
                 shrink=self.shrink,
                 between=between,
-                block_size=self.block_size,
+                block_size=block,
                 rank=self.rank,
                 trace=trace,
                 device=device,
@@ -422,6 +439,6 @@ class FeatureWhitening(GradientTransform):
         options = {"power": self.power, "output_power": self.output_power, "features": self.features}
         if METHODS[resolve(self.method, self.power)].is_approximate:
             options["rank"] = self.rank
-        if self.block_size is not None:
+        if self.block_size not in (None, "auto"):
             options["block_size"] = self.block_size
         return ", ".join([repr(self.method), *(f"{name}={value!r}" for name, value in options.items())])
