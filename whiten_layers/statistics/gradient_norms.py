@@ -6,7 +6,6 @@ from torch import Tensor
 from .covariance import SolvedStatistics, snapshot_for_graph
 
 EARLY = 3  # batches, after which a norm may count twice as much as the limit
-MIXED = 1.25  # times the usual length of a transformed gradient, from which it is mixed with the plain one
 FASTER = 10  # times as fast as the statistics of features: norms are single numbers, known well from a few batches
 
 
@@ -25,7 +24,7 @@ class GradientNorms(SolvedStatistics):
     known, since gradients may well grow then: those of a network whose last layer starts at zero do.
 
     ``mixed_from`` is the norm from which a transformed gradient is mixed with the plain one: the limit or, if that is
-    more, `MIXED` times the root mean square of ‖G‖ times the geometric mean of ``‖Ĝ‖ / ‖G‖``. For where inputs have
+    more, the usual ‖Ĝ‖: the root mean square of ‖G‖ times the geometric mean of ``‖Ĝ‖ / ‖G‖``. For where inputs have
     very unequal variances Ĝ is longer than G in every batch, and only the unusual ones are to be mixed. A ratio does
     not grow with a spike, as a mean of ‖Ĝ‖ would.
 
@@ -92,7 +91,7 @@ class GradientNorms(SolvedStatistics):
         if self.bound is not None:
             usual = (mean[2].square() + variance[2]).sqrt()
             self.limit.copy_(self.bound * usual)
-            self.mixed_from.copy_(usual * (MIXED * mean[1].exp()).clamp(min=self.bound))
+            self.mixed_from.copy_(usual * mean[1].exp().clamp(min=self.bound))
 
     def extra_repr(self) -> str:
         return f"bound={self.bound}"

@@ -332,7 +332,8 @@ class FeatureWhitening(GradientTransform):
         returned, with ``a = (mixed_from / ‖Ĝ‖)²``: the longer the gradient, the more of the plain one. The square
         leaves ordinary gradients nearly as they are. The norm is then shortened to the limit, or, where the plain
         gradient is beyond the limit itself, to the geometric mean of ``‖G‖`` and the limit: gradients that grow
-        because training needs it must not be held back.
+        because training needs it must not be held back. Before a normalization nothing is mixed: a long step lengthens
+        W, later ones turn it by less, and so spikes end by themselves.
 
         Not being linear, this is left out under `torch.func`: there the gradients of single samples have to add up to
         the batch's.
@@ -348,6 +349,8 @@ class FeatureWhitening(GradientTransform):
             return mapped
         self.num_batches_bounded.add_(is_longer)
         part = (self.norms.mixed_from / norm).clamp(max=1).square()
+        if self.geometry.precedes_normalization:
+            part = torch.ones_like(part)
         # Squared norm of the mixture and norm that is allowed, relative to ‖G‖, so that no square is out of range
         mixed = (part * norm / plain_norm).square() + 2 * part * (1 - part) * component + (1 - part).square()
         allowed = limit / plain_norm
