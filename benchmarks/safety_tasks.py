@@ -104,8 +104,10 @@ def mnist() -> Batch:
 
 
 @cache
-def signals() -> Batch:
-    """Make the 4,000 signals ``(N, 1, 40)`` of MNIST-1D's training set (arXiv 2011.14439), and their classes.
+def signals(test: bool = False) -> Batch:
+    """Make the 4,000 signals ``(N, 1, 40)`` of MNIST-1D's training set, or 1,000 for testing, and their classes.
+
+    The data set is that of arXiv 2011.14439.
 
     Raises:
         ModuleNotFoundError: mnist1d, which makes them, is missing.
@@ -113,7 +115,8 @@ def signals() -> Batch:
     from mnist1d.data import make_dataset
 
     made = make_dataset()
-    return torch.tensor(made["x"], dtype=torch.float32).unsqueeze(1), torch.tensor(made["y"])
+    inputs, classes = ("x_test", "y_test") if test else ("x", "y")
+    return torch.tensor(made[inputs], dtype=torch.float32).unsqueeze(1), torch.tensor(made[classes])
 
 
 @cache
@@ -263,18 +266,18 @@ def regression(steps: int = 400, bias: bool = True) -> Task:
 
 
 class Block(nn.Module):
-    """Causal attention and a perceptron, each on normalised inputs and added to them. Shape: ``(N, L, width)``."""
+    """Attention and a perceptron, each on normalised inputs and added to them. Shape: ``(N, L, width)``."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, is_causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.is_causal = heads, is_causal
         self.norm, self.project, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.perceptron = nn.Sequential(nn.LayerNorm(width), *mlp(width, 4 * width, width, activation=nn.GELU))
 
     def forward(self, inputs: Tensor) -> Tensor:
         parts = self.project(self.norm(inputs)).chunk(3, -1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal)
         hidden = inputs + self.out(attended.transpose(1, 2).flatten(2))
         return hidden + self.perceptron(hidden)
 
@@ -324,19 +327,19 @@ def mnist_cnn(steps: int = 60) -> Task:
     )
 
 
+def convnet_1d() -> nn.Module:
+    """Make the convolutional network of MNIST-1D's authors."""
+    layers = [nn.Conv1d(a, 25, k, stride=2, padding=1) for a, k in [(1, 5), (25, 3), (25, 3)]]
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), nn.Flatten(), nn.Linear(125, 10))
+
+
 def mnist1d(steps: int = 300) -> Task:
     """Classify the signals of MNIST-1D by its authors' convolutional network."""
     data = signals()
-
-    def networks() -> Networks:
-        first, *others = [nn.Conv1d(a, 25, k, stride=2, padding=1) for a, k in [(1, 5), (25, 3), (25, 3)]]
-        layers = [first, nn.ReLU(), *(part for layer in others for part in (layer, nn.ReLU()))]
-        return (nn.Sequential(*layers, nn.Flatten(), nn.Linear(125, 10)),)
-
     return Task(
         steps,
         {"sgd": 0.2, "adamw": 0.02},
-        networks,
+        lambda: (convnet_1d(),),
         lambda generator: shuffled(data, 100, generator),
         supervised(F.cross_entropy),
     )

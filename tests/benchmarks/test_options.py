@@ -52,6 +52,12 @@ WRONG = {
         (["--device", "cuda:99"], "CUDA devices that are here: "),
         (["--power", "-1"], "power=-1.0 is not possible"),
     ],
+    "peers.__main__": [
+        (["--tasks", "cifar"], "argument --tasks: invalid choice: 'cifar'"),
+        (["--methods", "lion"], "argument --methods: invalid choice: 'lion'"),
+        (["--steps", "0"], "argument --steps: invalid positive int value: '0'"),
+        (["--seeds", "0", "1001"], "--seeds 1001: the search has seen it"),
+    ],
     "safety": [
         (["--tasks", "cifar"], "argument --tasks: invalid choice: 'cifar'"),
         (["--optimizer", "lion"], "argument --optimizer: invalid choice: 'lion'"),

@@ -1,0 +1,168 @@
+"""The methods of `benchmarks.peers`: optimizers, rivals and whitened layers, each made for a network."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
+
+from whiten_layers import FeatureWhitening, convert_batchnorm, whiten
+
+from .curvature import FOOF, KFAC, MAC, Preconditioner
+from .deconvolution import deconvolve
+
+
+@dataclass
+class Training:
+    """The optimizers of a network, and what is to be done with the gradients before they take a step."""
+
+    optimizers: tuple[Optimizer, ...]
+    precondition: Callable[[float], None] = lambda lr: None
+
+    def step(self) -> None:
+        """Take a step of all optimizers."""
+        self.precondition(self.optimizers[0].param_groups[0]["lr"])
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+Make = Callable[[nn.Module, float, float], Training]  # of a network, a learning rate and a weight decay
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train a network, which it may change in place.
+
+    `lr` and `decay` are where the search begins. `needs` names a kind of module without which it changes nothing.
+    """
+
+    make: Make
+    lr: float
+    decay: float
+    needs: type[nn.Module] | None = None
+
+    def suits(self, network: nn.Module) -> bool:
+        """Tell whether the network has what the method changes."""
+        return self.needs is None or any(isinstance(module, self.needs) for module in network.modules())
+
+
+def plain(make: Callable[..., Optimizer], **options: Any) -> Make:
+    """Train all parameters by one optimizer."""
+    return lambda network, lr, decay: Training((make(network.parameters(), lr=lr, weight_decay=decay, **options),))
+
+
+def sgd(network: nn.Module, lr: float, decay: float) -> Training:
+    """Train by SGD with momentum."""
+    return Training((SGD(network.parameters(), lr, momentum=0.9, weight_decay=decay),))
+
+
+class FlatMuon(Muon):
+    """Muon that takes weights of any number of dimensions, as matrices of their first one and the others."""
+
+    def __init__(self, weights: Iterable[nn.Parameter], **options: Any) -> None:
+        self.weights = list(weights)
+        super().__init__([nn.Parameter(weight.detach().flatten(1)) for weight in self.weights], **options)
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step; the matrices share their memory with the weights."""
+        for weight, matrix in zip(self.weights, self.param_groups[0]["params"], strict=True):
+            assert weight.grad is not None and matrix.data_ptr() == weight.data_ptr()
+            matrix.grad = weight.grad.flatten(1)
+        return super().step(closure)
+
+
+def matrices(network: nn.Module, dims: Iterable[int]) -> Iterator[nn.Parameter]:
+    """Yield the weights of hidden layers, of so many dimensions: all but the last layer's, as Muon's author advises."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, kinds)]
+    yield from (layer.weight for layer in layers[:-1] if layer.weight.dim() in dims)
+
+
+def muon(network: nn.Module, lr: float, decay: float, dims: Iterable[int] = (2, 3, 4)) -> Training:
+    """Train weights by Muon, scaled to the length of AdamW's steps, and everything else by AdamW."""
+    chosen = list(matrices(network, dims))
+    others = [p for p in network.parameters() if all(p is not weight for weight in chosen)]
+    made: list[Optimizer] = [AdamW(others, lr, weight_decay=decay)]
+    if chosen:
+        options: dict[str, Any] = {"lr": lr, "weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
+        made.append(FlatMuon(chosen, **options))
+    return Training(tuple(made))
+
+
+def singd(network: nn.Module, lr: float, decay: float) -> Training:
+    """Train weights and biases of layers by SINGD (arXiv 2312.05705), and everything else by SGD with momentum."""
+    from singd.optim.optimizer import SINGD
+
+    with_layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    chosen = [p for module in with_layers for p in module.parameters()]
+    others = [p for p in network.parameters() if all(p is not one for one in chosen)]
+    options: dict[str, Any] = {"momentum": 0.9, "weight_decay": decay, "normalize_lr_cov": True}
+    made: list[Optimizer] = [SINGD(network, params=chosen, lr=lr, **options)]
+    if others:
+        made.append(SGD(others, lr, momentum=0.9, weight_decay=decay))
+    return Training(tuple(made))
+
+
+def packaged(name: str, **options: Any) -> Make:
+    """Train by an optimizer of pytorch_optimizer."""
+
+    def make(network: nn.Module, lr: float, decay: float) -> Training:
+        import pytorch_optimizer
+
+        return plain(getattr(pytorch_optimizer, name), **options)(network, lr, decay)
+
+    return make
+
+
+def preconditioned(base: Make, preconditioner: Callable[[nn.Module], Preconditioner]) -> Make:
+    """Replace the gradients before another method's step."""
+
+    def make(network: nn.Module, lr: float, decay: float) -> Training:
+        return Training(base(network, lr, decay).optimizers, preconditioner(network))
+
+    return make
+
+
+def changed(base: Make, change: Callable[[nn.Module], object]) -> Make:
+    """Change the network before another method sees it."""
+
+    def make(network: nn.Module, lr: float, decay: float) -> Training:
+        change(network)
+        return base(network, lr, decay)
+
+    return make
+
+
+def whitened(base: Make, **options: Any) -> Make:
+    """Whiten the layers of a network that another method trains."""
+    return changed(base, lambda network: whiten(network, FeatureWhitening(**options)))
+
+
+adamw = plain(AdamW)
+METHODS: dict[str, Method] = {
+    "sgd": Method(sgd, 0.05, 5e-4),
+    "adamw": Method(adamw, 0.004, 0.01),
+    "muon-linear": Method(partial(muon, dims=(2,)), 0.004, 0.01),  # torch's own takes matrices only
+    "muon": Method(muon, 0.004, 0.01),
+    "soap": Method(packaged("SOAP"), 0.004, 0.01),
+    "shampoo": Method(
+        packaged("ScalableShampoo", decoupled_weight_decay=True, preconditioning_compute_steps=10), 0.02, 0.01
+    ),
+    "psgd-kron": Method(packaged("Kron"), 0.002, 0.01),
+    "singd": Method(singd, 0.01, 5e-4),
+    "foof": Method(preconditioned(sgd, FOOF), 0.01, 5e-4),
+    "kfac": Method(preconditioned(sgd, KFAC), 0.05, 5e-4),
+    "mac": Method(preconditioned(sgd, MAC), 0.05, 5e-4),
+    "newton-muon": Method(preconditioned(muon, partial(FOOF, damping=0.2)), 0.004, 0.01),
+    "deconvolution": Method(changed(sgd, deconvolve), 0.05, 5e-4),
+    "iter-norm": Method(
+        changed(sgd, lambda network: convert_batchnorm(network, "iter_norm")), 0.05, 5e-4, needs=nn.BatchNorm2d
+    ),
+    "whitened-sgd": Method(whitened(sgd), 0.05, 5e-4),
+    "whitened-adamw": Method(whitened(adamw), 0.004, 0.01),
+    "whitened-muon": Method(whitened(muon), 0.004, 0.01),
+    "whitened-sgd-both": Method(whitened(sgd, output_power=0.5), 0.05, 5e-4),
+    "whitened-adamw-both": Method(whitened(adamw, output_power=0.5), 0.004, 0.01),
+}
