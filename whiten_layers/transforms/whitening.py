@@ -38,6 +38,7 @@ from ..statistics.patches import (
 )
 from ..statistics.whitening_factor import WhiteningFactor
 from .base import GradientTransform, Samples
+from .bound import shorten
 
 FEATURES = ("kronecker", "patch")
 LARGEST_BLOCK = 256  # channels: no larger block was better, and an inverse of 256 features takes milliseconds
@@ -97,7 +98,7 @@ class FeatureWhitening(GradientTransform):
             `WhiteningFactor.estimate`. Otherwise directions that few rows happen not to show are amplified.
         bound: norm up to which a weight's gradient, after the transform, is an ordinary one, as a multiple of the usual
             norm of the plain gradient (its root mean square over recent batches), at least 1. A longer one is counted
-            in ``num_batches_bounded``, mixed with the plain gradient and shortened; see `_bounded`. This is the only
+            in ``num_batches_bounded``, mixed with the plain gradient and shortened; see `shorten`. This is the only
             place where the map is not linear. Each micro-batch, each process and each call of the layer is bounded for
             itself. None for no bound.
         update_interval: batches between two refreshes of P, on the mean: one of every so many batches, at a place that
@@ -327,14 +328,6 @@ class FeatureWhitening(GradientTransform):
     def _bounded(self, plain: Tensor, mapped: Tensor) -> Tensor:
         """Measure what the transform does to a gradient; make one that is longer than usual safe.
 
-        Near the largest stable learning rate a few long gradients follow each other, and grow. What ends that is the
-        plain gradient's component in the strong directions, which whitening suppresses. So ``a Ĝ + (1 − a) G`` is
-        returned, with ``a = (mixed_from / ‖Ĝ‖)²``: the longer the gradient, the more of the plain one. The square
-        leaves ordinary gradients nearly as they are. The norm is then shortened to the limit, or, where the plain
-        gradient is beyond the limit itself, to the geometric mean of ``‖G‖`` and the limit: gradients that grow
-        because training needs it must not be held back. Before a normalization nothing is mixed: a long step lengthens
-        W, later ones turn it by less, and so spikes end by themselves.
-
         Not being linear, this is left out under `torch.func`: there the gradients of single samples have to add up to
         the batch's.
         """
@@ -343,22 +336,13 @@ class FeatureWhitening(GradientTransform):
         call_on_plain_tensors(self._measure, plain, mapped)
         if self.bound is None or self._batch.measured is None or function_transforms.are_active():
             return mapped
-        (plain_norm, component, norm), limit = self._batch.measured, self.norms.limit
-        is_longer = (norm > limit) & (limit > 0)
+        limit = self.norms.limit
+        is_longer = (self._batch.measured[2] > limit) & (limit > 0)
         if is_longer.is_cpu and not is_longer:
             return mapped
         self.num_batches_bounded.add_(is_longer)
-        part = (self.norms.mixed_from / norm).clamp(max=1).square()
-        if self.geometry.precedes_normalization:
-            part = torch.ones_like(part)
-        # Squared norm of the mixture and norm that is allowed, relative to ‖G‖, so that no square is out of range
-        mixed = (part * norm / plain_norm).square() + 2 * part * (1 - part) * component + (1 - part).square()
-        allowed = limit / plain_norm
-        allowed = torch.maximum(allowed, allowed.sqrt())
-        part = torch.where(is_longer, part, 1)
-        # Where a norm is out of range, no length can be kept: a gradient whose entries are finite becomes zero.
-        shortened = torch.where(is_longer, (allowed / mixed.sqrt()).clamp(max=1).nan_to_num(nan=0), 1)
-        return torch.lerp(plain, mapped, part) * shortened
+        mix = not self.geometry.precedes_normalization
+        return shorten(plain, mapped, *self._batch.measured, self.norms, mix)
 
     def _measure(self, plain: Tensor, mapped: Tensor) -> None:
         """Keep ``‖G‖``, ``⟨Ĝ, G⟩ / ‖G‖²`` and ``‖Ĝ‖``."""
