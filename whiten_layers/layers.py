@@ -4,7 +4,6 @@ In evaluation mode, with gradients off, or with a frozen weight, a layer here *i
 operations, saves nothing and observes nothing.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,30 +17,9 @@ from ._torch.convolutions import AnyConvolution, AnyTransposedConvolution, outpu
 from ._torch.modules import StatefulModule, own_parameter
 from ._torch.precision import autocast_dtype
 from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, keep_output_gradient, note_layer, observe_output
-from .inverse import METHODS
-from .options import check
 from .statistics.patches import Geometry
-from .transforms import FeatureWhitening, GradientTransform, OptimalInputGain
-
-
-def make_transform(transform: GradientTransform | str | None) -> GradientTransform:
-    """Make a new transform: a copy of the given one, the one of the given name, or the default.
-
-    A name is "optimal_gain", or an inverse method of `FeatureWhitening`.
-
-    Raises:
-        ValueError: the name is unknown.
-        TypeError: `transform` is neither a transform, a name nor None.
-    """
-    if transform is None:
-        return FeatureWhitening()
-    if isinstance(transform, str):
-        names = ("optimal_gain", "auto", *METHODS)
-        check("transform", transform, transform in names, f"one of {', '.join(names)}, or a GradientTransform")
-        return OptimalInputGain() if transform == "optimal_gain" else FeatureWhitening(transform)
-    if isinstance(transform, GradientTransform):
-        return copy.deepcopy(transform)
-    raise TypeError(f"transform={transform!r} is not possible: give a GradientTransform, a name, or None")
+from .transforms import GradientTransform
+from .transforms.named import make_transform
 
 
 def attach(layer: nn.Linear | AnyConvolution, geometry: Geometry, transform: GradientTransform | str | None) -> None:
@@ -104,6 +82,10 @@ class _Whitened(StatefulModule):
         super().reset_parameters()  # type: ignore[misc]
         if hasattr(self, "transform"):  # not yet, when the plain layer's __init__ calls this
             self.transform.reset_state()
+
+    def before_replicating(self) -> None:
+        if not self._is_plain():
+            raise RuntimeError("nn.DataParallel cannot train whitened layers: replicas lose what they observe. Use DDP")
 
     def after_loading(self, assigned: bool) -> None:
         weight = own_parameter(self, "weight")

@@ -3,6 +3,8 @@
 import math
 import numbers
 
+from torch import nn
+
 
 def check(name: str, value: object, allowed: bool, choices: str) -> None:
     """Raise a ValueError that names the option, its value and the choices, unless the value is allowed."""
@@ -26,3 +28,9 @@ def check_statistics(decay: object, update_interval: object, statistics_interval
     for name, value in [("update_interval", update_interval), ("statistics_interval", statistics_interval)]:
         check(name, value, is_count(value), "an integer of at least 1")
     check("max_rows", max_rows, max_rows is None or is_count(max_rows), "an integer of at least 1, or None")
+
+
+def check_model(model: object) -> None:
+    """Raise a TypeError, unless a model is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}: give an nn.Module, the model itself")

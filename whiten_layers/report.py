@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .conversion.whiten import reasons_left
+from .options import check_model
 from .statistics.whitening_factor import WhiteningFactor
 from .transforms import FeatureWhitening, GradientTransform
 
@@ -124,7 +125,11 @@ def report(model: nn.Module) -> Report:
     after a refresh the second is 1 for power 1, and the root of the first for power ½. As the statistics move on, it
     shows how stale P is; with the recursive method, it also shows how far P has converged. Each call decomposes every
     covariance in float64 on the CPU, so call it between epochs, not at every step.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    check_model(model)
     rows = []
     for name, transform in _transforms(model):
         whitening = transform if isinstance(transform, FeatureWhitening) else None

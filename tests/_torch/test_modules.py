@@ -1,5 +1,6 @@
 """The inside of `nn.Module`, as far as the library relies on what PyTorch does not document."""
 
+import inspect
 import io
 
 import pytest
@@ -23,6 +24,9 @@ class Told(StatefulModule):
     def after_moving(self, before):
         self.heard.append(("moved", before))
 
+    def before_replicating(self):
+        self.heard.append("replicated")
+
     def before_loading(self, state_dict, prefix):
         self.heard.append(("loading", prefix, f"{prefix}state" in state_dict))
 
@@ -44,6 +48,13 @@ def test_a_module_is_told_when_a_checkpoint_is_loaded(assign):
     model.load_state_dict(nn.Sequential(Told()).state_dict(), assign=assign)
     hint = "load_state_dict is to call _load_from_state_dict(state_dict, prefix, local_metadata, …) of every module"
     assert model[0].heard == [("loading", "0.", True), ("loaded", assign)], hint
+
+
+def test_a_module_is_told_when_it_is_replicated():
+    module = Told()
+    hint = "nn.DataParallel's replicate is to call _replicate_for_data_parallel() of every module"
+    assert "_replicate_for_data_parallel()" in inspect.getsource(torch.nn.parallel.replicate), hint
+    assert module._replicate_for_data_parallel() is not module and module.heard == ["replicated"], hint
 
 
 def test_a_module_that_keeps_its_tensors_copies_what_is_assigned():

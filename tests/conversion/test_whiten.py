@@ -130,7 +130,8 @@ def test_whitening_twice_keeps_the_state():
     model = whiten(Model())
     model(torch.randn(4, 3, 8, 8)).sum().backward()
     transform = model.stem.transform
-    whiten(model, FeatureWhitening(power=1.0))
+    with pytest.warns(UserWarning, match="whitened already, and kept as they were: stem"):
+        whiten(model, FeatureWhitening(power=1.0))
     assert model.stem.transform is transform and transform.num_batches_tracked == 1
 
 

@@ -181,10 +181,13 @@ def test_exact_is_the_papers_form_and_takes_options():
         ({"power": "1"}, r"power='1' is not possible: give a number in \[0, 1\]"),
         ({"power": float("nan")}, r"power=nan is not possible"),
         ({"output_power": -0.5}, r"output_power=-0.5 is not possible: give a number in \[0, 1\]"),
-        ({"method": "cholesky"}, "power=0.5 is not possible: give another power, or method auto or eigh"),
+        (
+            {"method": "cholesky"},
+            "power=0.5 is not possible: give power=1, as 'cholesky' needs it, or method auto or eigh",
+        ),
         (
             {"method": "cholesky", "power": 1, "output_power": 0.5},
-            "output_power=0.5 is not possible: give another power",
+            "output_power=0.5 is not possible: give output_power=1, as 'cholesky' needs it, or method auto",
         ),
         ({"damping": -1}, "damping=-1 is not possible: give a number of at least 0"),
         ({"damping": float("inf")}, "damping=inf is not possible"),
@@ -197,7 +200,10 @@ def test_exact_is_the_papers_form_and_takes_options():
         ({"statistics_interval": 2.5}, "statistics_interval=2.5 is not possible: give an integer of at least 1"),
         ({"block_size": 0}, "block_size=0 is not possible: give an integer of at least 1, 'auto', or None"),
         ({"rank": None}, "rank=None is not possible: give an integer of at least 1"),
-        ({"method": "newton_schulz", "power": 0.25}, "power=0.25 is not possible: give another power, or method auto"),
+        (
+            {"method": "newton_schulz", "power": 0.25},
+            "power=0.25 is not possible: give power=0.5 or power=1, as 'newton_schulz' needs it, or method auto",
+        ),
         ({"max_rows": True}, "max_rows=True is not possible: give an integer of at least 1, or None"),
     ],
 )

@@ -23,8 +23,8 @@ __all__ = [
 class StatefulModule(nn.Module):
     """A module that is told when its tensors are moved or cast, and when a checkpoint is loaded into it.
 
-    Subclasses implement those of the four hooks below that they need; here they do nothing. PyTorch's own way is to
-    extend the private methods `_apply` and `_load_from_state_dict`.
+    Subclasses implement those of the hooks below that they need; here they do nothing. PyTorch's own way is to
+    extend the private methods `_apply`, `_load_from_state_dict` and `_replicate_for_data_parallel`.
     """
 
     keeps_its_tensors: ClassVar[bool] = False
@@ -42,6 +42,13 @@ class StatefulModule(nn.Module):
 
     def after_loading(self, assigned: bool) -> None:
         """React to a load; `assigned` tells whether it was one with ``assign=True``."""
+
+    def before_replicating(self) -> None:
+        """React to `nn.DataParallel`, which copies modules at each forward pass if there are several devices."""
+
+    def _replicate_for_data_parallel(self):  # type: ignore[no-untyped-def]
+        self.before_replicating()
+        return super()._replicate_for_data_parallel()
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         before = self.before_moving()

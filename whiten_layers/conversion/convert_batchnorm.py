@@ -1,7 +1,6 @@
 """Conversion of a model's batch normalizations to normalizations that whiten."""
 
 import logging
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -18,8 +17,8 @@ from ..norm import (
     StochasticWhiteningBatchNorm2d,
     StochasticWhiteningBatchNorm3d,
 )
-from ..options import check
-from .patterns import chosen_layers, pattern_list
+from ..options import check, check_model
+from .patterns import Selection, chosen_layers
 
 logger = logging.getLogger("whiten_layers")
 
@@ -45,8 +44,8 @@ def convert_batchnorm(
     model: M,
     kind: str,
     *,
-    include: str | Iterable[str] | None = None,
-    skip: str | Iterable[str] | None = None,
+    include: Selection = None,
+    skip: Selection = None,
     **options: Any,
 ) -> M:
     """Convert every `nn.BatchNorm1d`, 2d and 3d of a model to a normalization that whitens, in place.
@@ -58,8 +57,9 @@ def convert_batchnorm(
     Args:
         model: any module, or a single layer.
         kind: "iter_norm", "decorrelated" or "swbn".
-        include: names to convert, as glob patterns of `model.named_modules()`; None for all.
-        skip: names to leave as they are.
+        include: what to convert: names, as glob patterns of `model.named_modules()`, modules with all within them, or
+            types of modules; one or several. None for all.
+        skip: what to leave as it is.
         options: options of the normalization's class, such as ``group_size=32`` or ``criterion="frobenius"``.
 
     Returns:
@@ -69,11 +69,13 @@ def convert_batchnorm(
 
     Raises:
         ValueError: `kind` is unknown, or a pattern matches no batch normalization.
+        TypeError: `model` is no module, or something to select by is neither name, module nor type.
     """
+    check_model(model)
     check("kind", kind, kind in NORMS, f"one of {', '.join(NORMS)}")
     modules = model.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in modules if type(module) in NORMS[kind]}
-    chosen = chosen_layers(layers, pattern_list(include), pattern_list(skip), "batch normalization")
+    chosen = chosen_layers(model, layers, include, skip, "batch normalization")
     shared = {id(layer): layer for layer in layers.values() if id(layer) in chosen}  # each layer once
     made = [(layer, NORMS[kind][type(layer)].like(layer, **options)) for layer in shared.values()]
     for layer, ours in made:

@@ -2,7 +2,6 @@
 
 import logging
 import warnings
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,18 +9,21 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from .._torch.modules import own_parameter
-from ..layers import PLAIN, TWINS, attach, make_transform
+from ..layers import PLAIN, TWINS, attach
+from ..options import check_model
 from ..processes import ProcessGroup
 from ..refresh.schedule import Schedule
 from ..refresh.update import cost
 from ..transforms import Chain, GradientTransform, PSIScaling
+from ..transforms.named import make_transform, settings
 from .ddp import exclude_from_wrappers
-from .patterns import check_patterns, chosen_layers, matches, pattern_list
+from .patterns import Selection, chosen_layers, selected, selectors
 from .scale_invariance import scale_invariant
 
 logger = logging.getLogger("whiten_layers")
 
 M = TypeVar("M", bound=nn.Module)
+WHAT = "layer that can be whitened"
 COSTLY = 10**12  # operations of a refresh of one layer: a minute or two on a CPU core
 
 
@@ -29,10 +31,11 @@ def whiten(
     model: M,
     transform: GradientTransform | str | None = None,
     *,
-    include: str | Iterable[str] | None = None,
-    skip: str | Iterable[str] | None = None,
-    psi: bool | str | Iterable[str] = False,
+    include: Selection = None,
+    skip: Selection = None,
+    psi: bool | Selection = False,
     process_group: ProcessGroup | None = None,
+    **options: Any,
 ) -> M:
     """Turn every linear and (transposed) convolutional layer of a model into its whitened twin, in place.
 
@@ -44,12 +47,13 @@ def whiten(
     Args:
         model: any module, or a single layer.
         transform: the transform that each layer gets a copy of, as for `WhitenedLinear`.
-        include: names to convert, as glob patterns of `model.named_modules()` ("layer1.*"); None for all.
-        skip: names to leave as they are.
+        include: what to convert: names, as glob patterns of `model.named_modules()` ("layer1.*"), modules with all
+            within them (``model.layer1``), or types of modules; one or several. None for all.
+        skip: what to leave as it is.
         psi: which of the converted layers get ``Chain(transform, PSIScaling())`` instead of `transform`: glob patterns
-            as for `include`, or True for all layers whose rows may be rescaled without changing what the model
-            computes. A forward pass must call such a layer once, its parameters must be used nowhere else, and its
-            output must go only to one norm, called once. The norm must normalise each channel separately
+            and the like as for `include`, or True for all layers whose rows may be rescaled without changing what the
+            model computes. A forward pass must call such a layer once, its parameters must be used nowhere else, and
+            its output must go only to one norm, called once. The norm must normalise each channel separately
             (`nn.BatchNorm1d`, 2d, 3d, `nn.SyncBatchNorm`, `nn.InstanceNorm1d`, 2d, 3d,
             `StochasticWhiteningBatchNorm1d`, 2d, 3d, but no subclass), and its ``num_features`` must be the number of
             the layer's outputs. A linear layer's norm must be a `nn.BatchNorm1d`, a `nn.SyncBatchNorm` or a
@@ -61,29 +65,35 @@ def whiten(
             their defaults; hooks are ignored.
         process_group: the processes that share statistics and the work of a refresh, if `torch.distributed` runs. None
             for those of the `DistributedDataParallel` that wraps the model, or else all.
+        options: options of the transform's class, such as ``power=1``, if `transform` is a name or None.
 
     Returns:
         `model`. Modules that look like layers but were left are logged, with the reason, to "whiten_layers" at level
-        INFO. Layers whose refresh takes more than 10¹² operations (with the default `block_size` none does) are named
-        in one warning; `estimate` tells what each layer costs.
+        INFO, after a line of how many were whitened, which is a warning where they have less than half of the
+        parameters and no choice was asked for. Layers whose refresh takes more than 10¹² operations (with the default
+        `block_size` none does) are named in one warning; `estimate` tells what each layer costs.
 
     Raises:
         ValueError: a pattern matches no layer that could be converted; or, with ``psi=True``, the model cannot be
             traced or has no such layer. Nothing has been converted then.
+        TypeError: `model` is no module; an option is unknown; or something to select by is neither name, module nor
+            type.
     """
-    psi = psi if isinstance(psi, bool) else pattern_list(psi) or []
+    check_model(model)
+    is_given = transform is not None or bool(options)
+    transform = make_transform(transform, **options)
     modules = model.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in modules if type(module) in TWINS or type(module) in PLAIN}
-    chosen = chosen_layers(layers, pattern_list(include), pattern_list(skip), "layer that can be whitened")
-    if not isinstance(psi, bool):
-        check_patterns("psi", psi, layers, "layer that can be whitened")
+    chosen = chosen_layers(model, layers, include, skip, WHAT)
     scaled = _scaled(model, layers, psi)
+    if is_given:
+        _warn_of_kept({name: layer for name, layer in layers.items() if id(layer) in chosen}, transform)
     for module in layers.values():
         # Already whitened (perhaps just now, under a shared layer's other name), not chosen, or without any feature.
         if type(module) in PLAIN or id(module) not in chosen or module.weight.numel() == 0:
             continue
         twin = TWINS[type(module)]
-        given = Chain(make_transform(transform), PSIScaling()) if id(module) in scaled else transform
+        given = Chain(transform, PSIScaling()) if id(module) in scaled else transform
         attach(module, twin.geometry(module), given)
         module.__class__ = twin
     twins: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}
@@ -95,9 +105,31 @@ def whiten(
     Schedule(process_group).join(transforms)
     exclude_from_wrappers(transforms)
     _warn_of_costly(twins)
+    _tell_share(model, layers, include is None and skip is None)
     for name, reason in reasons_left(model).items():
         logger.info("left %s: %s", name, reason)
     return model
+
+
+def _warn_of_kept(layers: dict[str, Any], transform: GradientTransform) -> None:
+    """Warn of layers that are whitened already, in another way than is asked for now."""
+    whitened = {name: layer for name, layer in layers.items() if type(layer) in PLAIN}
+    kept = [name or "the model" for name, layer in whitened.items() if settings(layer.transform) != settings(transform)]
+    if kept:
+        cure = "unwhiten(model) first to change it"
+        warnings.warn(f"whitened already, and kept as they were: {_listed(kept)}: {cure}", stacklevel=3)
+
+
+def _tell_share(model: nn.Module, layers: dict[str, Any], is_all: bool) -> None:
+    """Log how much of a model is whitened."""
+    numbers = {id(parameter): parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)}
+    whitened = {id(layer): layer for layer in layers.values() if type(layer) in PLAIN}
+    parts = {id(p) for layer in whitened.values() for p in layer.parameters()}
+    share = sum(number for key, number in numbers.items() if key in parts) / (sum(numbers.values()) or 1)
+    others = {id(module) for module in model.modules() if _reason_left(module)}
+    level = logging.WARNING if share < 0.5 and is_all and numbers else logging.INFO
+    total = len(whitened) + len(others)
+    logger.log(level, "whitened %d of %d layers, %.0f %% of the parameters", len(whitened), total, 100 * share)
 
 
 def _warn_of_costly(layers: dict[str, Any]) -> None:
@@ -109,10 +141,14 @@ def _warn_of_costly(layers: dict[str, Any]) -> None:
             widest = max(factor.running_mean.shape[1] for factor in factors)
             costly[name or "the model"] = f"{widest} features, {operations:.0e} operations"
     if costly:
-        named = [f"{name} ({what})" for name, what in costly.items()]
-        named = [*named[:5], f"and {len(named) - 5} more"] if len(named) > 5 else named
+        named = _listed([f"{name} ({what})" for name, what in costly.items()])
         cure = 'give FeatureWhitening a smaller block_size, features="kronecker", or method="recursive"'
-        warnings.warn(f"a refresh of these layers takes long: {', '.join(named)}: {cure}", stacklevel=3)
+        warnings.warn(f"a refresh of these layers takes long: {named}: {cure}", stacklevel=3)
+
+
+def _listed(names: list[str]) -> str:
+    """List the first five of some names, and say how many more there are."""
+    return ", ".join([*names[:5], f"and {len(names) - 5} more"] if len(names) > 5 else names)
 
 
 def unwhiten(model: M) -> M:
@@ -120,7 +156,9 @@ def unwhiten(model: M) -> M:
 
     Raises:
         ValueError: a layer's class was derived from a whitened one, for instance by a parametrization.
+        TypeError: `model` is no module.
     """
+    check_model(model)
     made: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}
     for name, module in made.items():
         if type(module) not in PLAIN:
@@ -135,10 +173,10 @@ def unwhiten(model: M) -> M:
     return model
 
 
-def _scaled(model: nn.Module, layers: dict[str, Any], psi: bool | list[str]) -> set[int]:
+def _scaled(model: nn.Module, layers: dict[str, Any], psi: bool | Selection) -> set[int]:
     """Return the ids of the layers that are named, or of those in front of a norm that cancels their scale."""
     if not isinstance(psi, bool):
-        return {id(module) for name, module in layers.items() if matches(name, psi)}
+        return selected("psi", selectors("psi", psi) or [], model, layers, WHAT)
     if not psi:
         return set()
     cure = "name the layers, as in psi=['layer1.*']"
@@ -149,6 +187,11 @@ def _scaled(model: nn.Module, layers: dict[str, Any], psi: bool | list[str]) -> 
     if not names:
         raise ValueError(f"psi=True finds no layer whose output goes to a normalization per channel alone: {cure}")
     return {id(layers[name]) for name in names}
+
+
+def is_lazy(parameter: object) -> bool:
+    """Tell whether a parameter has no shape yet."""
+    return isinstance(parameter, UninitializedParameter)
 
 
 def reasons_left(model: nn.Module) -> dict[str, str]:
@@ -172,7 +215,7 @@ def _reason_left(module: Any) -> str | None:
         return "whose covariance is diagonal: what an adaptive optimizer does already"
     for plain in TWINS:
         if isinstance(module, plain):
-            lazy = isinstance(own_parameter(module, "weight"), UninitializedParameter)
+            lazy = is_lazy(own_parameter(module, "weight"))
             return "not initialised yet" if lazy else f"a subclass of nn.{plain.__name__}, which may compute otherwise"
     names = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
     return f"which has parameters of its own: {', '.join(names)}" if names else None

@@ -154,7 +154,10 @@ class FeatureWhitening(GradientTransform):
         for name, value in [("power", power), ("output_power", output_power)]:
             check(name, value, is_real(value) and 0 <= value <= 1, "a number in [0, 1]")
             choices = [key for key in ("auto", *METHODS) if supports(key, value)]
-            check(name, value, value == 0 or method in choices, f"another power, or method {' or '.join(choices)}")
+            powers = METHODS[method].powers or () if method in METHODS else ()
+            own = " or ".join(f"{name}={power:g}" for power in powers)
+            others = f"method {' or '.join(choices)}"
+            check(name, value, value == 0 or method in choices, f"{own}, as {method!r} needs it, or {others}")
         check("center", center, center is None or isinstance(center, bool), "True, False or None")
         for name, value in [("rescale", rescale), ("shrink", shrink)]:
             check(name, value, isinstance(value, bool), "True or False")
