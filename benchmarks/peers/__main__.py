@@ -25,10 +25,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ..environment import describe
-from ..options import PositiveInt, Switch, choice, read, reject
+from ..options import PositiveInt, Switch, Wrong, choice, read, reject, value
 from ..output import Column, annotate, cells, interruptible, replace, show, write
 from ..timing import steady_allocator
-from .methods import METHODS
+from .methods import BOTH_SIDES, METHODS, find
 from .runs import Setting, Store, pace
 from .search import best_setting
 from .tasks import TASKS
@@ -37,7 +37,20 @@ PROGRAM = "python -m benchmarks.peers"
 SEARCHED = (1000, 1001)  # seeds of the search, none of those that are reported
 QUICK = ("mlp-mnist1d", "mlp-diamonds")
 CRITERIA = ("loss", "test_loss")
-OURS = ("whitened-sgd", "whitened-adamw", "whitened-sgd-both", "whitened-adamw-both")
+OURS = ("whitened-sgd", "whitened-adamw")  # and these with options
+
+
+def known(name: str) -> str | Wrong:
+    """Return the name of a method."""
+    try:
+        find(name)
+    except ValueError as error:
+        reason = "" if str(error) == name else f": {error}"
+        return Wrong(f"invalid choice: {name!r} (choose from {', '.join(METHODS)}){reason}")
+    return name
+
+
+METHOD = value("method", known)
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,10 @@ class Options:
     """The options of the benchmark."""
 
     tasks: tuple[Annotated[str, choice(TASKS)], ...] = tuple(TASKS)
-    methods: tuple[Annotated[str, choice(METHODS)], ...] = tuple(METHODS)
+    methods: tuple[Annotated[str, METHOD], ...] = (
+        *METHODS,
+        *BOTH_SIDES,
+    )  # those that whiten with options after a colon
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     steps: PositiveInt | None = None  # None is what each task needs
     quick: Switch = False  # two small tasks of 50 steps, one seed: three minutes
@@ -62,7 +78,7 @@ Row = dict[str, Any]
 def measure(task: str, method: str, options: Options, store: Store, pace_ratio: float, bar: tqdm) -> Row:
     """Search, then train all seeds; return medians, least and most over the seeds."""
     steps = options.steps or TASKS[task].steps
-    start = METHODS[method]
+    start = find(method)
 
     def trained(lr: float, weight_decay: float, seed: int, steps: int = steps) -> Row:
         bar.set_description(f"{task}, {method}, lr {lr:.2g}, decay {weight_decay:.2g}, seed {seed}")
@@ -119,7 +135,7 @@ def summarise(rows: list[Row]) -> list[Row]:
     """Compare, task by task, the best of SGD and AdamW with whitened layers with the best of all others."""
     summary = []
     for task in dict.fromkeys(row["task"] for row in rows):
-        own = [row for row in rows if row["task"] == task and row["method"] in OURS]
+        own = [row for row in rows if row["task"] == task and row["method"].partition(":")[0] in OURS]
         others = [row for row in rows if row["task"] == task and not row["method"].startswith("whitened")]
         if not own or not others:
             continue
@@ -210,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 network = TASKS[task].network()
                 TASKS[task].data()
-                methods = [name for name in dict.fromkeys(options.methods) if METHODS[name].suits(network)]
+                methods = [name for name in dict.fromkeys(options.methods) if find(name).suits(network)]
                 ratios = paces(task, methods, options)
             except ModuleNotFoundError as error:
                 reject(PROGRAM, f"--tasks {task}: {error.name} is missing: pip install 'whiten-layers[bench,peers]'")

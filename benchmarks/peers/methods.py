@@ -1,15 +1,16 @@
 """The methods of `benchmarks.peers`: optimizers, rivals and whitened layers, each made for a network."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
-from whiten_layers import FeatureWhitening, convert_batchnorm, whiten
+from whiten_layers import GradientTransform, convert_batchnorm, whiten
 
+from ..transforms import TransformOptions
 from .curvature import FOOF, KFAC, MAC, Preconditioner
 from .deconvolution import deconvolve
 
@@ -135,12 +136,26 @@ def changed(base: Make, change: Callable[[nn.Module], object]) -> Make:
     return make
 
 
-def whitened(base: Make, **options: Any) -> Make:
+def whitened(base: Make, transform: GradientTransform | None = None) -> Make:
     """Whiten the layers of a network that another method trains."""
-    return changed(base, lambda network: whiten(network, FeatureWhitening(**options)))
+    return changed(base, lambda network: whiten(network, transform))
+
+
+def find(name: str) -> Method:
+    """Return the method of a name, "muon", or of a whitened one with options, "whitened-adamw:power=1,rank=8".
+
+    Raises:
+        ValueError: there is none, or an option has a value that is not possible.
+    """
+    base, colon, text = name.partition(":")
+    method = METHODS.get(base)
+    if method is None or (colon and base not in WHITENED):
+        raise ValueError(name)
+    return replace(method, make=whitened(WHITENED[base], TransformOptions().changed(text).make())) if colon else method
 
 
 adamw = plain(AdamW)
+WHITENED = {"whitened-sgd": sgd, "whitened-adamw": adamw, "whitened-muon": muon}
 METHODS: dict[str, Method] = {
     "sgd": Method(sgd, 0.05, 5e-4),
     "adamw": Method(adamw, 0.004, 0.01),
@@ -163,6 +178,5 @@ METHODS: dict[str, Method] = {
     "whitened-sgd": Method(whitened(sgd), 0.05, 5e-4),
     "whitened-adamw": Method(whitened(adamw), 0.004, 0.01),
     "whitened-muon": Method(whitened(muon), 0.004, 0.01),
-    "whitened-sgd-both": Method(whitened(sgd, output_power=0.5), 0.05, 5e-4),
-    "whitened-adamw-both": Method(whitened(adamw, output_power=0.5), 0.004, 0.01),
 }
+BOTH_SIDES = ("whitened-sgd:output-power=0.5", "whitened-adamw:output-power=0.5")

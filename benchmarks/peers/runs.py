@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..output import finite
 from ..safety_tasks import Batch, shuffled
-from .methods import METHODS, Training
+from .methods import Training, find
 from .tasks import TASKS, Task
 
 WARM_UP = 0.1  # part of the steps in which the learning rate rises to its full height; then it falls as a cosine to 0
@@ -73,7 +73,7 @@ def start(task: Task, method: str, lr: float, weight_decay: float, seed: int) ->
     """Make a task's network, and what trains it."""
     torch.manual_seed(seed)
     network = task.network()
-    return network, METHODS[method].make(network, lr, weight_decay)
+    return network, find(method).make(network, lr, weight_decay)
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def pace(name: str, methods: Iterable[str], steps: int = 40, warm_up: int = 10) 
     taken = dict.fromkeys(methods, 0.0)
     streams = {}
     for method in taken:
-        network, training = start(task, method, 1e-4 * METHODS[method].lr, 0.0, 0)
+        network, training = start(task, method, 1e-4 * find(method).lr, 0.0, 0)
         streams[method] = updates(task, network, training, warm_up + steps, 0)
     for step in range(warm_up + steps):
         for method in list(streams) if step % 2 else list(streams)[::-1]:

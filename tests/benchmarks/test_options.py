@@ -55,6 +55,8 @@ WRONG = {
     "peers.__main__": [
         (["--tasks", "cifar"], "argument --tasks: invalid choice: 'cifar'"),
         (["--methods", "lion"], "argument --methods: invalid choice: 'lion'"),
+        (["--methods", "sgd:power=1"], "argument --methods: invalid choice: 'sgd:power=1'"),
+        (["--methods", "whitened-sgd:power=2"], "power=2.0 is not possible: give a number in [0, 1]"),
         (["--steps", "0"], "argument --steps: invalid positive int value: '0'"),
         (["--seeds", "0", "1001"], "--seeds 1001: the search has seen it"),
     ],

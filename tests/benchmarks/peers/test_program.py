@@ -12,7 +12,7 @@ if not hasattr(torch.optim, "Muon"):
     pytest.skip("this torch has no Muon", allow_module_level=True)
 
 from benchmarks.peers import runs
-from benchmarks.peers.methods import METHODS
+from benchmarks.peers.methods import METHODS, find
 from benchmarks.peers.runs import Setting, Store, evaluate, height, start, updates
 from benchmarks.peers.tasks import TASKS
 
@@ -53,6 +53,12 @@ def test_a_method_trains_every_parameter(name):
         training.step()
     assert all(p.isfinite().all() for p in network.parameters())
     assert all(not torch.equal(p, before[key]) for key, p in network.named_parameters())
+
+
+def test_options_of_a_whitened_method():
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    find("whitened-adamw:power=1,output-power=0.25").make(network, 0.1, 0.0)
+    assert (network[0].transform.power, network[0].transform.output_power) == (1.0, 0.25)
 
 
 def test_the_learning_rate_rises_and_falls():
