@@ -41,6 +41,28 @@ def test_an_averaged_model_follows_and_is_not_trained(transform, use_buffers):
     assert all(b.isfinite().all() for b in average.module.buffers())
 
 
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_averaged_model_whose_layers_are_skipped(use_buffers):
+    """Layers then open and close their windows at other steps than the model was copied at."""
+    torch.manual_seed(0)
+    layers = whiten(nn.ModuleList(nn.Linear(5, 5) for _ in range(4)), update_interval=3)
+    optimizer = torch.optim.SGD(layers.parameters(), 0.01)
+    average = AveragedModel(layers, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
+    for _ in range(30):
+        optimizer.zero_grad()
+        x = torch.randn(8, 5)
+        for layer in layers:
+            x = layer(x) if torch.rand(()) > 0.3 else x
+        (x * torch.randn(8, 5)).sum().backward() if x.requires_grad else None
+        optimizer.step()
+        average.update_parameters(layers)
+    for mine, theirs in zip(layers, average.module, strict=True):
+        assert theirs.weight.isfinite().all() and (theirs.weight - mine.weight).norm() < (mine.weight).norm()
+        precision = theirs.transform.inputs.precision
+        assert precision.isfinite().all()
+        assert torch.equal(precision, mine.transform.inputs.precision) != use_buffers  # copied, or averaged
+
+
 @everywhere
 @each_transform
 def test_an_empty_batch_is_plain_and_leaves_no_mark(case, transform):

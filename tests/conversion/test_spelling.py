@@ -124,10 +124,13 @@ def test_options_given_again_are_warned_of_where_they_differ():
         whiten(model, FeatureWhitening())
         whiten(model, power=0.5, center=None)
         whiten(model, FeatureWhitening(power=1), include=[unwhiten(model.head)])
-    with pytest.warns(UserWarning, match=r"kept as they were: stem, layer1.0, layer1.2, layer2.0: unwhiten") as seen:
+        unwhiten(model.stem)
+        whiten(model, power=1)  # what was left
+        assert model.stem.transform.power == 1 and model.layer1[0].transform.power == 0.5
+    with pytest.warns(UserWarning, match=r"kept as they were: layer1.0, layer1.2, layer2.0: unwhiten") as seen:
         whiten(model, power=1)
     assert len(seen) == 1 and seen[0].filename == __file__
-    with pytest.warns(UserWarning, match="layer2.0, head: unwhiten"):
+    with pytest.warns(UserWarning, match=r"stem, layer1.0, layer1.2, layer2.0, head: unwhiten"):
         whiten(model, Chain(FeatureWhitening(), PSIScaling()))
     many = whiten(nn.Sequential(*(nn.Linear(2, 2) for _ in range(7))))
     with pytest.warns(UserWarning, match="0, 1, 2, 3, 4, and 2 more: unwhiten"):

@@ -1,5 +1,7 @@
 """The running covariance against all rows at once."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,6 +144,21 @@ def test_a_checkpoint_has_no_window_and_loading_one_forgets_it():
         each.load_state_dict(saved)
         assert each.window is None
         torch.testing.assert_close(dict(each.state_dict()), saved, rtol=0, atol=0)
+
+
+def test_an_open_window_is_none_of_the_buffers_but_moves_with_them():
+    running = FeatureCovariance(1, 3, decay=0.9)
+    names = [name for name, _ in running.named_buffers()]
+    rows = torch.randn(1, 8, 3)
+    running.observe(moments(rows))
+    running.observe_rows(rows)
+    assert [name for name, _ in running.named_buffers()] == names
+    copied = copy.deepcopy(running).double()
+    assert copied.window.mean.dtype == torch.float64 and copied.window.rows == 16
+    torch.testing.assert_close(copied.window.covariance.float(), running.window.covariance)
+    assert copied.half().window.mean.dtype == copied.running_mean.dtype == torch.float32
+    assert copied.to("meta").window.mean.is_meta
+    assert copied.to_empty(device="cpu").window is None
 
 
 def test_a_closed_window_changes_the_average_in_place():

@@ -112,9 +112,10 @@ def whiten(
 
 
 def _warn_of_kept(layers: dict[str, Any], transform: GradientTransform) -> None:
-    """Warn of layers that are whitened already, in another way than is asked for now."""
-    whitened = {name: layer for name, layer in layers.items() if type(layer) in PLAIN}
-    kept = [name or "the model" for name, layer in whitened.items() if settings(layer.transform) != settings(transform)]
+    """Warn of a call that changes nothing, though it asks for another transform than the layers have."""
+    if not all(type(layer) in PLAIN for layer in layers.values()):
+        return
+    kept = [name or "the model" for name, one in layers.items() if settings(one.transform) != settings(transform)]
     if kept:
         cure = "unwhiten(model) first to change it"
         warnings.warn(f"whitened already, and kept as they were: {_listed(kept)}: {cure}", stacklevel=3)

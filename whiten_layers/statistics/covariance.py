@@ -110,7 +110,20 @@ def merged(first: Moments, second: Moments) -> Moments:
 
 
 PENDING_ROWS, PENDING_NUMBERS = 1024, 2**18  # whichever allows more rows; 1 MiB of float32
-WINDOW = ("window_count", "window_effective_count", "window_mean", "window_covariance")
+WINDOW = ("window_count", "window_effective_count", "window_mean", "window_covariance")  # names of its moments, saved
+
+
+class _Window:
+    """What was observed since the last window was closed.
+
+    A plain object and not buffers: what comes and goes among a module's buffers breaks averages of models
+    (`torch.optim.swa_utils.AveragedModel`), and setting a module's attribute is slow.
+    """
+
+    def __init__(self) -> None:
+        self.moments: Moments | None = None
+        self.pending: list[tuple[Tensor, int]] = []  # rows, and how many of them are one sample; all of one kind
+        self.has_marked_rows = False  # rows among them that are NaN, and to be left out
 
 
 class FeatureCovariance(WideBuffers):
@@ -134,10 +147,8 @@ class FeatureCovariance(WideBuffers):
         dtype: float32 or float64. Casting the module to a narrower type leaves its buffers in float32.
 
     Buffers, for ``groups · blocks`` matrices of M features: ``running_count`` and ``running_effective_count``
-    (groups·blocks,), ``running_mean`` (groups·blocks, M), ``running_covariance`` (groups·blocks, M, M); and, of these
-    shapes, ``window_count``, ``window_effective_count``, ``window_mean`` and ``window_covariance`` while a window is
-    open. A checkpoint has no window, which is one process's: loading one drops what was observed since the last window
-    was closed.
+    (groups·blocks,), ``running_mean`` (groups·blocks, M), ``running_covariance`` (groups·blocks, M, M). A checkpoint
+    has no window, which is one process's: loading one drops what was observed since the last window was closed.
     """
 
     is_approximate: bool = False  # whether a refresh gets nearer to the exact result even when nothing new was observed
@@ -146,10 +157,6 @@ class FeatureCovariance(WideBuffers):
     running_effective_count: Tensor
     running_mean: Tensor
     running_covariance: Tensor
-    window_count: Tensor | None
-    window_effective_count: Tensor | None
-    window_mean: Tensor | None
-    window_covariance: Tensor | None
 
     def __init__(
         self,
@@ -173,10 +180,15 @@ class FeatureCovariance(WideBuffers):
             self.register_buffer(name, torch.zeros(matrices, device=device, dtype=dtype))
         self.register_buffer("running_mean", torch.zeros(matrices, size, device=device, dtype=dtype))
         self.register_buffer("running_covariance", torch.zeros(matrices, size, size, device=device, dtype=dtype))
-        for name in WINDOW:
-            self.register_buffer(name, None, persistent=False)
-        self._pending: list[tuple[Tensor, int]] = []  # rows, and how many of them are one sample; all of one kind
-        self._has_marked_rows = False  # rows among them that are NaN, and to be left out
+        self._window = _Window()
+
+    def after_moving(self, before: dict[str, Tensor | None]) -> None:
+        super().after_moving(before)
+        moments, mean = self._window.moments, self.running_mean
+        if moments is not None and moments.mean.is_meta and not mean.is_meta:  # there is nothing to be moved
+            self.window = None
+        elif moments is not None:
+            self._window.moments = Moments(*(part.to(mean) for part in moments))
 
     def split(self, rows: Tensor) -> Tensor:
         """Deal the features out to the blocks: ``(groups, n, features) -> (groups·blocks, n, M)``."""
@@ -206,14 +218,12 @@ class FeatureCovariance(WideBuffers):
     def window(self) -> Moments | None:
         """Moments of what was observed since the last window was closed; None for nothing."""
         self._gather()
-        parts = [getattr(self, name) for name in WINDOW]
-        return None if parts[0] is None else Moments(*parts)
+        return self._window.moments
 
     @window.setter
-    def window(self, window: Moments | None) -> None:
-        self._pending, self._has_marked_rows = [], False
-        for name, part in zip(WINDOW, window or (None,) * len(WINDOW), strict=True):
-            setattr(self, name, part)
+    def window(self, moments: Moments | None) -> None:
+        self._window.__init__()  # type: ignore[misc]
+        self._window.moments = moments
 
     @torch.no_grad()
     def observe_rows(self, rows: Tensor, samples: int | None = None, valid: Tensor | bool = True) -> Tensor | bool:
@@ -239,12 +249,13 @@ class FeatureCovariance(WideBuffers):
         else:
             valid = torch.isfinite(norm) & torch.as_tensor(valid, device=norm.device)
             rows = torch.where(valid, rows, torch.nan)  # to be left out
-            self._has_marked_rows = True
+            self._window.has_marked_rows = True
         size = 1 if samples is None else number // min(samples, number)
-        if self._pending and (self._pending[0][0].dtype, self._pending[0][1]) != (rows.dtype, size):
+        pending = self._window.pending
+        if pending and (pending[0][0].dtype, pending[0][1]) != (rows.dtype, size):
             self._gather()
-        self._pending.append((rows, size))
-        if sum([part.shape[1] for part, _ in self._pending]) >= most:
+        pending.append((rows, size))
+        if sum([part.shape[1] for part, _ in pending]) >= most:
             self._gather()
         return valid
 
@@ -254,8 +265,9 @@ class FeatureCovariance(WideBuffers):
         Unlike `window` this changes nothing: rows that are pending stay so, and the next window is the same in its
         last bit.
         """
-        moments = {name: part for name in WINDOW if (part := getattr(self, name)) is not None}
-        rows = {f"pending_{place}_by_{size}": part for place, (part, size) in enumerate(self._pending)}
+        window = self._window
+        moments = {} if window.moments is None else dict(zip(WINDOW, window.moments, strict=True))
+        rows = {f"pending_{place}_by_{size}": part for place, (part, size) in enumerate(window.pending)}
         return moments | rows
 
     @torch.no_grad()
@@ -284,23 +296,25 @@ class FeatureCovariance(WideBuffers):
                 raise ValueError(f"{name} of shape {tuple(part.shape)} is not possible: give {shape}")
             pending.append((int(match[1]), (part.to(self.running_mean.device, copy=True), int(match[2]))))
         self.window = Moments(*moments) if moments else None
-        self._pending = [rows for _, rows in sorted(pending, key=lambda one: one[0])]
-        self._has_marked_rows = not all(torch.isfinite(rows).all() for rows, _ in self._pending)
+        self._window.pending = [rows for _, rows in sorted(pending, key=lambda one: one[0])]
+        self._window.has_marked_rows = not all(torch.isfinite(rows).all() for rows, _ in self._window.pending)
 
     @torch.no_grad()
     def _gather(self) -> None:
         """Take the pending rows into the window."""
-        if not self._pending:
+        window = self._window
+        if not window.pending:
             return
-        parts, self._pending = self._pending, []
+        parts = window.pending[:]
+        window.pending.clear()
         size = parts[0][1]
         whole = [part[:, : part.shape[1] // size * size] for part, _ in parts]
         rows = whole[0] if len(whole) == 1 else torch.cat(whole, 1)
         rows = self.split(rows.to(self.running_mean.device))
         known = None
-        if self._has_marked_rows:
+        if window.has_marked_rows:
             known = torch.isfinite(torch.linalg.vector_norm(rows, dim=-1, dtype=self.running_mean.dtype))
-            self._has_marked_rows = False
+            window.has_marked_rows = False
         self.observe(moments(rows, samples=rows.shape[1] // size, known=known))
 
     @torch.no_grad()
@@ -329,8 +343,8 @@ class FeatureCovariance(WideBuffers):
                 torch.where(valid[:, None], mean, 0),
                 torch.where(valid[:, None, None], covariance, 0),
             )
-        window = self.window
-        self.window = batch if window is None else merged(window, batch)
+        before = self.window
+        self._window.moments = batch if before is None else merged(before, batch)
         return valid.all()
 
     @torch.no_grad()
