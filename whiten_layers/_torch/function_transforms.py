@@ -52,6 +52,8 @@ def call_on_plain_tensors(call: Callable[..., None], *tensors: Tensor) -> None:
     """
     if are_active():
         _CallOnPlainTensors.apply(call, *tensors)
+    elif not torch.is_grad_enabled():
+        call(*tensors)
     else:
         with torch.no_grad():
             call(*tensors)

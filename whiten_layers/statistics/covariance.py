@@ -4,7 +4,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +123,9 @@ class _Window:
     def __init__(self) -> None:
         self.moments: Moments | None = None
         self.pending: list[tuple[Tensor, int]] = []  # rows, and how many of them are one sample; all of one kind
+        self.number = 0  # of pending rows in each group
         self.has_marked_rows = False  # rows among them that are NaN, and to be left out
+        self.measured: list[Any] = []  # what a subclass observes, and will turn into rows
 
 
 class FeatureCovariance(WideBuffers):
@@ -225,22 +227,19 @@ class FeatureCovariance(WideBuffers):
         self._window.__init__()  # type: ignore[misc]
         self._window.moments = moments
 
-    @torch.no_grad()
     def observe_rows(self, rows: Tensor, samples: int | None = None, valid: Tensor | bool = True) -> Tensor | bool:
         """Take rows ``(groups, n, features)`` of so many independent samples into the window, if they are `valid`.
 
         They are copied, and their moments computed later, of several batches at once: a batch of few rows then costs
         little more than the copy. At most as many rows wait as there are features, or `PENDING_ROWS`, or as make up
-        `PENDING_NUMBERS`.
+        `PENDING_NUMBERS`. No gradients are to be recorded meanwhile.
 
         Returns:
             Whether they were taken: not where they hold a NaN, an Inf, or numbers whose squares do.
         """
         norm = torch.linalg.vector_norm(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
-        number, most = (
-            rows.shape[1],
-            max(rows.shape[-1], PENDING_ROWS, PENDING_NUMBERS // (rows.shape[0] * rows.shape[-1])),
-        )
+        groups, number, features = rows.shape
+        most, is_marked = max(features, PENDING_ROWS, PENDING_NUMBERS // (groups * features)), False
         if norm.is_cpu and not isinstance(valid, Tensor):  # a number on the CPU can be read without waiting
             valid = valid and math.isfinite(norm)
             if not valid:
@@ -248,16 +247,21 @@ class FeatureCovariance(WideBuffers):
             rows = rows.clone() if number < most else rows  # so many are not kept
         else:
             valid = torch.isfinite(norm) & torch.as_tensor(valid, device=norm.device)
-            rows = torch.where(valid, rows, torch.nan)  # to be left out
-            self._window.has_marked_rows = True
+            rows, is_marked = torch.where(valid, rows, torch.nan), True  # to be left out
         size = 1 if samples is None else number // min(samples, number)
-        pending = self._window.pending
-        if pending and (pending[0][0].dtype, pending[0][1]) != (rows.dtype, size):
-            self._gather()
-        pending.append((rows, size))
-        if sum([part.shape[1] for part, _ in pending]) >= most:
+        self._append(rows, size, is_marked)
+        if self._window.number >= most:
             self._gather()
         return valid
+
+    def _append(self, rows: Tensor, size: int, is_marked: bool) -> None:
+        """Let rows wait, of which so many are one sample, and some may be marked by NaN."""
+        window = self._window
+        if window.pending and (window.pending[0][0].dtype, window.pending[0][1]) != (rows.dtype, size):
+            self._gather()
+        window.pending.append((rows, size))
+        window.number += rows.shape[1]
+        window.has_marked_rows |= is_marked
 
     def open_window(self) -> dict[str, Tensor]:
         """Return what was observed since the last window was closed, as tensors by name, for `restore_window`.
@@ -265,6 +269,7 @@ class FeatureCovariance(WideBuffers):
         Unlike `window` this changes nothing: rows that are pending stay so, and the next window is the same in its
         last bit.
         """
+        self._make_rows()
         window = self._window
         moments = {} if window.moments is None else dict(zip(WINDOW, window.moments, strict=True))
         rows = {f"pending_{place}_by_{size}": part for place, (part, size) in enumerate(window.pending)}
@@ -296,17 +301,21 @@ class FeatureCovariance(WideBuffers):
                 raise ValueError(f"{name} of shape {tuple(part.shape)} is not possible: give {shape}")
             pending.append((int(match[1]), (part.to(self.running_mean.device, copy=True), int(match[2]))))
         self.window = Moments(*moments) if moments else None
-        self._window.pending = [rows for _, rows in sorted(pending, key=lambda one: one[0])]
-        self._window.has_marked_rows = not all(torch.isfinite(rows).all() for rows, _ in self._window.pending)
+        for _, (rows, size) in sorted(pending, key=lambda one: one[0]):
+            self._append(rows, size, not torch.isfinite(rows).all())
+
+    def _make_rows(self) -> None:
+        """Turn what was measured into pending rows; for a subclass that measures something."""
 
     @torch.no_grad()
     def _gather(self) -> None:
         """Take the pending rows into the window."""
         window = self._window
+        if window.measured:
+            self._make_rows()
         if not window.pending:
             return
-        parts = window.pending[:]
-        window.pending.clear()
+        parts, window.pending, window.number = window.pending, [], 0
         size = parts[0][1]
         whole = [part[:, : part.shape[1] // size * size] for part, _ in parts]
         rows = whole[0] if len(whole) == 1 else torch.cat(whole, 1)

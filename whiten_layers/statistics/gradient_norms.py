@@ -6,6 +6,7 @@ from torch import Tensor
 from .covariance import SolvedStatistics, snapshot_for_graph
 
 EARLY = 3  # batches, after which a norm may count twice as much as the limit
+WAITING = 256  # measurements that wait at most
 FASTER = 10  # times as fast as the statistics of features: norms are single numbers, known well from a few batches
 
 
@@ -73,15 +74,38 @@ class GradientNorms(SolvedStatistics):
         """Compute the geometric mean () of ``⟨Ĝ, G⟩ / ‖G‖²``, without the correction; 1 where none was measured."""
         return self.running_mean[0, 0].exp()
 
-    def observe_gradient(self, norm: Tensor, component: Tensor, mapped: Tensor, valid: Tensor | bool) -> None:
-        """Take a gradient into the window: ‖G‖, and ``⟨Ĝ, G⟩ / ‖G‖²`` and ‖Ĝ‖ with the correction.
+    def observe_gradient(self, norm: Tensor, product: Tensor, mapped: Tensor, valid: Tensor | bool) -> None:
+        """Take a gradient into the window: ‖G‖, and ``⟨Ĝ, G⟩`` and ‖Ĝ‖ with the correction.
 
-        A component of 0, or one that is not positive, has no logarithm: such a gradient is left out.
+        A component of 0, or one that is not positive, has no logarithm: such a gradient is left out. What follows from
+        the three numbers is computed later, for many gradients at once.
         """
+        if valid is not False:
+            self._window.measured.append(((norm, product, mapped), valid))
+            if len(self._window.measured) == WAITING:
+                self._make_rows()
+
+    @torch.no_grad()
+    def _make_rows(self) -> None:
+        measured = self._window.measured[:]
+        self._window.measured.clear()
+        if not measured:
+            return
+        numbers = torch.stack([number for three, _ in measured for number in three])
+        norm, product, mapped = numbers.view(-1, 3).to(self.limit.device).unbind(1)
         most = self.limit * (1 + EARLY / self.running_count.squeeze())
         counted = torch.where(self.limit > 0, torch.minimum(norm, most), norm)
-        logarithms = (component / self.correction).log(), (mapped / norm).log()
-        self.observe_rows(torch.stack([*logarithms, counted]).view(1, 1, 3), valid=valid)
+        component = product / norm / norm / self.correction
+        rows = torch.stack([component.log(), (mapped / norm).log(), counted], 1)
+        finite = torch.isfinite(rows).all(1)
+        is_known = finite.is_cpu and all(valid is True for _, valid in measured)  # without waiting
+        if is_known:
+            rows = rows[finite]
+        else:
+            valid = torch.stack([torch.as_tensor(valid, device=rows.device) for _, valid in measured])
+            rows = torch.where((finite & valid).unsqueeze(1), rows, torch.nan)  # to be left out
+        if len(rows):
+            self._append(rows.unsqueeze(0), 1, not is_known)
 
     @torch.no_grad()
     def solve_in_place(self) -> None:

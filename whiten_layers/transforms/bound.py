@@ -7,7 +7,7 @@ from ..statistics.gradient_norms import GradientNorms
 
 
 def shorten(
-    plain: Tensor, mapped: Tensor, norm: Tensor, component: Tensor, mapped_norm: Tensor, norms: GradientNorms, mix: bool
+    plain: Tensor, mapped: Tensor, norm: Tensor, product: Tensor, mapped_norm: Tensor, norms: GradientNorms, mix: bool
 ) -> Tensor:
     """Mix a transformed gradient beyond the limit with the plain one, and shorten it; return others as they are.
 
@@ -22,7 +22,7 @@ def shorten(
         plain: G.
         mapped: Ĝ, of the same shape.
         norm: ‖G‖ ().
-        component: ``⟨Ĝ, G⟩ / ‖G‖²`` ().
+        product: ``⟨Ĝ, G⟩`` ().
         mapped_norm: ‖Ĝ‖ ().
         norms: the limit, and the norm from which to mix.
         mix: False to shorten only: before a normalization a long step lengthens W, and later ones turn it by less, so
@@ -31,7 +31,7 @@ def shorten(
     limit = norms.limit
     part = (norms.mixed_from / mapped_norm).clamp(max=1).square() if mix else torch.ones_like(norm)
     # Squared norm of the mixture and norm that is allowed, relative to ‖G‖, so that no square is out of range
-    mixed = (part * mapped_norm / norm).square() + 2 * part * (1 - part) * component + (1 - part).square()
+    mixed = (part * mapped_norm / norm).square() + 2 * part * (1 - part) * (product / norm / norm) + (1 - part).square()
     allowed = limit / norm
     allowed = torch.maximum(allowed, allowed.sqrt())
     is_longer = (mapped_norm > limit) & (limit > 0)

@@ -61,7 +61,7 @@ class _Batch:
     """Measurements of the batch in progress. A plain object, because setting an attribute of a module is slow."""
 
     output_rows: tuple[Tensor, int] | None = None
-    measured: tuple[Tensor, Tensor, Tensor] | None = None  # ‖G‖, ⟨Ĝ, G⟩ / ‖G‖² and ‖Ĝ‖
+    measured: tuple[Tensor, Tensor, Tensor] | None = None  # ‖G‖, ⟨Ĝ, G⟩ and ‖Ĝ‖
 
 
 class FeatureWhitening(GradientTransform):
@@ -340,20 +340,20 @@ class FeatureWhitening(GradientTransform):
         if self.bound is None or self._batch.measured is None or function_transforms.are_active():
             return mapped
         limit = self.norms.limit
-        is_longer = (self._batch.measured[2] > limit) & (limit > 0)
+        is_longer = self._batch.measured[2] > limit
         if is_longer.is_cpu and not is_longer:
             return mapped
-        self.num_batches_bounded.add_(is_longer)
+        self.num_batches_bounded.add_(is_longer & (limit > 0))
         mix = not self.geometry.precedes_normalization
         return shorten(plain, mapped, *self._batch.measured, self.norms, mix)
 
     def _measure(self, plain: Tensor, mapped: Tensor) -> None:
-        """Keep ``‖G‖``, ``⟨Ĝ, G⟩ / ‖G‖²`` and ``‖Ĝ‖``."""
+        """Keep ‖G‖, ``⟨Ĝ, G⟩`` and ‖Ĝ‖."""
         if plain.dim() > 4:  # under `torch.vmap`; every step comes here
             plain, mapped = (sum_over_samples(matrix, 4) for matrix in (plain, mapped))
         plain, mapped = plain.flatten(), mapped.flatten()
-        norm = torch.linalg.vector_norm(plain)
-        self._batch.measured = norm, torch.dot(plain, mapped) / norm / norm, torch.linalg.vector_norm(mapped)
+        norms = torch.linalg.vector_norm(plain), torch.linalg.vector_norm(mapped)
+        self._batch.measured = norms[0], torch.dot(plain, mapped), norms[1]
 
     def pending(self) -> dict[str, Any]:
         return {"_batch": _Batch()}
