@@ -324,7 +324,11 @@ class FeatureCovariance(WideBuffers):
         if window.has_marked_rows:
             known = torch.isfinite(torch.linalg.vector_norm(rows, dim=-1, dtype=self.running_mean.dtype))
             window.has_marked_rows = False
-        self.observe(moments(rows, samples=rows.shape[1] // size, known=known))
+        self.observe(self._moments(rows, size, known))
+
+    def _moments(self, rows: Tensor, size: int, known: Tensor | None) -> Moments:
+        """Compute the moments of rows, of which so many are one sample, and those that are not `known` are left out."""
+        return moments(rows, samples=rows.shape[1] // size, known=known)
 
     @torch.no_grad()
     def observe(self, batch: Moments, valid: Tensor | bool = True) -> Tensor:
