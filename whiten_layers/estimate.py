@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from .conversion.whiten import whiten
+from .conversion.patterns import Selection, selectors
+from .conversion.whiten import convert
 from .inverse import METHODS
 from .options import check_model
 from .report import aligned
+from .statistics.covariance import FeatureCovariance
 from .statistics.whitening_factor import WhiteningFactor
 from .transforms import GradientTransform
 
+SELECTIONS: dict[str, Any] = {"include": None, "skip": None, "psi": False}  # of `whiten`, with their defaults
 MEASURED = 512  # features of the largest matrix that is inverted to see how fast this machine is
 
 
@@ -61,14 +65,27 @@ class Estimate:
         )
 
 
-def _copy_without_data(model: nn.Module) -> nn.Module:
-    """Copy a model, but for the data of its parameters and buffers."""
+def _copy_without_data(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
+    """Copy a model, but for the data of its tensors; return it with the copy of each of its modules, by the id."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        if is_lazy(parameter):
+            memo[id(parameter)] = parameter
+        else:
+            memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+        memo[id(buffer)] = buffer if is_lazy(buffer) else torch.empty_like(buffer, device="meta")
+    for module in model.modules():
+        if isinstance(module, FeatureCovariance):
+            module.leave_window(memo)
+    return copy.deepcopy(model, memo), memo
+
+
+def _copied(option: str, selection: bool | Selection, memo: dict[int, Any]) -> Any:
+    """Select the copies of modules instead of the modules."""
+    if selection is None or isinstance(selection, bool):
+        return selection
+    return [memo.get(id(one), one) for one in selectors(option, selection) or []]
 
 
 def _seconds(factor: WhiteningFactor, size: int, device: torch.device) -> float:
@@ -106,7 +123,9 @@ def estimate(model: nn.Module, transform: GradientTransform | str | None = None,
     check_model(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device
-    whitened = whiten(_copy_without_data(model), transform, **options)
+    whitened, memo = _copy_without_data(model)
+    selections = {name: _copied(name, options.pop(name, default), memo) for name, default in SELECTIONS.items()}
+    convert(whitened, transform, **selections, process_group=options.pop("process_group", None), options=options)
     costs, measured = [], dict[Any, float]()
     for name, part in whitened.named_modules():
         if not isinstance(part, WhiteningFactor):

@@ -84,7 +84,8 @@ class _Whitened(StatefulModule):
             self.transform.reset_state()
 
     def before_replicating(self) -> None:
-        if not self._is_plain():
+        weight = own_parameter(self, "weight")
+        if not self._is_plain() and (weight is None or weight.requires_grad):
             raise RuntimeError("nn.DataParallel cannot train whitened layers: replicas lose what they observe. Use DDP")
 
     def after_loading(self, assigned: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .conversion.whiten import reasons_left
+from .conversion.messages import reasons_left
 from .options import check_model
 from .statistics.whitening_factor import WhiteningFactor
 from .transforms import FeatureWhitening, GradientTransform

@@ -47,10 +47,14 @@ def test_options_of_the_transform():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((), {"powr": 1}, TypeError, r"^powr: FeatureWhitening has no such option; did you mean 'power'\?$"),
-        ((), {"lr": 1}, TypeError, "^lr: FeatureWhitening has no such option; give one of method, features, power"),
-        (("optimal_gain",), {"power": 1}, TypeError, "^power: OptimalInputGain has no such option"),
+        ((), {"powr": 1}, TypeError, r"^powr: there is no such option; did you mean 'power'\?$"),
+        ((), {"lr": 1}, TypeError, "^lr: there is no such option; give one of method, features, power"),
+        (("optimal_gain",), {"power": 1}, TypeError, "^power: there is no such option; give one of damping"),
         ((FeatureWhitening(),), {"power": 1}, TypeError, "^power: give these options to the FeatureWhitening itself"),
+        ((), {"included": "head"}, TypeError, r"^included: there is no such option; did you mean 'include'\?$"),
+        ((FeatureWhitening(),), {"exclude": "head"}, TypeError, "^exclude: there is no such option"),
+        (("eigh",), {"method": "cholesky"}, TypeError, "^method: the transform's name, 'eigh', is one already"),
+        ((nn.Linear,), {}, TypeError, "is not possible: give a GradientTransform, a name, or None"),
         ((FeatureWhitening,), {}, TypeError, r"is not possible: give FeatureWhitening\(\)$"),
         (("cholesky",), {}, ValueError, "power=0.5 is not possible: give power=1, as 'cholesky' needs it"),
         (("kfac",), {}, ValueError, "transform='kfac' is not possible: give one of optimal_gain, auto"),
@@ -137,6 +141,60 @@ def test_options_given_again_are_warned_of_where_they_differ():
         whiten(many, power=1)
 
 
+def test_a_call_for_psi_is_compared_with_what_it_makes():
+    model = Model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whiten(model, "eigh", psi="layer1.*")
+        whiten(model, "eigh", psi="layer1.*")
+    with pytest.warns(UserWarning, match=r"kept as they were: layer2.0: unwhiten"):
+        whiten(model, "eigh", psi=["layer1.*", model.layer2])
+
+
+def test_options_that_are_tensors_are_compared():
+    class Scaled(FeatureWhitening):
+        def __init__(self, strengths):
+            super().__init__()
+            self.strengths = strengths
+
+    model = whiten(Model(), Scaled(torch.ones(3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whiten(model, Scaled(torch.ones(3)))
+    with pytest.warns(UserWarning, match="kept as they were"):
+        whiten(model, Scaled(torch.zeros(3)))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_features_is_never_whitened_and_hides_no_warning():
+    model = whiten(nn.Sequential(nn.Linear(3, 3), nn.Linear(0, 3)), power=1)
+    with pytest.warns(UserWarning, match="kept as they were: 0: unwhiten"):
+        whiten(model, power=0.5)
+
+
+def test_parametrized_layers_count_as_whitened(caplog):
+    model = whiten(nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 2)))
+    nn.utils.parametrizations.weight_norm(model[0])
+    with caplog.at_level(logging.INFO, logger="whiten_layers"):
+        whiten(model)
+    assert "whitened 2 of 2 layers, 100 % of the parameters" in caplog.text
+
+
+def test_an_estimate_says_nothing_and_takes_the_model_s_own_modules(caplog):
+    model = Model()
+    with warnings.catch_warnings(), caplog.at_level(logging.INFO, logger="whiten_layers"):
+        warnings.simplefilter("error")
+        by_module = estimate(model, include=[model.layer1, nn.Conv2d], skip=model.layer1[0], psi=model.layer1[2])
+        assert not caplog.records
+        assert {cost.layer for cost in by_module.costs} == {"stem", "layer1.2"} and not whitened(model)
+        estimate(whiten(model), power=1)
+
+
+def test_layers_that_are_not_initialised_are_left():
+    model = whiten(nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(), nn.Linear(3, 2)))
+    assert type(model[2]) is WhitenedLinear and len(estimate(model).costs) == 1
+
+
 @pytest.mark.parametrize(
     ("make", "options", "level", "message"),
     [
@@ -163,5 +221,6 @@ def test_data_parallel_trains_no_whitened_layer():
     with pytest.raises(RuntimeError, match="DataParallel cannot train whitened layers"):
         layer._replicate_for_data_parallel()  # as nn.DataParallel does for each of several devices
     layer.eval()._replicate_for_data_parallel()
+    WhitenedLinear(3, 2).requires_grad_(False)._replicate_for_data_parallel()
     with torch.no_grad():
         layer.train()._replicate_for_data_parallel()

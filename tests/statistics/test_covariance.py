@@ -157,7 +157,9 @@ def test_an_open_window_is_none_of_the_buffers_but_moves_with_them():
     assert copied.window.mean.dtype == torch.float64 and copied.window.rows == 16
     torch.testing.assert_close(copied.window.covariance.float(), running.window.covariance)
     assert copied.half().window.mean.dtype == copied.running_mean.dtype == torch.float32
-    assert copied.to("meta").window.mean.is_meta
+    copied.observe_rows(rows)
+    copied.to("meta")
+    assert all(part.is_meta for part in copied.open_window().values()) and len(copied.open_window()) == 5
     assert copied.to_empty(device="cpu").window is None
 
 

@@ -231,6 +231,21 @@ def test_loss_scaling_cancels_in_the_bound(scale):
     assert layers[0].bounded == layers[1].bounded > 0
 
 
+@pytest.mark.parametrize("exponent", [-20, 0, 30, 36, 50])
+def test_norms_are_measured_at_any_loss_scale_in_float32(exponent):
+    torch.manual_seed(0)
+    layers = [WhitenedLinear(16, 4) for _ in range(2)]
+    for _ in range(30):
+        x, upstream = torch.randn(64, 16) * torch.arange(1, 17) ** -2.0, torch.randn(64, 4)
+        for layer, scale in zip(layers, (1.0, 2.0**exponent), strict=True):
+            layer(x).backward(scale * upstream)
+    one, scaled = (layer.transform.norms for layer in layers)
+    assert one.limit > 0 and one.correction != 1
+    torch.testing.assert_close(scaled.running_count, one.running_count)
+    torch.testing.assert_close(scaled.correction, one.correction)
+    torch.testing.assert_close(scaled.limit / 2.0**exponent, one.limit)
+
+
 def test_a_loss_scale_that_doubles_shortens_gradients_only_for_a_while():
     """As `torch.amp.GradScaler` does every 2000 batches; the defaults."""
     one = Layer(FeatureWhitening())

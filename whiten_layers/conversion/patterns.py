@@ -70,4 +70,4 @@ def _shown(value: object) -> str:
 def _cure(one: Selector, layers: dict[str, Any]) -> str:
     if isinstance(one, str) and any(name.startswith(f"{one}.") for name in layers):
         return f"give {one + '.*'!r} for all within {one!r}"
-    return f"there are {', '.join(layers) or 'none'}"
+    return f"there are {', '.join(name or 'the model itself' for name in layers) or 'none'}"

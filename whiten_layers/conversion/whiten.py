@@ -1,30 +1,23 @@
 """Conversion of a model's layers to their whitened twins, and back."""
 
-import logging
-import warnings
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.parametrize import is_parametrized
 
-from .._torch.modules import own_parameter
 from ..layers import PLAIN, TWINS, attach
 from ..options import check_model
 from ..processes import ProcessGroup
 from ..refresh.schedule import Schedule
-from ..refresh.update import cost
 from ..transforms import Chain, GradientTransform, PSIScaling
-from ..transforms.named import make_transform, settings
+from ..transforms.named import are_alike, make_transform
 from .ddp import exclude_from_wrappers
+from .messages import logger, reasons_left, tell_share, warn_of_costly, warn_of_kept
 from .patterns import Selection, chosen_layers, selected, selectors
 from .scale_invariance import scale_invariant
 
-logger = logging.getLogger("whiten_layers")
-
 M = TypeVar("M", bound=nn.Module)
 WHAT = "layer that can be whitened"
-COSTLY = 10**12  # operations of a refresh of one layer: a minute or two on a CPU core
 
 
 def whiten(
@@ -79,23 +72,49 @@ def whiten(
         TypeError: `model` is no module; an option is unknown; or something to select by is neither name, module nor
             type.
     """
+    kept = convert(model, transform, include, skip, psi, process_group, options)
+    if transform is not None or options or psi:
+        warn_of_kept(kept)
+    warn_of_costly(model)
+    tell_share(model, include is None and skip is None)
+    for name, reason in reasons_left(model).items():
+        logger.info("left %s: %s", name, reason)
+    return model
+
+
+def convert(
+    model: nn.Module,
+    transform: GradientTransform | str | None,
+    include: Selection,
+    skip: Selection,
+    psi: bool | Selection,
+    process_group: ProcessGroup | None,
+    options: dict[str, Any],
+) -> list[str]:
+    """Do what `whiten` does, without a word.
+
+    Returns:
+        If all that was chosen was whitened before, the names of those that are whitened in another way than is asked
+        for now.
+    """
     check_model(model)
-    is_given = transform is not None or bool(options)
-    transform = make_transform(transform, **options)
+    transform = make_transform(transform, ("include", "skip", "psi", "process_group"), **options)
     modules = model.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in modules if type(module) in TWINS or type(module) in PLAIN}
     chosen = chosen_layers(model, layers, include, skip, WHAT)
     scaled = _scaled(model, layers, psi)
-    if is_given:
-        _warn_of_kept({name: layer for name, layer in layers.items() if id(layer) in chosen}, transform)
-    for module in layers.values():
-        # Already whitened (perhaps just now, under a shared layer's other name), not chosen, or without any feature.
-        if type(module) in PLAIN or id(module) not in chosen or module.weight.numel() == 0:
+    converted, kept = set[int](), []
+    for name, module in layers.items():
+        if id(module) not in chosen or module.weight.numel() == 0:  # without any feature
+            continue
+        given = Chain(transform, PSIScaling()) if id(module) in scaled else transform
+        if type(module) in PLAIN:  # perhaps just now, under a shared layer's other name
+            kept += [] if are_alike(module.transform, given) else [name or "the model"]
             continue
         twin = TWINS[type(module)]
-        given = Chain(transform, PSIScaling()) if id(module) in scaled else transform
         attach(module, twin.geometry(module), given)
         module.__class__ = twin
+        converted.add(id(module))
     twins: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}
     transforms: dict[GradientTransform, str] = {
         part: name for name, layer in twins.items() for part in layer.transform.parts()
@@ -104,52 +123,7 @@ def whiten(
         part.name = name
     Schedule(process_group).join(transforms)
     exclude_from_wrappers(transforms)
-    _warn_of_costly(twins)
-    _tell_share(model, layers, include is None and skip is None)
-    for name, reason in reasons_left(model).items():
-        logger.info("left %s: %s", name, reason)
-    return model
-
-
-def _warn_of_kept(layers: dict[str, Any], transform: GradientTransform) -> None:
-    """Warn of a call that changes nothing, though it asks for another transform than the layers have."""
-    if not all(type(layer) in PLAIN for layer in layers.values()):
-        return
-    kept = [name or "the model" for name, one in layers.items() if settings(one.transform) != settings(transform)]
-    if kept:
-        cure = "unwhiten(model) first to change it"
-        warnings.warn(f"whitened already, and kept as they were: {_listed(kept)}: {cure}", stacklevel=3)
-
-
-def _tell_share(model: nn.Module, layers: dict[str, Any], is_all: bool) -> None:
-    """Log how much of a model is whitened."""
-    numbers = {id(parameter): parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)}
-    whitened = {id(layer): layer for layer in layers.values() if type(layer) in PLAIN}
-    parts = {id(p) for layer in whitened.values() for p in layer.parameters()}
-    share = sum(number for key, number in numbers.items() if key in parts) / (sum(numbers.values()) or 1)
-    others = {id(module) for module in model.modules() if _reason_left(module)}
-    level = logging.WARNING if share < 0.5 and is_all and numbers else logging.INFO
-    total = len(whitened) + len(others)
-    logger.log(level, "whitened %d of %d layers, %.0f %% of the parameters", len(whitened), total, 100 * share)
-
-
-def _warn_of_costly(layers: dict[str, Any]) -> None:
-    costly = {}
-    for name, layer in layers.items():
-        factors = [factor for part in layer.transform.parts() for factor in part.factors()]
-        operations = sum(map(cost, factors))
-        if operations > COSTLY:
-            widest = max(factor.running_mean.shape[1] for factor in factors)
-            costly[name or "the model"] = f"{widest} features, {operations:.0e} operations"
-    if costly:
-        named = _listed([f"{name} ({what})" for name, what in costly.items()])
-        cure = 'give FeatureWhitening a smaller block_size, features="kronecker", or method="recursive"'
-        warnings.warn(f"a refresh of these layers takes long: {named}: {cure}", stacklevel=3)
-
-
-def _listed(names: list[str]) -> str:
-    """List the first five of some names, and say how many more there are."""
-    return ", ".join([*names[:5], f"and {len(names) - 5} more"] if len(names) > 5 else names)
+    return [] if converted else kept
 
 
 def unwhiten(model: M) -> M:
@@ -188,35 +162,3 @@ def _scaled(model: nn.Module, layers: dict[str, Any], psi: bool | Selection) -> 
     if not names:
         raise ValueError(f"psi=True finds no layer whose output goes to a normalization per channel alone: {cure}")
     return {id(layers[name]) for name in names}
-
-
-def is_lazy(parameter: object) -> bool:
-    """Tell whether a parameter has no shape yet."""
-    return isinstance(parameter, UninitializedParameter)
-
-
-def reasons_left(model: nn.Module) -> dict[str, str]:
-    """Return, by name, the plain modules that compute with a matrix of their own, and why they were left."""
-    left = {}
-    for name, module in model.named_modules():
-        reason = _reason_left(module)
-        if reason:
-            left[name or "the model"] = f"{type(module).__name__}, {reason}"
-    return left
-
-
-def _reason_left(module: Any) -> str | None:
-    if isinstance(module, (*PLAIN, GradientTransform, ParametrizationList)):
-        return None
-    if type(module) in TWINS:
-        return "not asked for" if module.weight.numel() else "without any feature"
-    if isinstance(module, nn.MultiheadAttention):
-        return "whose projections are used as functions, not as layers"
-    if isinstance(module, nn.Embedding):
-        return "whose covariance is diagonal: what an adaptive optimizer does already"
-    for plain in TWINS:
-        if isinstance(module, plain):
-            lazy = is_lazy(own_parameter(module, "weight"))
-            return "not initialised yet" if lazy else f"a subclass of nn.{plain.__name__}, which may compute otherwise"
-    names = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
-    return f"which has parameters of its own: {', '.join(names)}" if names else None

@@ -120,12 +120,25 @@ class _Window:
     (`torch.optim.swa_utils.AveragedModel`), and setting a module's attribute is slow.
     """
 
-    def __init__(self) -> None:
-        self.moments: Moments | None = None
+    def __init__(self, moments: Moments | None = None) -> None:
+        self.moments = moments
         self.pending: list[tuple[Tensor, int]] = []  # rows, and how many of them are one sample; all of one kind
         self.number = 0  # of pending rows in each group
         self.has_marked_rows = False  # rows among them that are NaN, and to be left out
-        self.measured: list[Any] = []  # what a subclass observes, and will turn into rows
+        self.measured: list[tuple[tuple[Tensor, ...], Tensor | bool]] = []  # by a subclass, which makes rows of it
+
+    def move(self, like: Tensor) -> None:
+        """Follow the buffers of the statistics, such as `like`, to another device or data type."""
+        rows = [rows for rows, _ in self.pending] + [tensor for tensors, _ in self.measured for tensor in tensors]
+        held = [*(self.moments or ()), *rows]
+        if any(tensor.is_meta for tensor in held) and not like.is_meta:  # there is nothing to be moved
+            vars(self).update(vars(_Window()))
+            return
+        self.moments = None if self.moments is None else Moments(*(part.to(like) for part in self.moments))
+        self.pending = [(rows.to(like.device), size) for rows, size in self.pending]
+        for place, (tensors, valid) in enumerate(self.measured):
+            moved = tuple(tensor.to(like.device) for tensor in tensors)
+            self.measured[place] = moved, valid.to(like.device) if isinstance(valid, Tensor) else valid
 
 
 class FeatureCovariance(WideBuffers):
@@ -186,11 +199,11 @@ class FeatureCovariance(WideBuffers):
 
     def after_moving(self, before: dict[str, Tensor | None]) -> None:
         super().after_moving(before)
-        moments, mean = self._window.moments, self.running_mean
-        if moments is not None and moments.mean.is_meta and not mean.is_meta:  # there is nothing to be moved
-            self.window = None
-        elif moments is not None:
-            self._window.moments = Moments(*(part.to(mean) for part in moments))
+        self._window.move(self.running_mean)
+
+    def leave_window(self, memo: dict[int, Any]) -> None:
+        """Let a deep copy with this memo have an empty window, without the memory of this one."""
+        memo[id(self._window)] = _Window()
 
     def split(self, rows: Tensor) -> Tensor:
         """Deal the features out to the blocks: ``(groups, n, features) -> (groups·blocks, n, M)``."""
@@ -224,8 +237,7 @@ class FeatureCovariance(WideBuffers):
 
     @window.setter
     def window(self, moments: Moments | None) -> None:
-        self._window.__init__()  # type: ignore[misc]
-        self._window.moments = moments
+        self._window = _Window(moments)
 
     def observe_rows(self, rows: Tensor, samples: int | None = None, valid: Tensor | bool = True) -> Tensor | bool:
         """Take rows ``(groups, n, features)`` of so many independent samples into the window, if they are `valid`.

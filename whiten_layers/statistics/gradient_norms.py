@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .covariance import Moments, SolvedStatistics, snapshot_for_graph, zero_moments
+from .covariance import Moments, SolvedStatistics, snapshot_for_graph
 
 EARLY = 3  # batches, after which a norm may count twice as much as the limit
 WAITING = 256  # measurements that wait at most
@@ -92,11 +92,11 @@ class GradientNorms(SolvedStatistics):
         if not measured:
             return
         numbers = torch.stack([number for three, _ in measured for number in three])
-        norm, product, mapped = numbers.view(-1, 3).to(self.limit.device).unbind(1)
+        norm, product, mapped = numbers.view(-1, 3).unbind(1)
         most = self.limit * (1 + EARLY / self.running_count.squeeze())
         counted = torch.where(self.limit > 0, torch.minimum(norm, most), norm)
         component = product / norm / norm / self.correction
-        rows = torch.stack([component.log(), (mapped / norm).log(), counted.square()], 1)
+        rows = torch.stack([component.log(), (mapped / norm).log(), counted], 1)
         finite = torch.isfinite(rows).all(1)
         is_known = finite.is_cpu and all(valid is True for _, valid in measured)  # without waiting
         if is_known:
@@ -108,19 +108,21 @@ class GradientNorms(SolvedStatistics):
             self._append(rows.unsqueeze(0), 1, not is_known)
 
     def _moments(self, rows: Tensor, size: int, known: Tensor | None) -> Moments:
-        """Compute the means, which are all that is needed."""
+        """Compute means and variances, which are all that is needed."""
         known = rows.new_ones(rows.shape[:2]) if known is None else known
-        number = known.sum(1).to(rows)
-        mean = torch.where(known.unsqueeze(-1) > 0, rows, 0).sum(1) / number.clamp(min=1).unsqueeze(-1)
-        return zero_moments(mean)._replace(rows=number, effective_rows=number, mean=mean)
+        number, counts = known.sum(1).to(rows), known.unsqueeze(-1) > 0
+        total = number.clamp(min=1).unsqueeze(-1)
+        mean = torch.where(counts, rows, 0).sum(1) / total
+        variance = torch.where(counts, rows - mean.unsqueeze(1), 0).square().sum(1) / total
+        return Moments(number, number, mean, torch.diag_embed(variance))
 
     @torch.no_grad()
     def solve_in_place(self) -> None:
-        mean = self.running_mean[0]
+        mean, variance = self.running_mean[0], self.running_covariance[0].diagonal()
         if self.rescale:
             self.correction.copy_((-mean[0]).exp())
         if self.bound is not None:
-            usual = mean[2].sqrt()
+            usual = (mean[2].square() + variance[2]).sqrt()
             self.limit.copy_(self.bound * usual)
             self.mixed_from.copy_(usual * mean[1].exp().clamp(min=self.bound))
 

@@ -1,0 +1,88 @@
+"""What `whiten` says: how much it whitened, what it left and why, and what will take long."""
+
+import logging
+import warnings
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+from .._torch.modules import own_parameter
+from ..layers import PLAIN, TWINS
+from ..refresh.update import cost
+from ..transforms import GradientTransform
+
+logger = logging.getLogger("whiten_layers")
+
+COSTLY = 10**12  # operations of a refresh of one layer: a minute or two on a CPU core
+
+
+def tell_share(model: nn.Module, is_all: bool) -> None:
+    """Log how much of a model is whitened; as a warning if it is less than half, though all of it was asked for."""
+    numbers = {id(parameter): parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)}
+    whitened = [module for module in model.modules() if isinstance(module, tuple(PLAIN))]
+    parts = {id(parameter) for layer in whitened for parameter in layer.parameters()}
+    share = sum(number for key, number in numbers.items() if key in parts) / (sum(numbers.values()) or 1)
+    total = len(whitened) + len(reasons_left(model))
+    level = logging.WARNING if share < 0.5 and is_all and numbers else logging.INFO
+    logger.log(level, "whitened %d of %d layers, %.0f %% of the parameters", len(whitened), total, 100 * share)
+
+
+def warn_of_costly(model: nn.Module) -> None:
+    """Warn of layers whose refresh takes long."""
+    costly = {}
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))
+    }
+    for name, layer in layers.items():
+        factors = [factor for part in layer.transform.parts() for factor in part.factors()]
+        operations = sum(map(cost, factors))
+        if operations > COSTLY:
+            widest = max(factor.running_mean.shape[1] for factor in factors)
+            costly[name or "the model"] = f"{widest} features, {operations:.0e} operations"
+    if costly:
+        named = _listed([f"{name} ({what})" for name, what in costly.items()])
+        cure = 'give FeatureWhitening a smaller block_size, features="kronecker", or method="recursive"'
+        warnings.warn(f"a refresh of these layers takes long: {named}: {cure}", stacklevel=3)
+
+
+def warn_of_kept(names: list[str]) -> None:
+    """Warn of layers that a call leaves whitened in another way than it asks for."""
+    if names:
+        cure = "unwhiten(model) first to change it"
+        warnings.warn(f"whitened already, and kept as they were: {_listed(names)}: {cure}", stacklevel=3)
+
+
+def _listed(names: list[str]) -> str:
+    """List the first five of some names, and say how many more there are."""
+    return ", ".join([*names[:5], f"and {len(names) - 5} more"] if len(names) > 5 else names)
+
+
+def reasons_left(model: nn.Module) -> dict[str, str]:
+    """Return, by name, the plain modules that compute with a matrix of their own, and why they were left."""
+    left = {}
+    for name, module in model.named_modules():
+        reason = _reason_left(module)
+        if reason:
+            left[name or "the model"] = f"{type(module).__name__}, {reason}"
+    return left
+
+
+def _reason_left(module: Any) -> str | None:
+    if isinstance(module, (*PLAIN, GradientTransform, ParametrizationList)):
+        return None
+    if type(module) in TWINS:
+        return "not asked for" if module.weight.numel() else "without any feature"
+    if isinstance(module, nn.MultiheadAttention):
+        return "whose projections are used as functions, not as layers"
+    if isinstance(module, nn.Embedding):
+        return "whose covariance is diagonal: what an adaptive optimizer does already"
+    for plain in TWINS:
+        if isinstance(module, plain):
+            weight = own_parameter(module, "weight")
+            lazy = weight is not None and is_lazy(weight)
+            return "not initialised yet" if lazy else f"a subclass of nn.{plain.__name__}, which may compute otherwise"
+    own = [(name, part) for name, part in module.named_parameters(recurse=False) if not is_lazy(part)]
+    names = [name for name, parameter in own if parameter.dim() > 1]
+    return f"which has parameters of its own: {', '.join(names)}" if names else None
