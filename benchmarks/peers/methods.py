@@ -100,6 +100,7 @@ def singd(network: nn.Module, lr: float, decay: float) -> Training:
     chosen = [p for module in with_layers for p in module.parameters()]
     others = [p for p in network.parameters() if all(p is not one for one in chosen)]
     options: dict[str, Any] = {"momentum": 0.9, "weight_decay": decay, "normalize_lr_cov": True}
+    options |= {"T": 1, "lr_cov": 0.1}  # with the package's own, 10 and 0.01, short runs end where they began: at SGD
     made: list[Optimizer] = [SINGD(network, params=chosen, lr=lr, **options)]
     if others:
         made.append(SGD(others, lr, momentum=0.9, weight_decay=decay))
@@ -163,7 +164,11 @@ METHODS: dict[str, Method] = {
     "muon": Method(muon, 0.004, 0.01),
     "soap": Method(packaged("SOAP"), 0.004, 0.01),
     "shampoo": Method(
-        packaged("ScalableShampoo", decoupled_weight_decay=True, preconditioning_compute_steps=10), 0.02, 0.01
+        packaged(
+            "ScalableShampoo", decoupled_weight_decay=True, preconditioning_compute_steps=10, shape_interpretation=False
+        ),
+        0.02,
+        0.01,
     ),
     "psgd-kron": Method(packaged("Kron"), 0.002, 0.01),
     "singd": Method(singd, 0.01, 5e-4),

@@ -93,6 +93,7 @@ def run(setting: Setting) -> dict[str, Any]:
             losses.append(loss)
         else:
             measured = {"loss": statistics.fmean(losses[-max(1, setting.steps // 10) :]), **evaluate(task, network)}
+            measured["test_loss"] = measured["test_loss"] if math.isfinite(measured["test_loss"]) else math.inf
     except torch.linalg.LinAlgError:
         pass
     return asdict(setting) | measured
