@@ -58,10 +58,8 @@ class Options:
     """The options of the benchmark."""
 
     tasks: tuple[Annotated[str, choice(TASKS)], ...] = tuple(TASKS)
-    methods: tuple[Annotated[str, METHOD], ...] = (
-        *METHODS,
-        *BOTH_SIDES,
-    )  # those that whiten with options after a colon
+    # The names of those that whiten may have options after a colon.
+    methods: tuple[Annotated[str, METHOD], ...] = (*METHODS, *BOTH_SIDES)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     steps: PositiveInt | None = None  # None is what each task needs
     quick: Switch = False  # two small tasks of 50 steps, one seed: three minutes
@@ -101,8 +99,8 @@ def measure(task: str, method: str, options: Options, store: Store, pace_ratio: 
         row |= {f"{prefix}lr": lr, f"{prefix}decay": decay, criterion: statistics.median(losses)}
         row |= {f"{criterion}_least": min(losses), f"{criterion}_most": max(losses)}
     at_best = [trained(row["test_lr"], row["test_decay"], seed)["test_accuracy"] for seed in options.seeds]
-    known = [value for value in at_best if value is not None]
-    row["accuracy"] = statistics.median(known) if len(known) == len(at_best) else math.nan
+    accuracies = [one for one in at_best if one is not None]
+    row["accuracy"] = statistics.median(accuracies) if len(accuracies) == len(at_best) else math.nan
     fewer = max(10, round(steps / pace_ratio))
     equal = [trained(row["lr"], row["decay"], seed, fewer)["loss"] for seed in options.seeds]
     return row | {"equal_steps": fewer, "equal_seconds": statistics.median(equal)}
@@ -121,6 +119,7 @@ COLUMNS: list[Column] = [
     ("a step", "{pace:.2f}"),
     ("in equal seconds", "{equal_seconds:.4g}"),
 ]
+TITLE = "each method at its best learning rate and weight decay"
 MEANING = """loss: mean training loss of the last tenth of the steps, median of the seeds, with least and most
 held out, accuracy: on other samples, with the learning rate and decay that are best there
 a step: seconds, as a multiple of SGD's; in equal seconds: the loss with as many steps as SGD's seconds allow"""
@@ -194,9 +193,8 @@ def plot(rows: list[Row]) -> Figure:
 
 def content(rows: list[Row]) -> Mapping[str, Any]:
     """Make what is kept of the rows."""
-    title = "each method at its best learning rate and weight decay"
     tables = [{"title": SUMMARY_TITLE, "cells": cells(SUMMARY, summarise(rows))}]
-    return {"tables": [*tables, {"title": title, "cells": cells(COLUMNS, rows)}], "rows": rows}
+    return {"tables": [*tables, {"title": TITLE, "cells": cells(COLUMNS, rows)}], "rows": rows}
 
 
 def paces(task: str, methods: list[str], options: Options) -> dict[str, float]:
@@ -234,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
             for method in methods:
                 rows.append(measure(task, method, options, store, ratios[method], bar))
     result |= content(rows)
-    show({}, "each method at its best learning rate and weight decay", cells(COLUMNS, rows))
+    show({}, TITLE, cells(COLUMNS, rows))
     print(MEANING)
     show({}, SUMMARY_TITLE, cells(SUMMARY, summarise(rows)))
     return write(options, result, {"peers": lambda: plot(rows)})

@@ -54,9 +54,10 @@ def plain(make: Callable[..., Optimizer], **options: Any) -> Make:
     return lambda network, lr, decay: Training((make(network.parameters(), lr=lr, weight_decay=decay, **options),))
 
 
-def sgd(network: nn.Module, lr: float, decay: float) -> Training:
-    """Train by SGD with momentum."""
-    return Training((SGD(network.parameters(), lr, momentum=0.9, weight_decay=decay),))
+def others(network: nn.Module, chosen: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """List the parameters of a network that are not among the chosen."""
+    ids = set(map(id, chosen))
+    return [parameter for parameter in network.parameters() if id(parameter) not in ids]
 
 
 class FlatMuon(Muon):
@@ -84,8 +85,7 @@ def matrices(network: nn.Module, dims: Iterable[int]) -> Iterator[nn.Parameter]:
 def muon(network: nn.Module, lr: float, decay: float, dims: Iterable[int] = (2, 3, 4)) -> Training:
     """Train weights by Muon, scaled to the length of AdamW's steps, and everything else by AdamW."""
     chosen = list(matrices(network, dims))
-    others = [p for p in network.parameters() if all(p is not weight for weight in chosen)]
-    made: list[Optimizer] = [AdamW(others, lr, weight_decay=decay)]
+    made: list[Optimizer] = [AdamW(others(network, chosen), lr, weight_decay=decay)]
     if chosen:
         options: dict[str, Any] = {"lr": lr, "weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
         made.append(FlatMuon(chosen, **options))
@@ -98,12 +98,11 @@ def singd(network: nn.Module, lr: float, decay: float) -> Training:
 
     with_layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     chosen = [p for module in with_layers for p in module.parameters()]
-    others = [p for p in network.parameters() if all(p is not one for one in chosen)]
     options: dict[str, Any] = {"momentum": 0.9, "weight_decay": decay, "normalize_lr_cov": True}
     options |= {"T": 1, "lr_cov": 0.1}  # with the package's own, 10 and 0.01, short runs end where they began: at SGD
     made: list[Optimizer] = [SINGD(network, params=chosen, lr=lr, **options)]
-    if others:
-        made.append(SGD(others, lr, momentum=0.9, weight_decay=decay))
+    if left := others(network, chosen):
+        made.append(SGD(left, lr, momentum=0.9, weight_decay=decay))
     return Training(tuple(made))
 
 
@@ -155,7 +154,7 @@ def find(name: str) -> Method:
     return replace(method, make=whitened(WHITENED[base], TransformOptions().changed(text).make())) if colon else method
 
 
-adamw = plain(AdamW)
+sgd, adamw = plain(SGD, momentum=0.9), plain(AdamW)
 WHITENED = {"whitened-sgd": sgd, "whitened-adamw": adamw, "whitened-muon": muon}
 METHODS: dict[str, Method] = {
     "sgd": Method(sgd, 0.05, 5e-4),

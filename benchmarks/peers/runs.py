@@ -66,7 +66,8 @@ def evaluate(task: Task, network: nn.Module) -> dict[str, float | None]:
     outputs = torch.cat([network(part) for part in inputs.split(256)])
     is_class = not targets.is_floating_point()
     accuracy = (outputs.argmax(1) == targets).float().mean().item() if is_class else None
-    return {"test_loss": task.loss(outputs, targets).item(), "test_accuracy": accuracy}
+    loss = task.loss(outputs, targets).item()
+    return {"test_loss": loss if math.isfinite(loss) else math.inf, "test_accuracy": accuracy}
 
 
 def start(task: Task, method: str, lr: float, weight_decay: float, seed: int) -> tuple[nn.Module, Training]:
@@ -93,7 +94,6 @@ def run(setting: Setting) -> dict[str, Any]:
             losses.append(loss)
         else:
             measured = {"loss": statistics.fmean(losses[-max(1, setting.steps // 10) :]), **evaluate(task, network)}
-            measured["test_loss"] = measured["test_loss"] if math.isfinite(measured["test_loss"]) else math.inf
     except torch.linalg.LinAlgError:
         pass
     return asdict(setting) | measured
@@ -121,15 +121,15 @@ class Store:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.found = path, dict[Setting, dict[str, Any]]()
-        lines = path.read_text().splitlines() if path.exists() else []
-        for line in lines:
+        text = path.read_text() if path.exists() else ""
+        for line in text.splitlines():
             try:
                 one = json.loads(line)
             except json.JSONDecodeError:  # the program was killed while it wrote this line
                 continue
             one |= {key: math.inf for key in ("loss", "test_loss") if one[key] is None}
             self.found[Setting(**{key: one[key] for key in Setting.__dataclass_fields__})] = one
-        if lines and not path.read_text().endswith("\n"):
+        if text and not text.endswith("\n"):
             self._add("")
 
     def _add(self, line: str) -> None:

@@ -37,7 +37,7 @@ class _Positional(inspect.Signature):
 
 
 class _Bound(NamedTuple):
-    """What `Function.apply` reads of an `inspect.BoundArguments`."""
+    """The part of an `inspect.BoundArguments` that `Function.apply` reads."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What `whiten` says: how much it whitened, what it left and why, and what will take long."""
+"""Messages of `whiten`: how much it whitened, which modules it left and why, and which layers will take long."""
 
 import logging
 import warnings
@@ -19,14 +19,20 @@ COSTLY = 10**12  # operations of a refresh of one layer: a minute or two on a CP
 
 
 def tell_share(model: nn.Module, is_all: bool) -> None:
-    """Log how much of a model is whitened; as a warning if it is less than half, though all of it was asked for."""
+    """Log how much of a model is whitened, and what was left and why.
+
+    Less than half is a warning, if all of the model was asked for.
+    """
     numbers = {id(parameter): parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)}
     whitened = [module for module in model.modules() if isinstance(module, tuple(PLAIN))]
     parts = {id(parameter) for layer in whitened for parameter in layer.parameters()}
     share = sum(number for key, number in numbers.items() if key in parts) / (sum(numbers.values()) or 1)
-    total = len(whitened) + len(reasons_left(model))
+    left = reasons_left(model)
     level = logging.WARNING if share < 0.5 and is_all and numbers else logging.INFO
-    logger.log(level, "whitened %d of %d layers, %.0f %% of the parameters", len(whitened), total, 100 * share)
+    numbered = len(whitened), len(whitened) + len(left)
+    logger.log(level, "whitened %d of %d layers, %.0f %% of the parameters", *numbered, 100 * share)
+    for name, reason in left.items():
+        logger.info("left %s: %s", name, reason)
 
 
 def warn_of_costly(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from ..refresh.schedule import Schedule
 from ..transforms import Chain, GradientTransform, PSIScaling
 from ..transforms.named import are_alike, make_transform
 from .ddp import exclude_from_wrappers
-from .messages import logger, reasons_left, tell_share, warn_of_costly, warn_of_kept
+from .messages import tell_share, warn_of_costly, warn_of_kept
 from .patterns import Selection, chosen_layers, selected, selectors
 from .scale_invariance import scale_invariant
 
@@ -63,8 +63,8 @@ def whiten(
     Returns:
         `model`. Modules that look like layers but were left are logged, with the reason, to "whiten_layers" at level
         INFO, after a line of how many were whitened, which is a warning where they have less than half of the
-        parameters and no choice was asked for. Layers whose refresh takes more than 10¹² operations (with the default
-        `block_size` none does) are named in one warning; `estimate` tells what each layer costs.
+        parameters and no choice was asked for. Layers whose refresh takes more than 10¹² operations (by default none
+        does, but for whole patches of many channels) are named in one warning; `estimate` tells what each layer costs.
 
     Raises:
         ValueError: a pattern matches no layer that could be converted; or, with ``psi=True``, the model cannot be
@@ -77,8 +77,6 @@ def whiten(
         warn_of_kept(kept)
     warn_of_costly(model)
     tell_share(model, include is None and skip is None)
-    for name, reason in reasons_left(model).items():
-        logger.info("left %s: %s", name, reason)
     return model
 
 
@@ -103,7 +101,7 @@ def convert(
     layers = {name: module for name, module in modules if type(module) in TWINS or type(module) in PLAIN}
     chosen = chosen_layers(model, layers, include, skip, WHAT)
     scaled = _scaled(model, layers, psi)
-    converted, kept = set[int](), []
+    has_converted, kept = False, []
     for name, module in layers.items():
         if id(module) not in chosen or module.weight.numel() == 0:  # without any feature
             continue
@@ -114,7 +112,7 @@ def convert(
         twin = TWINS[type(module)]
         attach(module, twin.geometry(module), given)
         module.__class__ = twin
-        converted.add(id(module))
+        has_converted = True
     twins: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}
     transforms: dict[GradientTransform, str] = {
         part: name for name, layer in twins.items() for part in layer.transform.parts()
@@ -123,7 +121,7 @@ def convert(
         part.name = name
     Schedule(process_group).join(transforms)
     exclude_from_wrappers(transforms)
-    return [] if converted else kept
+    return [] if has_converted else kept
 
 
 def unwhiten(model: M) -> M:

@@ -114,7 +114,7 @@ WINDOW = ("window_count", "window_effective_count", "window_mean", "window_covar
 
 
 class _Window:
-    """What was observed since the last window was closed.
+    """Rows and moments observed since the last window was closed.
 
     A plain object and not buffers: what comes and goes among a module's buffers breaks averages of models
     (`torch.optim.swa_utils.AveragedModel`), and setting a module's attribute is slow.
@@ -322,9 +322,8 @@ class FeatureCovariance(WideBuffers):
     @torch.no_grad()
     def _gather(self) -> None:
         """Take the pending rows into the window."""
+        self._make_rows()
         window = self._window
-        if window.measured:
-            self._make_rows()
         if not window.pending:
             return
         parts, window.pending, window.number = window.pending, [], 0

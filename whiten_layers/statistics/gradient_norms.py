@@ -85,10 +85,8 @@ class GradientNorms(SolvedStatistics):
             if len(self._window.measured) == WAITING:
                 self._make_rows()
 
-    @torch.no_grad()
     def _make_rows(self) -> None:
-        measured = self._window.measured[:]
-        self._window.measured.clear()
+        measured, self._window.measured = self._window.measured, []
         if not measured:
             return
         numbers = torch.stack([number for three, _ in measured for number in three])

@@ -1,4 +1,4 @@
-"""What becomes of a transformed gradient that is longer than usual."""
+"""Limit on the length of a transformed gradient: one that is longer than usual is mixed and shortened."""
 
 import torch
 from torch import Tensor
