@@ -1,13 +1,16 @@
 """Against what people would use instead: how far do whitened layers get in equal steps, and in equal seconds?
 
-Every method is trained on every task. Its learning rate and weight decay are searched with two seeds, of which the
-worse counts: five rates (each twice the next, with two on either side of the best) and four decays; once for the least
-training loss, once for the least loss on what is held out. With both, other seeds are trained, and with the former
-those of equal seconds too: as many steps as fit into the time that SGD takes for its own. The learning rate rises over
-the first tenth of the steps and falls as a cosine to 0.
+Every method is trained on every task. Its learning rate and weight decay are searched with a seed of its own: rates
+four times apart, then twice apart until two are on either side of the best, and four decays. With those of the least
+training loss other seeds are trained; so with those, of all that were tried, of the least loss on samples that were
+held out, and tested on others. For equal seconds, as many steps as fit into the time that SGD takes for its own, the
+rate is chosen again among half, the same and twice. The rate rises over the first tenth of the steps and falls as a
+cosine to 0.
 
-Runs are kept in the folder, one a line. An interrupted benchmark goes on where it stopped, and several programs may
-share a folder if they have different tasks.
+Whitened layers were tuned on half of the tasks; the others confirm.
+
+Runs are kept in the folder, one a line, and found again as long as the method's first losses are the same. An
+interrupted benchmark goes on where it stopped, and several programs may share a folder if they have different tasks.
 """
 
 import dataclasses
@@ -28,15 +31,14 @@ from ..environment import describe
 from ..options import PositiveInt, Switch, Wrong, choice, read, reject, value
 from ..output import Column, annotate, cells, interruptible, replace, show, write
 from ..timing import steady_allocator
-from .methods import BOTH_SIDES, METHODS, find
-from .runs import Setting, Store, pace
-from .search import best_setting
-from .tasks import TASKS
+from .methods import METHODS, VARIANTS, find
+from .runs import LOSSES, Setting, Store, pace, version_of
+from .search import search
+from .tasks import TASKS, TUNED
 
 PROGRAM = "python -m benchmarks.peers"
-SEARCHED = (1000, 1001)  # seeds of the search, none of those that are reported
+SEARCHED = 1000  # seed of the search, none of those that are reported
 QUICK = ("mlp-mnist1d", "mlp-diamonds")
-CRITERIA = ("loss", "test_loss")
 OURS = ("whitened-sgd", "whitened-adamw")  # and these with options
 
 
@@ -58,8 +60,8 @@ class Options:
     """The options of the benchmark."""
 
     tasks: tuple[Annotated[str, choice(TASKS)], ...] = tuple(TASKS)
-    # The names of those that whiten may have options after a colon.
-    methods: tuple[Annotated[str, METHOD], ...] = (*METHODS, *BOTH_SIDES)
+    # Names may have options after a colon: whitened-sgd:power=1,rank=8, kfac:damping=0.1.
+    methods: tuple[Annotated[str, METHOD], ...] = (*METHODS, *VARIANTS)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     steps: PositiveInt | None = None  # None is what each task needs
     quick: Switch = False  # two small tasks of 50 steps, one seed: three minutes
@@ -73,56 +75,55 @@ class Options:
 Row = dict[str, Any]
 
 
-def measure(task: str, method: str, options: Options, store: Store, pace_ratio: float, bar: tqdm) -> Row:
+def measure(task: str, method: str, options: Options, store: Store, timed: Row, bar: tqdm) -> Row:
     """Search, then train all seeds; return medians, least and most over the seeds."""
-    steps = options.steps or TASKS[task].steps
-    start = find(method)
+    steps, start = options.steps or TASKS[task].steps, find(method)
 
-    def trained(lr: float, weight_decay: float, seed: int, steps: int = steps) -> Row:
-        bar.set_description(f"{task}, {method}, lr {lr:.2g}, decay {weight_decay:.2g}, seed {seed}")
+    def trained(lr: float, decay: float, seed: int, steps: int = steps) -> Row:
+        bar.set_description(f"{task}, {method}, lr {lr:.2g}, decay {decay:.2g}, seed {seed}")
         bar.update()
-        return store.get(Setting(task, method, lr, weight_decay, seed, steps))
+        return store.get(Setting(task, method, lr, decay, seed, steps, timed["version"]))
 
-    def searched(lr: float, weight_decay: float) -> Row:
-        runs = [trained(lr, weight_decay, seed) for seed in SEARCHED]
-        return {name: max(run[name] for run in runs) for name in CRITERIA}
+    def medians(lr: float, decay: float, steps: int = steps) -> Row:
+        runs = [trained(lr, decay, seed, steps) for seed in options.seeds]
+        accuracies = [run["test_accuracy"] for run in runs]
+        found: Row = {name: statistics.median(run[name] for run in runs) for name in LOSSES}
+        found |= {"least": min(run["loss"] for run in runs), "most": max(run["loss"] for run in runs)}
+        return found | {"accuracy": None if None in accuracies else statistics.median(accuracies)}
 
-    row: Row = {"task": task, "method": method, "pace": pace_ratio}
-    for criterion in CRITERIA:
-        prefix = "" if criterion == "loss" else "test_"
-        try:
-            lr, decay = best_setting(searched, start.lr, start.decay, criterion)
-        except ArithmeticError as error:
-            print(f"{task}, {method}: {error}", file=sys.stderr)
-            lr, decay = start.lr, start.decay
-        losses = [trained(lr, decay, seed)[criterion] for seed in options.seeds]
-        row |= {f"{prefix}lr": lr, f"{prefix}decay": decay, criterion: statistics.median(losses)}
-        row |= {f"{criterion}_least": min(losses), f"{criterion}_most": max(losses)}
-    at_best = [trained(row["test_lr"], row["test_decay"], seed)["test_accuracy"] for seed in options.seeds]
-    accuracies = [one for one in at_best if one is not None]
-    row["accuracy"] = statistics.median(accuracies) if len(accuracies) == len(at_best) else math.nan
-    fewer = max(10, round(steps / pace_ratio))
-    equal = [trained(row["lr"], row["decay"], seed, fewer)["loss"] for seed in options.seeds]
-    return row | {"equal_steps": fewer, "equal_seconds": statistics.median(equal)}
+    found = search(lambda lr, decay: trained(lr, decay, SEARCHED), start.lr, start.decay)
+    lr, decay = found.best("loss")
+    row: Row = {"task": task, "method": method, "lr": lr, "decay": decay, "is_inside": found.is_inside}
+    row |= {name: value for name, value in medians(lr, decay).items() if name in ("loss", "least", "most")}
+    test_lr, test_decay = found.best("valid_loss")
+    tested = medians(test_lr, test_decay)
+    row |= {"test_lr": test_lr, "test_decay": test_decay}
+    row |= {"test_loss": tested["test_loss"], "accuracy": tested["accuracy"]}
+    fewer = max(10, round(steps / timed["pace"]))
+    near = [lr] if fewer == steps else [lr / 2, lr, 2 * lr]
+    fast = min(near, key=lambda rate: trained(rate, decay, SEARCHED, fewer)["loss"])
+    row |= {"pace": timed["pace"], "equal_steps": fewer, "equal_lr": fast}
+    return row | {"equal_seconds": medians(fast, decay, fewer)["loss"]}
 
 
 COLUMNS: list[Column] = [
     ("task", "{task}"),
     ("method", "{method}"),
-    ("lr", "{lr:.2g}"),
+    ("lr", lambda row: f"{row['lr']:.2g}" + ("" if row["is_inside"] else " (edge)")),
     ("decay", "{decay:.2g}"),
     ("loss", "{loss:.4g}"),
-    ("least", "{loss_least:.4g}"),
-    ("most", "{loss_most:.4g}"),
+    ("least", "{least:.4g}"),
+    ("most", "{most:.4g}"),
     ("held out", "{test_loss:.4g}"),
-    ("accuracy", lambda row: "" if math.isnan(row["accuracy"]) else f"{row['accuracy']:.4f}"),
+    ("accuracy", lambda row: "" if row["accuracy"] is None else f"{row['accuracy']:.4f}"),
     ("a step", "{pace:.2f}"),
     ("in equal seconds", "{equal_seconds:.4g}"),
 ]
 TITLE = "each method at its best learning rate and weight decay"
 MEANING = """loss: mean training loss of the last tenth of the steps, median of the seeds, with least and most
-held out, accuracy: on other samples, with the learning rate and decay that are best there
-a step: seconds, as a multiple of SGD's; in equal seconds: the loss with as many steps as SGD's seconds allow"""
+held out, accuracy: of testing, with the learning rate and decay that were best on the samples for choosing
+a step: the processor's seconds, as a multiple of SGD's; in equal seconds: the loss with as many steps as SGD's allow
+(edge): no best was found inside the rates that were tried"""
 
 
 def leader(rows: Iterable[Row], criterion: str) -> Row:
@@ -138,17 +139,18 @@ def summarise(rows: list[Row]) -> list[Row]:
         others = [row for row in rows if row["task"] == task and not row["method"].startswith("whitened")]
         if not own or not others:
             continue
-        one: Row = {"task": task}
+        one: Row = {"task": task, "tuned": task in TUNED}
         for name in ("loss", "equal_seconds", "test_loss"):
             ours, theirs = leader(own, name), leader(others, name)
             one |= {f"{name}_ours": ours["method"], f"{name}_theirs": theirs["method"]}
             one[f"{name}_ratio"] = ours[name] / theirs[name] if theirs[name] else math.nan
         summary.append(one)
-    return summary
+    return sorted(summary, key=lambda one: not one["tuned"])
 
 
 SUMMARY: list[Column] = [
     ("task", "{task}"),
+    ("tuned on", lambda row: "yes" if row["tuned"] else "no"),
     ("whitened", "{loss_ours}"),
     ("best other", "{loss_theirs}"),
     ("loss", "{loss_ratio:.3f}"),
@@ -174,8 +176,8 @@ def plot(rows: list[Row]) -> Figure:
         members = [row for row in members if math.isfinite(row["loss"])]
         places = range(len(members))
         spread = [
-            [row["loss"] - row["loss_least"] for row in members],
-            [row["loss_most"] - row["loss"] for row in members],
+            [row["loss"] - row["least"] for row in members],
+            [row["most"] - row["loss"] for row in members],
         ]
         if all(map(math.isfinite, spread[1])):
             panel.errorbar([row["loss"] for row in members], places, xerr=spread, fmt="o", label="equal steps")
@@ -197,24 +199,26 @@ def content(rows: list[Row]) -> Mapping[str, Any]:
     return {"tables": [*tables, {"title": TITLE, "cells": cells(COLUMNS, rows)}], "rows": rows}
 
 
-def paces(task: str, methods: list[str], options: Options) -> dict[str, float]:
-    """Measure how long the methods' steps are, as multiples of SGD's; what the folder has is not measured again."""
-    path = options.out / "runs" / f"{task}-paces.json"
-    found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-    missing = [name for name in methods if name not in found]
+def timings(task: str, methods: list[str], options: Options) -> dict[str, Row]:
+    """Measure how long the methods' runs take, as multiples of SGD's; what the folder has is not measured again."""
+    path = options.out / "runs" / f"{task}-pace.json"
+    kept: dict[str, Row] = json.loads(path.read_text()) if path.exists() else {}
+    steps = options.steps or TASKS[task].steps
+    found = {name: {"version": version_of(task, name), "steps": steps} for name in methods}
+    missing = [name for name, one in found.items() if {**kept.get(name, {}), "pace": 0} != one | {"pace": 0}]
     if missing:
-        taken = pace(task, dict.fromkeys(["sgd", *missing]))
-        found |= {name: taken[name] / taken["sgd"] for name in missing}
+        taken = pace(task, dict.fromkeys(["sgd", *missing]), steps)
+        kept |= {name: found[name] | {"pace": taken[name] / taken["sgd"]} for name in missing}
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, json.dumps(found, indent=1).encode())
-    return found
+        replace(path, json.dumps(kept, indent=1).encode())
+    return {name: kept[name] for name in methods}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status: 130 where Ctrl-C cut it short."""
     options = read(Options(), PROGRAM, __doc__, arguments).of_the_run()
-    for seed in set(options.seeds) & set(SEARCHED):
-        reject(PROGRAM, f"--seeds {seed}: the search has seen it")
+    if SEARCHED in options.seeds:
+        reject(PROGRAM, f"--seeds {SEARCHED}: the search has seen it")
     steady_allocator()
     print(describe())
     rows: list[Row] = []
@@ -225,12 +229,12 @@ def main(arguments: list[str] | None = None) -> int:
                 network = TASKS[task].network()
                 TASKS[task].data()
                 methods = [name for name in dict.fromkeys(options.methods) if find(name).suits(network)]
-                ratios = paces(task, methods, options)
+                timed = timings(task, methods, options)
             except ModuleNotFoundError as error:
                 reject(PROGRAM, f"--tasks {task}: {error.name} is missing: pip install 'whiten-layers[bench,peers]'")
             store = Store(options.out / "runs" / f"{task}.jsonl")
             for method in methods:
-                rows.append(measure(task, method, options, store, ratios[method], bar))
+                rows.append(measure(task, method, options, store, timed[method], bar))
     result |= content(rows)
     show({}, TITLE, cells(COLUMNS, rows))
     print(MEANING)

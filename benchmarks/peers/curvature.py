@@ -29,10 +29,12 @@ class Watched:
     rows: Tensor | None = None  # (N·positions, M)
     gradients: Tensor | None = None  # (N·positions, S)
     state: dict[str, Tensor] = field(default_factory=dict)
+    observed: int = 0  # batches, with the present one
 
     def average(self, name: str, value: Tensor) -> Tensor:
-        """Move a running average; the first value starts it."""
-        self.state[name] = torch.lerp(value, self.state[name], DECAY) if name in self.state else value
+        """Move a running average of the weight min(1 − 1/k, 0.95) at the k-th batch, as K-FAC's paper does."""
+        before = self.state.get(name, value)
+        self.state[name] = torch.lerp(value, before, min(1 - 1 / self.observed, DECAY))
         return self.state[name]
 
 
@@ -88,6 +90,7 @@ class Preconditioner(ABC):
         """Replace the gradients of the watched weights."""
         for one in self.watched:
             if self.batch % INTERVAL == 0 and one.rows is not None and one.gradients is not None:
+                one.observed += 1
                 self.observe(one, one.rows, one.gradients)
                 one.rows = one.gradients = None
             matrix = one.layer.weight.grad.flatten(1)
@@ -132,22 +135,25 @@ class FOOF(Preconditioner):
 class KFAC(Preconditioner):
     """``(B + √λ/π I)⁻¹ G (A + π√λ I)⁻¹`` (arXiv 1503.05671, for convolutions 1602.01407), with its limit on a step.
 
-    A is E[x xᵀ], averaged over positions; B is E[δ δᵀ], summed over them, of the loss of one sample. π² is the ratio of
-    the two mean diagonals. All gradients are shortened together, such that ``lr² Σ ⟨Ĝ, G⟩`` is at most `clip`.
+    A is E[x xᵀ], averaged over positions; B is E[δ δᵀ], summed over them, of one term of the loss, which is a mean over
+    samples, or over samples and positions where the network's outputs have positions. The δ are those of the true
+    targets (the empirical Fisher matrix), not of targets drawn from the network's outputs, which would take another
+    backward pass. π² is the ratio of the two mean diagonals. All gradients are shortened together, such that
+    ``lr² Σ ⟨Ĝ, G⟩`` is at most `clip`.
     """
 
     def __init__(self, network: nn.Module, damping: float = 1e-3, clip: float = 1e-3) -> None:
         super().__init__(network)
         self.damping, self.clip = damping, clip
-        self.samples = 0
-        network.register_forward_pre_hook(self._count)
+        self.terms = 0
+        network.register_forward_hook(self._count)
 
-    def _count(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.samples = len(inputs[0])
+    def _count(self, network: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        self.terms = outputs[:, 0].numel()  # (N, classes) or (N, classes, L)
 
     def observe(self, one: Watched, rows: Tensor, gradients: Tensor) -> None:
         inputs = one.average("inputs", rows.mT @ rows / len(rows))
-        outputs = one.average("outputs", self.samples * gradients.mT @ gradients)  # δ of a mean is 1/N of a sample's
+        outputs = one.average("outputs", self.terms * gradients.mT @ gradients)  # δ of a mean is 1/N of a term's
         ratio = (inputs.trace() / len(inputs) / (outputs.trace() / len(outputs))).sqrt().clamp(1e-6, 1e6)
         one.state["inverse"] = damped_inverse(inputs, ratio * math.sqrt(self.damping))
         one.state["other"] = damped_inverse(outputs, math.sqrt(self.damping) / ratio)

@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from whiten_layers import GradientTransform, convert_batchnorm, whiten
 
+from ..safety_tasks import Transformer
 from ..transforms import TransformOptions
 from .curvature import FOOF, KFAC, MAC, Preconditioner
 from .deconvolution import deconvolve
@@ -93,13 +94,17 @@ def muon(network: nn.Module, lr: float, decay: float, dims: Iterable[int] = (2, 
 
 
 def singd(network: nn.Module, lr: float, decay: float) -> Training:
-    """Train weights and biases of layers by SINGD (arXiv 2312.05705), and everything else by SGD with momentum."""
+    """Train weights and biases of layers by SINGD (arXiv 2312.05705), and everything else by SGD with momentum.
+
+    It does not know one-dimensional convolutions, which are left to SGD.
+    """
     from singd.optim.optimizer import SINGD
 
     with_layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     chosen = [p for module in with_layers for p in module.parameters()]
     options: dict[str, Any] = {"momentum": 0.9, "weight_decay": decay, "normalize_lr_cov": True}
     options |= {"T": 1, "lr_cov": 0.1}  # with the package's own, 10 and 0.01, short runs end where they began: at SGD
+    options["loss_average"] = "batch+sequence" if isinstance(network, Transformer) else "batch"
     made: list[Optimizer] = [SINGD(network, params=chosen, lr=lr, **options)]
     if left := others(network, chosen):
         made.append(SGD(left, lr, momentum=0.9, weight_decay=decay))
@@ -142,20 +147,34 @@ def whitened(base: Make, transform: GradientTransform | None = None) -> Make:
 
 
 def find(name: str) -> Method:
-    """Return the method of a name, "muon", or of a whitened one with options, "whitened-adamw:power=1,rank=8".
+    """Return the method of a name, "muon", or of one with options, "whitened-adamw:power=1,rank=8", "kfac:damping=0.1".
 
     Raises:
         ValueError: there is none, or an option has a value that is not possible.
     """
     base, colon, text = name.partition(":")
-    method = METHODS.get(base)
-    if method is None or (colon and base not in WHITENED):
+    if base not in METHODS:
         raise ValueError(name)
-    return replace(method, make=whitened(WHITENED[base], TransformOptions().changed(text).make())) if colon else method
+    method = METHODS[base]
+    if not colon:
+        return method
+    if base in WHITENED:
+        return replace(method, make=whitened(WHITENED[base], TransformOptions().changed(text).make()))
+    option, _, number = text.partition("=")
+    if base not in PRECONDITIONED or option != "damping":
+        raise ValueError(name)
+    optimizer, preconditioner = PRECONDITIONED[base]
+    return replace(method, make=preconditioned(optimizer, partial(preconditioner, damping=float(number))))
 
 
 sgd, adamw = plain(SGD, momentum=0.9), plain(AdamW)
 WHITENED = {"whitened-sgd": sgd, "whitened-adamw": adamw, "whitened-muon": muon}
+PRECONDITIONED: dict[str, tuple[Make, Callable[..., Preconditioner]]] = {
+    "foof": (sgd, FOOF),
+    "kfac": (sgd, KFAC),
+    "mac": (sgd, MAC),
+    "newton-muon": (muon, partial(FOOF, damping=0.2)),
+}
 METHODS: dict[str, Method] = {
     "sgd": Method(sgd, 0.05, 5e-4),
     "adamw": Method(adamw, 0.004, 0.01),
@@ -171,10 +190,10 @@ METHODS: dict[str, Method] = {
     ),
     "psgd-kron": Method(packaged("Kron"), 0.002, 0.01),
     "singd": Method(singd, 0.01, 5e-4),
-    "foof": Method(preconditioned(sgd, FOOF), 0.01, 5e-4),
-    "kfac": Method(preconditioned(sgd, KFAC), 0.05, 5e-4),
-    "mac": Method(preconditioned(sgd, MAC), 0.05, 5e-4),
-    "newton-muon": Method(preconditioned(muon, partial(FOOF, damping=0.2)), 0.004, 0.01),
+    "foof": Method(preconditioned(*PRECONDITIONED["foof"]), 0.01, 5e-4),
+    "kfac": Method(preconditioned(*PRECONDITIONED["kfac"]), 0.05, 5e-4),
+    "mac": Method(preconditioned(*PRECONDITIONED["mac"]), 0.05, 5e-4),
+    "newton-muon": Method(preconditioned(*PRECONDITIONED["newton-muon"]), 0.004, 0.01),
     "deconvolution": Method(changed(sgd, deconvolve), 0.05, 5e-4),
     "iter-norm": Method(
         changed(sgd, lambda network: convert_batchnorm(network, "iter_norm")), 0.05, 5e-4, needs=nn.BatchNorm2d
@@ -183,4 +202,11 @@ METHODS: dict[str, Method] = {
     "whitened-adamw": Method(whitened(adamw), 0.004, 0.01),
     "whitened-muon": Method(whitened(muon), 0.004, 0.01),
 }
-BOTH_SIDES = ("whitened-sgd:output-power=0.5", "whitened-adamw:output-power=0.5")
+# As many other choices for those of the rivals that have a damping as for whitened layers.
+VARIANTS = (
+    "whitened-sgd:output-power=0.5",
+    "whitened-adamw:output-power=0.5",
+    "foof:damping=1",
+    "kfac:damping=0.1",
+    "mac:damping=0.1",
+)

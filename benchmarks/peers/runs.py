@@ -2,14 +2,17 @@
 
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,11 +23,13 @@ from .methods import Training, find
 from .tasks import TASKS, Task
 
 WARM_UP = 0.1  # part of the steps in which the learning rate rises to its full height; then it falls as a cosine to 0
+LOSSES = ("loss", "valid_loss", "test_loss")
+SAMPLE = 40  # steps whose losses tell one version of a method from another
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, by what, and how: all that a run depends on."""
+    """What is trained, by what, and how: all that a run depends on. `version` is that of `version_of`."""
 
     task: str
     method: str
@@ -32,6 +37,7 @@ class Setting:
     weight_decay: float
     seed: int
     steps: int
+    version: str
 
 
 def height(step: int, steps: int) -> float:
@@ -60,33 +66,52 @@ def updates(task: Task, network: nn.Module, training: Training, steps: int, seed
 
 @torch.no_grad()
 def evaluate(task: Task, network: nn.Module) -> dict[str, float | None]:
-    """Compute loss, and for classes accuracy, on what was held out."""
-    inputs, targets = task.data()[1]
+    """Compute the losses of both held-out parts, and for classes the accuracy of testing."""
     network.eval()
-    outputs = torch.cat([network(part) for part in inputs.split(256)])
-    is_class = not targets.is_floating_point()
-    accuracy = (outputs.argmax(1) == targets).float().mean().item() if is_class else None
-    loss = task.loss(outputs, targets).item()
-    return {"test_loss": loss if math.isfinite(loss) else math.inf, "test_accuracy": accuracy}
+    measured: dict[str, float | None] = {}
+    for name, (inputs, targets) in zip(("valid_loss", "test_loss"), task.data()[1:], strict=True):
+        outputs = torch.cat([network(part) for part in inputs.split(256)])
+        loss = task.loss(outputs, targets).item()
+        measured[name] = loss if math.isfinite(loss) else math.inf
+        is_class = not targets.is_floating_point()
+        measured["test_accuracy"] = (outputs.argmax(1) == targets).float().mean().item() if is_class else None
+    return measured
 
 
 def start(task: Task, method: str, lr: float, weight_decay: float, seed: int) -> tuple[nn.Module, Training]:
-    """Make a task's network, and what trains it."""
+    """Make a task's network, and what trains it; seed all generators, since one rival draws from NumPy's."""
     torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
     network = task.network()
     return network, find(method).make(network, lr, weight_decay)
+
+
+def version_of(name: str, method: str) -> str:
+    """Tell what a method does to a task today, by the mean loss of a few steps, to four digits.
+
+    Runs of other code, of the method, of the library or of a package, are so told apart where they differ, and remain
+    where they do not: a comment does not make ten hours of training worthless.
+    """
+    task, found = TASKS[name], find(method)
+    network, training = start(task, method, found.lr, found.decay, 0)
+    losses: list[float] = []
+    with suppress(torch.linalg.LinAlgError):  # those before it stay
+        losses.extend(updates(task, network, training, SAMPLE, 0))
+    return f"{statistics.fmean(losses):.4g}" if losses else "fails"
 
 
 def run(setting: Setting) -> dict[str, Any]:
     """Train and test a network. A run whose loss is not finite, or whose matrices cannot be inverted, has no losses.
 
     Returns:
-        The setting; ``loss``, the mean training loss of the last tenth of the steps; ``test_loss``, ``test_accuracy``.
+        The setting; ``loss``, the mean training loss of the last tenth of the steps; ``valid_loss`` on the samples for
+        choosing; ``test_loss`` and ``test_accuracy``.
     """
     task = TASKS[setting.task]
     network, training = start(task, setting.method, setting.lr, setting.weight_decay, setting.seed)
     losses: list[float] = []
-    measured: dict[str, Any] = {"loss": math.inf, "test_loss": math.inf, "test_accuracy": None}
+    measured: dict[str, Any] = dict.fromkeys(LOSSES, math.inf) | {"test_accuracy": None}
     try:
         for loss in updates(task, network, training, setting.steps, setting.seed):
             if not math.isfinite(loss):
@@ -99,20 +124,20 @@ def run(setting: Setting) -> dict[str, Any]:
     return asdict(setting) | measured
 
 
-def pace(name: str, methods: Iterable[str], steps: int = 40, warm_up: int = 10) -> dict[str, float]:
-    """Measure the seconds of a step of each method, a mean of `steps`; the methods take turns by steps."""
+def pace(name: str, methods: Iterable[str], steps: int) -> dict[str, float]:
+    """Measure the processor's seconds of a whole run of each method; the methods take turns by steps."""
     task = TASKS[name]
     taken = dict.fromkeys(methods, 0.0)
     streams = {}
     for method in taken:
         network, training = start(task, method, 1e-4 * find(method).lr, 0.0, 0)
-        streams[method] = updates(task, network, training, warm_up + steps, 0)
-    for step in range(warm_up + steps):
+        streams[method] = updates(task, network, training, steps, 0)
+    for step in range(steps):
         for method in list(streams) if step % 2 else list(streams)[::-1]:
-            before = time.perf_counter()
+            before = time.process_time()
             next(streams[method])
-            taken[method] += (time.perf_counter() - before) if step >= warm_up else 0.0
-    return {method: seconds / steps for method, seconds in taken.items()}
+            taken[method] += time.process_time() - before
+    return taken
 
 
 class Store:
@@ -127,7 +152,7 @@ class Store:
                 one = json.loads(line)
             except json.JSONDecodeError:  # the program was killed while it wrote this line
                 continue
-            one |= {key: math.inf for key in ("loss", "test_loss") if one[key] is None}
+            one |= {key: math.inf for key in LOSSES if one[key] is None}
             self.found[Setting(**{key: one[key] for key in Setting.__dataclass_fields__})] = one
         if text and not text.endswith("\n"):
             self._add("")

@@ -1,42 +1,56 @@
 """Search for the learning rate and the weight decay of a method: equally many of each, and the best at no edge."""
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+COARSE = (-4, -2, 0, 2, 4)  # powers of two of the first learning rates
 RADIUS = 2  # learning rates above and below the best that are tried, each twice the next
 MOST = 20  # learning rates tried in all
-Measure = Callable[[float, float], Mapping[str, Any]]  # of a learning rate and a weight decay
+Point = tuple[float, float]  # a learning rate and a weight decay
+Measure = Callable[[float, float], Mapping[str, Any]]
 
 
-def best_rate(measure: Measure, start: float, weight_decay: float, criterion: str) -> float:
-    """Find the learning rate with the least loss, with `RADIUS` others tried on each side of it.
+@dataclass(frozen=True)
+class Found:
+    """What was tried. `is_inside` tells that the least training loss is at no edge of the learning rates."""
 
-    Raises:
-        ArithmeticError: no best was found among `MOST` learning rates.
+    tried: Mapping[Point, Mapping[str, Any]]
+    is_inside: bool
+
+    def best(self, criterion: str) -> Point:
+        """Return the point where a measure is least; of equals that with the lowest learning rate."""
+        return min(self.tried, key=lambda point: (self.tried[point][criterion], point))
+
+
+def search(measure: Measure, lr: float, weight_decay: float) -> Found:
+    """Look for the least loss: first among learning rates, then among weight decays at the best of them.
+
+    Rates four times apart come first, so that a minimum that is not the least does not end the search; then those
+    twice apart, `RADIUS` of them on each side of the best. The decays are none, a tenth of the given one, the same and
+    ten times it, and more while the largest is the best.
     """
-    tried: dict[int, float] = {}
-    missing = list(range(-RADIUS, RADIUS + 1))
-    while missing:
-        for power in missing:
-            tried[power] = measure(start * 2.0**power, weight_decay)[criterion]
-        # Where no run ends well the lowest rate is taken, and lower ones are tried.
-        best = min(tried, key=lambda power: (tried[power], power))
-        missing = [power for power in range(best - RADIUS, best + RADIUS + 1) if power not in tried]
-        if missing and len(tried) + len(missing) > MOST:
-            raise ArithmeticError(f"no best among {len(tried)} learning rates from {start * 2.0 ** min(tried):g} on")
-    return start * 2.0**best
+    tried: dict[Point, Mapping[str, Any]] = {}
 
+    def try_out(rate: float, decay: float) -> None:
+        if (rate, decay) not in tried:
+            tried[rate, decay] = measure(rate, decay)
 
-def best_setting(measure: Measure, lr: float, weight_decay: float, criterion: str) -> tuple[float, float]:
-    """Find a learning rate with the given weight decay, then a weight decay: none, a tenth, the same or ten times it.
+    def best() -> Point:
+        return Found(tried, True).best("loss")
 
-    Raises:
-        ArithmeticError: see `best_rate`.
-    """
-    rate = best_rate(measure, lr, weight_decay, criterion)
+    missing = [lr * 2.0**power for power in COARSE]
+    while missing and len(tried) + len(missing) <= MOST:
+        for rate in missing:
+            try_out(rate, weight_decay)
+        near = [best()[0] * 2.0**power for power in range(-RADIUS, RADIUS + 1)]
+        missing = [rate for rate in near if (rate, weight_decay) not in tried]
+    is_inside = not missing and math.isfinite(tried[best()]["loss"])
+    rate = best()[0]
     decays = [0.0, weight_decay / 10, weight_decay, 10 * weight_decay]
-    decay = min(decays, key=lambda one: (measure(rate, one)[criterion], one))
-    while decay == decays[-1]:
-        decays.append(10 * decays[-1])
-        decay = min(decays, key=lambda one: (measure(rate, one)[criterion], one))
-    return rate, decay
+    for decay in decays:
+        try_out(rate, decay)
+        if decay == decays[-1] and best()[1] == decay and math.isfinite(tried[rate, decay]["loss"]):
+            decays.append(10 * decay)
+    return Found(tried, is_inside)

@@ -13,7 +13,7 @@ if not hasattr(torch.optim, "Muon"):
 
 from benchmarks.peers import runs
 from benchmarks.peers.methods import METHODS, find
-from benchmarks.peers.runs import Setting, Store, evaluate, height, start, updates
+from benchmarks.peers.runs import Setting, Store, evaluate, height, start, updates, version_of
 from benchmarks.peers.tasks import TASKS
 
 from .. import results
@@ -27,15 +27,24 @@ def test_a_task_is_trained_and_tested_on_other_samples(name):
     task = TASKS[name]
     network, training = start(task, "adamw", METHODS["adamw"].lr, 0.0, 0)
     assert all(math.isfinite(loss) for loss in updates(task, network, training, 2, 0))
-    (inputs, _), (others, targets) = task.data()
-    assert len(inputs) > 2 * len(others) > 0 and inputs.shape[1:] == others.shape[1:]
-    kept = {row.numpy().tobytes() for row in inputs[:2000]}
-    assert not any(row.numpy().tobytes() in kept for row in others[:200]) or name in (
-        "mlp-diamonds",
-        "transformer-source",
-    )
+    (inputs, _), *held_out = task.data()
+    assert abs(len(held_out[0][0]) - len(held_out[1][0])) <= 1 and len(inputs) > 2 * len(held_out[0][0]) > 0
+    kept = {row.numpy().tobytes() for row in inputs} if name != "transformer-source" else set()
+    for others, targets in held_out:
+        assert inputs.shape[1:] == others.shape[1:] and len(others) == len(targets)
+        assert not any(row.numpy().tobytes() in kept for row in others)
     found = evaluate(task, network)
-    assert found["test_loss"] > 0 and (found["test_accuracy"] is None) == targets.is_floating_point()
+    assert min(found["valid_loss"], found["test_loss"]) > 0
+    assert (found["test_accuracy"] is None) == targets.is_floating_point()
+
+
+@pytest.mark.parametrize("name", ["mlp-diamonds", "autoencoder-digits"])
+def test_features_are_standardised_by_the_training_samples(name):
+    (inputs, _), (others, _), _ = TASKS[name].data()
+    deviation = inputs.std(0)
+    torch.testing.assert_close(inputs.mean(0), torch.zeros(inputs.shape[1]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(deviation, deviation.round(), rtol=0, atol=1e-4)
+    assert others.mean(0).abs().max() > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -59,6 +68,22 @@ def test_options_of_a_whitened_method():
     network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     find("whitened-adamw:power=1,output-power=0.25").make(network, 0.1, 0.0)
     assert (network[0].transform.power, network[0].transform.output_power) == (1.0, 0.25)
+    assert find("kfac:damping=0.5").make(nn.Linear(2, 2), 0.1, 0.0).precondition.damping == 0.5
+
+
+@pytest.mark.parametrize("name", ["kfac:clip=1", "kfac:damping=x", "sgd:power=1", "whitened-sgd:power=-1", "spam"])
+def test_a_method_that_does_not_exist_is_named(name, capsys):
+    with pytest.raises(SystemExit):
+        program.main([*SMALL, "--methods", name])
+    assert name in capsys.readouterr().err
+
+
+def test_the_version_of_a_method_is_what_it_does(monkeypatch):
+    first = version_of("mlp-diamonds", "kfac")
+    assert version_of("mlp-diamonds", "kfac") == first != version_of("mlp-diamonds", "sgd")
+    assert version_of("mlp-diamonds", "kfac:damping=0.1") != first
+    monkeypatch.setattr("benchmarks.peers.curvature.INTERVAL", 5)
+    assert version_of("mlp-diamonds", "kfac") != first
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -68,11 +93,11 @@ def test_the_learning_rate_rises_and_falls():
 
 
 def test_a_run_repeats_and_one_that_comes_apart_is_infinite():
-    setting = Setting("mlp-diamonds", "whitened-sgd", 0.01, 0.0, 3, 10)
+    setting = Setting("mlp-diamonds", "whitened-sgd", 0.01, 0.0, 3, 10, "1")
     first, second = runs.run(setting), runs.run(setting)
     assert first == second and 0 < first["loss"] < 10 and first["test_accuracy"] is None
-    wild = runs.run(Setting("mlp-diamonds", "sgd", 1e6, 0.0, 3, 10))
-    assert wild["loss"] == wild["test_loss"] == math.inf
+    wild = runs.run(Setting("mlp-diamonds", "sgd", 1e6, 0.0, 3, 10, "1"))
+    assert wild["loss"] == wild["valid_loss"] == wild["test_loss"] == math.inf
 
 
 def test_a_store_goes_on_after_a_line_that_was_cut_short(tmp_path):
@@ -80,9 +105,9 @@ def test_a_store_goes_on_after_a_line_that_was_cut_short(tmp_path):
 
     def compute(setting):
         made.append(setting)
-        return {**vars(setting), "loss": math.inf, "test_loss": 1.0, "test_accuracy": None}
+        return {**vars(setting), "loss": math.inf, "valid_loss": 1.0, "test_loss": 1.0, "test_accuracy": None}
 
-    one, other = (Setting("t", "m", 0.1, 0.0, seed, 5) for seed in (0, 1))
+    one, other = (Setting("t", "m", 0.1, 0.0, 0, 5, version) for version in ("1.2", "1.3"))
     store = Store(tmp_path / "runs" / "t.jsonl")
     assert store.get(one, compute) is store.get(one, compute)
     with open(store.path, "a") as file:
@@ -102,14 +127,14 @@ def test_a_run_of_the_program_leaves_tables_a_file_and_a_plot(tmp_path, capsys):
     assert [row["method"] for row in result["rows"]] == ["sgd", "adamw", "whitened-sgd"]
     sgd, _, whitened = result["rows"]
     assert sgd["pace"] == 1 and sgd["equal_steps"] == 10 and sgd["equal_seconds"] == sgd["loss"]
-    assert whitened["loss_least"] <= whitened["loss"] <= whitened["loss_most"]
+    assert whitened["least"] <= whitened["loss"] <= whitened["most"] and whitened["is_inside"] in (True, False)
     (summary,) = program.summarise(result["rows"])
-    assert summary["loss_ours"] == "whitened-sgd" and summary["loss_theirs"] in ("sgd", "adamw")
+    assert summary["tuned"] and summary["loss_ours"] == "whitened-sgd" and summary["loss_theirs"] in ("sgd", "adamw")
     theirs = min(row["loss"] for row in result["rows"][:2])
     assert summary["loss_ratio"] == pytest.approx(whitened["loss"] / theirs)
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "runs" / "mlp-diamonds.jsonl").read_text().splitlines()
-    assert {json.loads(line)["seed"] for line in lines} == {0, 1, *program.SEARCHED}
+    assert {json.loads(line)["seed"] for line in lines} == {0, 1, program.SEARCHED}
     assert program.main(arguments) == 0  # nothing is trained again
     assert (tmp_path / "runs" / "mlp-diamonds.jsonl").read_text().splitlines() == lines
     assert results(tmp_path)["rows"] == result["rows"]
@@ -119,7 +144,7 @@ def test_an_interrupt_keeps_the_runs(tmp_path, monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(program, "best_setting", interrupted)
+    monkeypatch.setattr(program, "search", interrupted)
     assert program.main([*SMALL, "--methods", "sgd", "--out", str(tmp_path)]) == 130
     assert results(tmp_path)["interrupted"] and results(tmp_path)["rows"] == []
 
@@ -128,7 +153,7 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     def missing(*arguments):
         raise ModuleNotFoundError("No module named 'singd'", name="singd")
 
-    monkeypatch.setattr(program, "paces", missing)
+    monkeypatch.setattr(program, "timings", missing)
     with pytest.raises(SystemExit):
         program.main(SMALL)
     assert "singd is missing: pip install 'whiten-layers[bench,peers]'" in capsys.readouterr().err

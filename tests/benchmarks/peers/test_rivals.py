@@ -11,7 +11,7 @@ if not hasattr(torch.optim, "Muon"):
     pytest.skip("this torch has no Muon", allow_module_level=True)
 
 from benchmarks.peers import deconvolution
-from benchmarks.peers.curvature import DECAY, FOOF, INTERVAL, KFAC, MAC
+from benchmarks.peers.curvature import DECAY, FOOF, INTERVAL, KFAC, MAC, Watched
 from benchmarks.peers.deconvolution import Deconvolution, deconvolve
 from benchmarks.peers.methods import METHODS, FlatMuon, matrices
 
@@ -35,6 +35,30 @@ def linear():
     return nn.Linear(6, 4, dtype=torch.float64)
 
 
+def test_averages_are_means_at_first_and_then_forget():
+    watched = Watched(nn.Linear(1, 1))
+    values = torch.arange(40, dtype=torch.float64).square()
+    for watched.observed, value in enumerate(values, 1):
+        average = watched.average("name", value)
+        if watched.observed <= 20:
+            torch.testing.assert_close(average, values[: watched.observed].mean())
+    weights = (1 - DECAY) * DECAY ** torch.arange(20).flip(0)
+    torch.testing.assert_close(average, DECAY**20 * values[:20].mean() + (weights * values[20:]).sum())
+
+
+def test_kfac_counts_the_terms_of_the_loss():
+    """A mean over samples and positions has N · L of them."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 4, dtype=torch.float64)
+    precondition = KFAC(layer)
+    layer(torch.randn(5, 6, dtype=torch.float64))
+    assert precondition.terms == 5
+    network = nn.Sequential(nn.Linear(6, 4), nn.Conv1d(3, 2, 1))
+    precondition = KFAC(network)
+    network(torch.randn(5, 3, 6))
+    assert precondition.terms == 20
+
+
 def test_foof_multiplies_by_the_inverse_of_the_damped_moment(linear):
     foof = FOOF(linear, damping=0.2)
     x, _, plain, mapped = step(linear, foof)
@@ -44,7 +68,7 @@ def test_foof_multiplies_by_the_inverse_of_the_damped_moment(linear):
         torch.testing.assert_close(mapped, expected)
         x, _, plain, mapped = step(linear, foof)
         if batch == INTERVAL:
-            moment = DECAY * moment + (1 - DECAY) * x.T @ x / len(x)
+            moment = (moment + x.T @ x / len(x)) / 2
             expected = plain @ torch.linalg.inv(moment + 0.2 * moment.trace() / 6 * torch.eye(6, dtype=torch.float64))
             torch.testing.assert_close(mapped, expected)
 
@@ -103,7 +127,7 @@ def test_a_convolution_is_a_linear_layer_on_patches(rival, dims):
     linear(rows).backward(gradients)
     torch.testing.assert_close(linear.weight.grad.view_as(plain), plain)
     if rival is KFAC:
-        precondition.samples = 8
+        linear.register_forward_hook(lambda *_: setattr(precondition, "terms", 8))
     precondition(0.1)
     torch.testing.assert_close(linear.weight.grad.view_as(mapped), mapped)
 
