@@ -51,6 +51,6 @@ def search(measure: Measure, lr: float, weight_decay: float) -> Found:
     decays = [0.0, weight_decay / 10, weight_decay, 10 * weight_decay]
     for decay in decays:
         try_out(rate, decay)
-        if decay == decays[-1] and best()[1] == decay and math.isfinite(tried[rate, decay]["loss"]):
+        if decay == decays[-1] > 0 and best()[1] == decay and math.isfinite(tried[rate, decay]["loss"]):
             decays.append(10 * decay)
     return Found(tried, is_inside)
