@@ -8,6 +8,7 @@ from typing import Any
 COARSE = (-4, -2, 0, 2, 4)  # powers of two of the first learning rates
 RADIUS = 2  # learning rates above and below the best that are tried, each twice the next
 MOST = 20  # learning rates tried in all
+FINALISTS = 3  # rates that a second seed decides between
 Point = tuple[float, float]  # a learning rate and a weight decay
 Measure = Callable[[float, float], Mapping[str, Any]]
 
@@ -19,9 +20,24 @@ class Found:
     tried: Mapping[Point, Mapping[str, Any]]
     is_inside: bool
 
+    def ranking(self, criterion: str) -> list[Point]:
+        """Return the points, that with the least of a measure first; of equals that with the lowest learning rate."""
+        return sorted(self.tried, key=lambda point: (self.tried[point][criterion], point))
+
     def best(self, criterion: str) -> Point:
-        """Return the point where a measure is least; of equals that with the lowest learning rate."""
-        return min(self.tried, key=lambda point: (self.tried[point][criterion], point))
+        """Return the first point of the ranking."""
+        return self.ranking(criterion)[0]
+
+    def confirmed(self, criterion: str, again: Measure) -> Point:
+        """Measure the best point of each of the best rates again; return that where the greater of both is least.
+
+        The rate that is best of many by a single seed is often at the edge of what is stable.
+        """
+        of_rates: dict[float, Point] = {}
+        for point in self.ranking(criterion):
+            of_rates.setdefault(point[0], point)
+        first = list(of_rates.values())[:FINALISTS]
+        return min(first, key=lambda point: (max(self.tried[point][criterion], again(*point)[criterion]), point))
 
 
 def search(measure: Measure, lr: float, weight_decay: float) -> Found:

@@ -134,7 +134,7 @@ def test_a_run_of_the_program_leaves_tables_a_file_and_a_plot(tmp_path, capsys):
     assert summary["loss_ratio"] == pytest.approx(whitened["loss"] / theirs)
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "runs" / "mlp-diamonds.jsonl").read_text().splitlines()
-    assert {json.loads(line)["seed"] for line in lines} == {0, 1, program.SEARCHED}
+    assert {json.loads(line)["seed"] for line in lines} == {0, 1, *program.SEARCHED}
     assert program.main(arguments) == 0  # nothing is trained again
     assert (tmp_path / "runs" / "mlp-diamonds.jsonl").read_text().splitlines() == lines
     assert results(tmp_path)["rows"] == result["rows"]

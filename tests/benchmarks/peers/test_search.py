@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.peers.search import MOST, RADIUS, search
+from benchmarks.peers.search import FINALISTS, MOST, RADIUS, search
 
 
 @given(optimum=st.floats(-8, 8), start=st.sampled_from([1e-3, 1.0]), ceiling=st.floats(0, 4))
@@ -54,3 +54,16 @@ def test_the_decay_is_at_no_upper_edge(optimum, expected):
 def test_another_criterion_chooses_among_what_was_tried():
     found = search(lambda lr, decay: {"loss": abs(math.log2(lr)), "valid_loss": abs(math.log2(lr) + 2)}, 1.0, 0.1)
     assert found.best("loss")[0] == 1.0 and found.best("valid_loss")[0] == 0.25
+
+
+def test_a_second_seed_decides_between_the_best():
+    losses = {0.25: 3.0, 0.5: 1.1, 1.0: 1.0, 2.0: 0.9, 4.0: 3.0}
+    found = search(lambda lr, decay: {"loss": losses.get(lr, 9.0) + decay}, 1.0, 0.1)
+    seen = []
+
+    def again(lr, decay):
+        seen.append((lr, decay))
+        return {"loss": math.inf if lr == 2 else 1.05}
+
+    assert found.best("loss") == (2.0, 0.0) and found.confirmed("loss", again) == (1.0, 0.1)
+    assert seen == [(2.0, 0.0), (1.0, 0.1), (0.5, 0.1)] and len(seen) == FINALISTS
