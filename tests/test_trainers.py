@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from whiten_layers import FeatureWhitening, report, unwhiten, whiten
+from whiten_layers import FeatureWhitening, plain_state_dict, report, unwhiten, whiten
 
 # They warn of many things, none of which is ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -99,3 +99,29 @@ def test_hugging_face(tmp_path, options):
     unwhiten(whole).save_pretrained(tmp_path / "plain")
     plain = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(plain.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
+def test_hugging_faces_weights_are_plain_and_load_anywhere(tmp_path, safe, caplog):
+    model = whiten(bert())
+    model(torch.randint(20, (4, 8)), labels=torch.randint(3, (4,))).loss.backward()
+    model.save_pretrained(tmp_path, state_dict=plain_state_dict(model), safe_serialization=safe)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(plain_state_dict(model)), rtol=0, atol=0)
+    whiten(loaded).load_state_dict(model.state_dict(), strict=True)  # the state that was kept beside them
+
+
+def test_timms_checkpoints_are_plain_and_load_anywhere(tmp_path):
+    import timm
+
+    def made(**options):
+        return timm.create_model("resnet10t", num_classes=3, **options)
+
+    model = whiten(made())
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    torch.save({"state_dict": plain_state_dict(model)}, tmp_path / "plain.pth")
+    loaded = made(checkpoint_path=tmp_path / "plain.pth")
+    timm.models.load_checkpoint(whiten(made()), tmp_path / "plain.pth", strict=True)
+    timm.models.load_checkpoint(made(), tmp_path / "plain.pth", strict=True)
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(plain_state_dict(model)), rtol=0, atol=0)

@@ -1,5 +1,6 @@
 """Drop-in whitening layers for PyTorch: swap them in, change nothing else, converge in fewer steps."""
 
+from .checkpoints import load_window_state_dict, plain_state_dict, window_state_dict
 from .conversion.convert_batchnorm import convert_batchnorm
 from .conversion.fold import fold
 from .conversion.whiten import unwhiten, whiten
@@ -28,7 +29,6 @@ from .norm import (
 from .report import Report, report
 from .transforms import Chain, FeatureWhitening, GradientTransform, OptimalInputGain, PSIScaling
 from .two_stage import TwoStageNetwork
-from .windows import load_window_state_dict, window_state_dict
 
 __version__ = "0.2.0.dev0"
 
@@ -62,6 +62,7 @@ __all__ = [
     "fold",
     "follow_learning_rate",
     "load_window_state_dict",
+    "plain_state_dict",
     "report",
     "unwhiten",
     "whiten",

@@ -4,6 +4,8 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from .state import safe_to_load
+
 if dist.is_available():
     from torch.distributed import ProcessGroup
 else:
@@ -15,6 +17,7 @@ else:
 __all__ = ["ProcessGroup", "Processes"]
 
 
+@safe_to_load
 class Processes:
     """The processes of a group that was given, or of the wrapper that took the model, or all.
 

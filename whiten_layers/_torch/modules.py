@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm  # BatchNorm1d, 2d, 3d and SyncBatchNorm
 
+from ..state import safe_to_load
+
 __all__ = [
     "AnyBatchNorm",
     "StatefulModule",
@@ -30,6 +32,10 @@ class StatefulModule(nn.Module):
     keeps_its_tensors: ClassVar[bool] = False
     """Tells whether a load copies into the module's own tensors even with ``assign=True``. An assigned tensor would
     bring its own device, and perhaps fewer than 32 bits."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        safe_to_load(cls)
 
     def before_moving(self) -> Any:
         """Return what `after_moving` needs to know, before `to`, `half`, `to_empty` and the like."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .._torch.engine import call_at_end_of_pass, current_pass, is_nested_pass
 from ..processes import Processes, ProcessGroup
+from ..state import safe_to_load
 from ..statistics.covariance import FeatureCovariance
 from .update import DueTransform, refresh_transforms
 
@@ -62,6 +63,7 @@ class Arrival(Enum):
     IN_NESTED_PASS = auto()  # in a pass inside another, as of a reentrant checkpoint, or without any pass
 
 
+@safe_to_load
 @dataclass
 class Attendance:
     """Notes of a schedule about one layer: numbers of batches, and the engine's number of the last pass."""
@@ -101,6 +103,7 @@ _arriving = threading.Lock()  # layers of a model that is spread over several de
 _open_passes: dict[int, "weakref.WeakSet[Schedule]"] = {}
 
 
+@safe_to_load
 class Schedule:
     """Counts a model's backward passes, and refreshes the layers' transforms when they are due.
 

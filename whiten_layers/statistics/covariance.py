@@ -13,8 +13,10 @@ from torch import Tensor
 
 from .._torch.modules import WideBuffers
 from .._torch.precision import full_precision
+from ..state import safe_to_load, warn_of_loading
 
 
+@safe_to_load
 class Moments(NamedTuple):
     """Number of rows, of rows that tell something new, mean and covariance, for each group.
 
@@ -113,6 +115,7 @@ PENDING_ROWS, PENDING_NUMBERS = 1024, 2**18  # whichever allows more rows; 1 MiB
 WINDOW = ("window_count", "window_effective_count", "window_mean", "window_covariance")  # names of its moments, saved
 
 
+@safe_to_load
 class _Window:
     """Rows and moments observed since the last window was closed.
 
@@ -405,6 +408,24 @@ class FeatureCovariance(WideBuffers):
         self.running_mean.copy_(mean)
         self.running_covariance.copy_(covariance)
         return True
+
+    def reset_state(self) -> None:
+        """Set every buffer to what it was when made."""
+        self.clear()
+
+    def is_sound(self) -> Tensor:
+        """Tell, as a tensor (), whether the state can be that of any features: an average or a sum of states may not.
+
+        A matrix is not decomposed for that: one that is indefinite makes refreshes fail, until new rows prevail.
+        """
+        numbers = [self.running_count, self.running_effective_count, self.running_covariance.diagonal(dim1=-2, dim2=-1)]
+        is_finite = [torch.isfinite(buffer).all() for buffer in self.buffers()]
+        return torch.stack([*is_finite, *((part >= 0).all() for part in numbers)]).all()
+
+    def after_loading(self, assigned: bool) -> None:
+        if not self.running_mean.is_meta and not self.is_sound():
+            self.reset_state()
+            warn_of_loading("numbers of it are not finite or have the wrong sign: such statistics start afresh")
 
     def before_loading(self, state_dict: dict, prefix: str) -> None:
         self.window = None

@@ -124,5 +124,8 @@ class GradientNorms(SolvedStatistics):
             self.limit.copy_(self.bound * usual)
             self.mixed_from.copy_(usual * mean[1].exp().clamp(min=self.bound))
 
+    def is_sound(self) -> Tensor:
+        return super().is_sound() & (self.correction > 0) & (self.limit >= 0) & (self.mixed_from >= 0)
+
     def extra_repr(self) -> str:
         return f"bound={self.bound}"

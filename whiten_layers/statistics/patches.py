@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..state import safe_to_load
 from .covariance import effective_rows
 
 MIN_IMAGES = 32  # of a batch that has as many, in `tap_autocovariance`
 
 
+@safe_to_load
 @dataclass(frozen=True)
 class Geometry:
     """Shape of a layer and the way it reads its input. Channels are counted within one group.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..inverse import METHODS, Inverse, resolve
+from ..state import COUNT
 from .covariance import FeatureCovariance, snapshot_for_graph
 
 
@@ -111,13 +112,17 @@ class WhiteningFactor(FeatureCovariance):
         directions = covariance.new_zeros(matrices, size, self.rank) if self.is_approximate else None
         self.register_buffer("directions", directions)
         for name in ("num_refreshes", "num_refreshes_failed", "num_refreshes_restarted"):
-            self.register_buffer(name, torch.zeros((), device=device, dtype=torch.long))
+            self.register_buffer(name, torch.zeros((), device=device, dtype=COUNT))
 
     @torch.no_grad()
     def reset_state(self) -> None:
         """Set every buffer to what it was when made."""
         self.clear()
         self.precision.diagonal(dim1=-2, dim2=-1).fill_(1)
+
+    def is_sound(self) -> Tensor:
+        diagonal = self.precision.diagonal(dim1=-2, dim2=-1)
+        return super().is_sound() & (diagonal > 0).all() & (self.scale >= 0).all()
 
     def group_sum(self, values: Tensor) -> Tensor:
         """Sum over the blocks of a group, at each of them: ``(groups·blocks,) -> (groups·blocks,)``."""

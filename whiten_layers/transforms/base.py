@@ -1,14 +1,17 @@
 """Interface of a gradient transform: a linear map of a layer's gradients in backward."""
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from .._torch.modules import StatefulModule
+from .._torch.modules import WideBuffers
 from ..refresh.schedule import Attendance, Schedule
+from ..state import COUNT, warn_of_loading
 from ..statistics.patches import Geometry
 from ..statistics.whitening_factor import WhiteningFactor
 from .handles import new_handle
@@ -24,7 +27,7 @@ class Samples(NamedTuple):
     grad_output: Tensor
 
 
-class GradientTransform(StatefulModule, ABC):
+class GradientTransform(WideBuffers, ABC):
     """Linear map of a layer's weight and bias gradients, and the statistics it is computed from.
 
     A layer owns one transform, bound to its geometry. In the layer's backward pass the transform
@@ -51,7 +54,8 @@ class GradientTransform(StatefulModule, ABC):
 
     Buffer: ``num_batches_skipped``, the batches that were left out of the statistics because they held a NaN or
     Inf, in this process. The extra state of a checkpoint is the schedule's batch, the last batch that
-    came to this layer, and the last one that it observed or should have observed.
+    came to this layer, and the last one that it observed or should have observed. Counts are floating-point numbers,
+    like all state: scripts average, scale and halve whole state dicts.
     """
 
     update_interval: int = 10
@@ -131,7 +135,7 @@ class GradientTransform(StatefulModule, ABC):
 
     def bind_counters(self, device: torch.device) -> None:
         """Register the buffer that counts skipped batches, and count batches from the start."""
-        self.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device))
+        self.register_buffer("num_batches_skipped", torch.zeros((), device=device, dtype=COUNT))
         self.reset_counters()
 
     def reset_counters(self) -> None:
@@ -145,10 +149,12 @@ class GradientTransform(StatefulModule, ABC):
         return self.attendance.batch
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.schedule.state(self), device="cpu")
+        return torch.tensor(self.schedule.state(self), device="cpu", dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.schedule.restore(self, state.tolist())
+        numbers = state.tolist()
+        if all(map(math.isfinite, numbers)):  # a large one is not in half precision
+            self.schedule.restore(self, [max(0, round(number)) for number in numbers])
 
     def follow(self, weight: Tensor) -> None:
         """Move to a weight's device and precision, as a layer asks when a checkpoint has been assigned to it."""
@@ -156,18 +162,34 @@ class GradientTransform(StatefulModule, ABC):
             self.to_empty(device=weight.device)
         self.to(weight.device, weight.dtype)
 
-    def before_moving(self) -> bool:
-        return any(buffer.is_meta for buffer in self.buffers())
-
-    def after_moving(self, was_meta: bool) -> None:
+    def after_moving(self, before: dict[str, Tensor | None]) -> None:
+        super().after_moving(before)
+        was_meta = any(buffer is not None and buffer.is_meta for buffer in before.values())
         if was_meta and not any(buffer.is_meta for buffer in self.buffers()):
             self.reset_state()  # what `to_empty` has made is not initialised
 
     def before_loading(self, state_dict: dict[str, Any], prefix: str) -> None:
-        # A plain layer's checkpoint knows no transform, and one of an earlier version not all of it: what it does not
-        # know stays as it is, and nothing is missing.
-        is_plain = not any(key.startswith(prefix) for key in state_dict)
+        """Fill in, from the present state, what a checkpoint does not have, or has for other options.
+
+        A plain layer's checkpoint knows no transform, and one of an earlier version not all of it. Of a transform with
+        other options, those parts (a factor, the norms) are taken whose tensors all have the shapes of this one's.
+        """
+        given = [key for key in state_dict if key.startswith(prefix)]
         newer = tuple(prefix + name for name in self.newer_state)
+        parts: dict[str, dict[str, Any]] = defaultdict(dict)
         for key, value in self.state_dict(prefix=prefix).items():
-            if is_plain or key.startswith(newer):
-                state_dict.setdefault(key, value)
+            parts[key.rpartition(".")[0]][key] = value
+        known = {key for part in parts.values() for key in part}
+        others = {key.removeprefix(prefix).rpartition(".")[0] for key in given if key not in known}
+        for name, part in parts.items():
+            shared = [key for key in part if key in state_dict]
+            fits = bool(shared) and all(state_dict[key].shape == part[key].shape for key in shared)
+            if given and not fits and not all(key.startswith(newer) for key in part):
+                others.add(f"{name}.".removeprefix(prefix).rstrip("."))
+            state_dict |= {key: part[key] for key in part if not fits or (key.startswith(newer) and key not in shared)}
+        for key in given:
+            if key not in known:
+                del state_dict[key]
+        if others:
+            names = ", ".join(sorted(filter(None, others))) or "its counts"
+            warn_of_loading(f"it was made with other options: what does not fit starts afresh ({names})")

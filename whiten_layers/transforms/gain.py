@@ -46,6 +46,7 @@ from torch import Tensor
 from .._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from .._torch.precision import full_precision
 from ..options import check, check_statistics, is_real
+from ..state import COUNT
 from ..statistics.covariance import SolvedStatistics, moments, snapshot_for_graph
 from ..statistics.patches import Geometry, channel_rows, linear_rows, output_sizes, patch_rows
 from .base import GradientTransform, Samples
@@ -115,7 +116,7 @@ class Gains(SolvedStatistics):
         self.damping = damping
         self.register_buffer("gains", torch.ones_like(self.running_mean))
         for name in ("num_refreshes", "num_refreshes_failed"):
-            self.register_buffer(name, torch.zeros((), device=device, dtype=torch.long))
+            self.register_buffer(name, torch.zeros((), device=device, dtype=COUNT))
 
     @torch.no_grad()
     def reset_state(self) -> None:
@@ -154,6 +155,9 @@ class Gains(SolvedStatistics):
         self.num_refreshes.add_(valid.all())
         # A group without observations has not failed.
         self.num_refreshes_failed.add_((~valid & (self.running_count > 0)).any())
+
+    def is_sound(self) -> Tensor:
+        return super().is_sound() & (self.gains >= 0).all()
 
     def extra_repr(self) -> str:
         return ", ".join(str(size) for size in self.gains.shape)

@@ -25,6 +25,7 @@ from .._torch import function_transforms
 from .._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from ..inverse import METHODS, resolve, supports
 from ..options import check, check_statistics, is_count, is_real
+from ..state import COUNT, safe_to_load
 from ..statistics.covariance import Moments
 from ..statistics.gradient_norms import GradientNorms
 from ..statistics.patches import (
@@ -57,6 +58,7 @@ def default_block_size(channels: int) -> int:
     return block
 
 
+@safe_to_load
 class _Batch:
     """Measurements of the batch in progress. A plain object, because setting an attribute of a module is slow."""
 
@@ -236,7 +238,7 @@ class FeatureWhitening(GradientTransform):
             self.norms = GradientNorms(
                 bound=self.bound, rescale=is_corrected, decay=self.decay, device=device, dtype=dtype
             )
-        self.register_buffer("num_batches_bounded", torch.zeros((), dtype=torch.long, device=device))
+        self.register_buffer("num_batches_bounded", torch.zeros((), device=device, dtype=COUNT))
         return self
 
     def _scale_is_between(self) -> bool:

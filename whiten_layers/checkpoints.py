@@ -1,4 +1,4 @@
-"""Saving and loading what one process has observed since the last refresh, which a state dict leaves out."""
+"""State dicts of another content than `nn.Module`'s: plain weights, and what was observed since the last refresh."""
 
 from collections.abc import Mapping
 
@@ -6,6 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from .statistics.covariance import FeatureCovariance
+from .transforms.base import GradientTransform
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state dict without what its whitened layers keep: that of the plain model, which loads anywhere.
+
+    The model stays whitened. As in `state_dict`, the tensors are the model's own, and not copies. For whatever saves
+    weights for others to read: ``model.save_pretrained(path, state_dict=plain_state_dict(model))``.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    modules = model.named_modules(remove_duplicate=False)
+    own = tuple(f"{name}." for name, module in modules if isinstance(module, GradientTransform))
+    for key in [key for key in state if key.startswith(own)]:
+        del state[key]
+    return state
 
 
 def _statistics(model: nn.Module) -> dict[str, FeatureCovariance]:
