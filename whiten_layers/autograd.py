@@ -158,7 +158,9 @@ def _observe(transform: GradientTransform, input: Tensor, grad_weight: Tensor) -
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    return tensor.values() if tensor.is_nested else tensor  # the rows of a jagged tensor
+    if tensor.is_nested:
+        return tensor.values()  # the rows of a jagged tensor
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 @torch.library.custom_op(

@@ -4,33 +4,67 @@ In evaluation mode, with gradients off, or with a frozen weight, a layer here *i
 operations, saves nothing and observes nothing.
 """
 
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from . import optimizers  # noqa: F401 - warns of LBFGS, also where layers are unpickled
 from ._torch import function_transforms
 from ._torch.convolutions import AnyConvolution, AnyTransposedConvolution, output_padding_of, padding_of
 from ._torch.modules import StatefulModule, own_parameter
+from ._torch.operations import is_exporting
 from ._torch.precision import autocast_dtype
 from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, keep_output_gradient, note_layer, observe_output
 from .statistics.patches import Geometry
 from .transforms import GradientTransform
 from .transforms.named import make_transform
 
+logger = logging.getLogger("whiten_layers")
 
-def attach(layer: nn.Linear | AnyConvolution, geometry: Geometry, transform: GradientTransform | str | None) -> None:
-    """Give a layer its own copy of a transform, with state on the weight's device and in its precision."""
+NO_EXPORT = (
+    "torch.export in training mode takes the plain layer in place of a whitened one: what it exports trains with plain "
+    "gradients. Export model.eval(), or whiten what was exported from the plain model"
+)
+
+
+def attach(layer: Any, transform: GradientTransform | str | None) -> None:
+    """Give a layer, a twin or the plain one that becomes it, its own copy of a transform.
+
+    The transform's state is on the weight's device and in its precision.
+    """
     if layer.weight.is_complex():
         raise ValueError(f"dtype={layer.weight.dtype} is not possible: give a real floating-point type")
     if layer.weight.numel() == 0:
         raise ValueError(f"a weight of shape {tuple(layer.weight.shape)} is not possible: give at least one feature")
+    twin = TWINS.get(type(layer), type(layer))
+    geometry = twin.geometry(layer)
     bound = make_transform(transform).bind(geometry, device=layer.weight.device, dtype=layer.weight.dtype)
     layer.transform = bound.train(layer.training)
+    layer.bound_to = twin.follows_from(layer, layer.weight, layer.bias)
     note_layer(layer, bound)
+
+
+def zero_padding(layer: Any, kernel_size: Sequence[int]) -> tuple[int, ...]:
+    """Work out a convolution's padding by zeros as `F.pad` takes it: last dimension first, both sides."""
+    padding: list[int] = []
+    for axis, size in enumerate(kernel_size):
+        if layer.padding == "same":
+            whole = layer.dilation[axis] * (size - 1)
+            sides = [whole // 2, whole - whole // 2]
+        else:
+            sides = [0 if layer.padding == "valid" else layer.padding[axis]] * 2
+        padding = [*sides, *padding]
+    return tuple(padding)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, torch.Size) else value
 
 
 def _cast(input: Tensor) -> Tensor:
@@ -42,9 +76,42 @@ def _cast(input: Tensor) -> Tensor:
 
 
 class _Whitened(StatefulModule):
-    """Base of all whitened layers: parameters whose gradients pass through a transform."""
+    """Base of all whitened layers: parameters whose gradients pass through a transform.
+
+    A script may give the weight another shape, or change how a convolution reads its input: a vocabulary that grows, a
+    stem for grey images, a stride that becomes a dilation. The plain layer then computes with what it has. So here the
+    weight and the attributes that the operation takes are compared, before each pass that trains, with those that the
+    transform is bound to.
+
+    Attributes:
+        bound_to: what `follows_from` gave when the transform was bound to it.
+    """
 
     transform: GradientTransform
+    bound_to: tuple[Any, ...]
+
+    @staticmethod
+    def geometry(layer: Any) -> Geometry:
+        """Describe a layer, a twin or a plain one: its weight counts, whatever its attributes say of sizes."""
+        raise NotImplementedError
+
+    @staticmethod
+    def follows_from(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        """Return all that the geometry follows from, quickly."""
+        return weight.shape, bias is None
+
+    def _rebind(self, weight: Tensor, now: tuple[Any, ...]) -> None:
+        """Let the transform start afresh, for the layer as it is now."""
+        name = self.transform.name or "a whitened layer"
+        pairs = [pair for pair in zip(self.bound_to, now, strict=True) if pair[0] != pair[1]]
+        changes = ", ".join(f"{_plain(old)} became {_plain(new)}" for old, new in pairs)
+        if torch.compiler.is_compiling():
+            cure = "run one training pass that is not compiled"
+            raise RuntimeError(f"{name} is no longer as it was whitened ({changes}): {cure}")
+        logger.info("%s starts afresh: %s", name, changes)
+        geometry = self.geometry(self)
+        self.transform.bind(geometry, device=weight.device, dtype=weight.dtype).train(self.training)
+        self.bound_to = now
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # where deepcopy, copy and unpickling end
         super().__setstate__(state)
@@ -60,10 +127,15 @@ class _Whitened(StatefulModule):
         """
         weight: Any = self.weight
         bias: Any = self.bias
-        if not torch.compiler.is_compiling() and function_transforms.is_mapped(weight):
+        if torch.compiler.is_compiling():
+            if is_exporting():
+                warnings.warn(NO_EXPORT, stacklevel=2)
+        elif function_transforms.is_mapped(weight):
             raise RuntimeError(NO_VMAP_OVER_PARAMETERS)  # such a weight reports requires_grad=False
         if not weight.requires_grad:
             return operation(input, weight, bias, *options)
+        if (now := self.follows_from(self, weight, bias)) != self.bound_to:
+            self._rebind(weight, now)
         input, transform = _cast(input), self.transform
         # Without a bias, or with a frozen one, nothing can absorb a shift of the inputs.
         shifted = bias is not None and bias.requires_grad
@@ -117,13 +189,16 @@ class WhitenedLinear(_Whitened, nn.Linear):
         transform: GradientTransform | str | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        attach(self, self.geometry(self), transform)
+        attach(self, transform)
 
     @staticmethod
-    def geometry(layer: nn.Linear) -> Geometry:
-        return Geometry(layer.in_features, layer.out_features, has_bias=layer.bias is not None)
+    def geometry(layer: Any) -> Geometry:
+        outputs, inputs = layer.weight.shape
+        return Geometry(inputs, outputs, has_bias=layer.bias is not None)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self.is_traced(input):
+            return self.note_call(input)
         return super().forward(input) if self._is_plain() else self._transformed(F.linear, input)
 
 
@@ -148,22 +223,30 @@ class _WhitenedConv(_Whitened, AnyConvolution):
     ) -> None:
         options: tuple[Any, ...] = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         super().__init__(in_channels, out_channels, kernel_size, *options)  # type: ignore[arg-type]
-        attach(self, self.geometry(self), transform)
+        attach(self, transform)
 
     @staticmethod
-    def geometry(layer: AnyConvolution) -> Geometry:
+    def geometry(layer: Any) -> Geometry:
+        outputs, inputs, *kernel_size = layer.weight.shape
         return Geometry(
-            layer.in_channels // layer.groups,
-            layer.out_channels // layer.groups,
+            inputs,
+            outputs // layer.groups,
             layer.groups,
-            layer.kernel_size,
+            tuple(kernel_size),
             layer.stride,
             layer.dilation,
-            padding_of(layer) if layer.padding_mode == "zeros" else (),
+            zero_padding(layer, kernel_size) if layer.padding_mode == "zeros" else (),
             has_bias=layer.bias is not None,
         )
 
+    @staticmethod
+    def follows_from(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        reads = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
+        return weight.shape, bias is None, *reads
+
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self.is_traced(input):
+            return self.note_call(input)
         if self._is_plain():
             return super().forward(input)
         plain: Any = self  # to the type checker, its attributes have the types of all convolutions at once
@@ -244,27 +327,35 @@ class _WhitenedConvTranspose(_Whitened, AnyTransposedConvolution):
             dtype,
         )
         super().__init__(in_channels, out_channels, kernel_size, *options)  # type: ignore[arg-type]
-        attach(self, self.geometry(self), transform)
+        attach(self, transform)
 
     @staticmethod
     def geometry(layer: Any) -> Geometry:
+        inputs, outputs, *kernel_size = layer.weight.shape
         padding: list[int] = []
         for axis, cropped in enumerate(layer.padding):
-            side = layer.dilation[axis] * (layer.kernel_size[axis] - 1) - cropped
+            side = layer.dilation[axis] * (kernel_size[axis] - 1) - cropped
             padding = [side, side + layer.output_padding[axis], *padding]
         return Geometry(
-            layer.in_channels // layer.groups,
-            layer.out_channels // layer.groups,
+            inputs // layer.groups,
+            outputs,
             layer.groups,
-            layer.kernel_size,
-            (1,) * len(layer.kernel_size),
+            tuple(kernel_size),
+            (1,) * len(kernel_size),
             layer.dilation,
             tuple(padding),
             has_bias=layer.bias is not None,
             upsampling=layer.stride,
         )
 
+    @staticmethod
+    def follows_from(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        reads = (layer.stride, layer.padding, layer.output_padding, layer.dilation, layer.groups)
+        return weight.shape, bias is None, *reads
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if isinstance(input, Proxy) and self.is_traced(input):
+            return self.note_call(input, output_size)
         if self._is_plain():
             return super().forward(input, output_size)
         plain: Any = self  # to the type checker, its attributes have the types of all convolutions at once

@@ -5,7 +5,7 @@ import inspect
 import torch
 
 from whiten_layers import autograd
-from whiten_layers._torch.operations import NOT_IN_CUDA_GRAPHS, keep_order, leave_unbound
+from whiten_layers._torch.operations import NOT_IN_CUDA_GRAPHS, is_exporting, keep_order, leave_unbound
 
 
 def test_the_marks_are_known_or_left_out():
@@ -43,3 +43,17 @@ def test_a_function_is_applied_to_unbound_arguments():
     assert x.grad.eq(2).all() and y.grad.eq(3).all(), hint
     assert list(inspect.signature(Scale.forward).parameters) == ["x", "factor", "others"], hint
     assert inspect.signature(Scale.forward).bind(x, factor=2.0).arguments["factor"] == 2.0
+
+
+def test_whether_torch_export_is_at_work():
+    seen = []
+
+    class Model(torch.nn.Module):
+        def forward(self, input):
+            seen.append(is_exporting())
+            return input + 1
+
+    model = Model()
+    model(torch.ones(2))
+    torch.export.export(model, (torch.ones(2),), strict=False)
+    assert seen[0] is False and (seen[-1] is True or not hasattr(torch.compiler, "is_exporting"))

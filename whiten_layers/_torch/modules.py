@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm  # BatchNorm1d, 2d, 3d and SyncBatchNorm
 
 from ..state import safe_to_load
@@ -36,6 +37,28 @@ class StatefulModule(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         safe_to_load(cls)
+
+    def is_traced(self, input: Proxy) -> bool:
+        """Tell whether `torch.fx`, whose proxy came, traces a model that has this module: `note_call` is to follow.
+
+        Raises:
+            RuntimeError: it traces this module alone, in training mode, or a part that has hooks.
+        """
+        name, is_whole = type(self).__name__, getattr(input.tracer, "root", None) is self
+        if is_whole and self.training:
+            raise RuntimeError(f"torch.fx cannot trace a {name} alone in training mode: trace a model that has it")
+        if not is_whole and has_forward_hooks(self):
+            raise RuntimeError(f"torch.fx cannot trace a {name} that has forward hooks: remove them before")
+        return not is_whole
+
+    def note_call(self, input: Proxy, *others: Any) -> Any:
+        """Put a call of this module into the graph that `torch.fx` traces, as the tracer does with PyTorch's modules.
+
+        Their classes it knows by the name of the package. A graph of what is inside would be that of one mode, and of
+        a plain layer in evaluation mode, which would then train without a word.
+        """
+        tracer: Any = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *others), {})
 
     def before_moving(self) -> Any:
         """Return what `after_moving` needs to know, before `to`, `half`, `to_empty` and the like."""

@@ -12,6 +12,11 @@ NOT_IN_CUDA_GRAPHS: dict[str, Any] = (
 )
 
 
+def is_exporting() -> bool:
+    """Tell whether `torch.export` is at work; False where PyTorch, as 2.6, does not tell."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
 def keep_order(operation: Any) -> None:
     """Let a compiler run every call of a custom operation, in the order of the calls.
 

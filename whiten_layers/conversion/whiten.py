@@ -109,9 +109,8 @@ def convert(
         if type(module) in PLAIN:  # perhaps just now, under a shared layer's other name
             kept += [] if are_alike(module.transform, given) else [name or "the model"]
             continue
-        twin = TWINS[type(module)]
-        attach(module, twin.geometry(module), given)
-        module.__class__ = twin
+        attach(module, given)
+        module.__class__ = TWINS[type(module)]
         has_converted = True
     twins: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}
     transforms: dict[GradientTransform, str] = {
@@ -141,7 +140,7 @@ def unwhiten(model: M) -> M:
             raise ValueError(f"{name or 'the model'} is a {type(module).__name__}, made from a whitened layer: {cure}")
     for module in model.modules():
         if type(module) in PLAIN:
-            del module.transform
+            del module.transform, module.bound_to
             module.__class__ = PLAIN[type(module)]
     return model
 

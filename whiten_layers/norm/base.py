@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .._torch.engine import current_pass
 from .._torch.modules import WideBuffers
@@ -185,6 +186,8 @@ class WhiteningNorm(WideBuffers, ABC):
             part.of(buffer).diagonal(dim1=-2, dim2=-1).copy_(values[part.channels].view(part.groups, part.width))
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self.is_traced(input):
+            return self.note_call(input)
         self._check_input(input)
         parts = self.parts()
         inputs = [input] if len(parts) == 1 else [input[:, part.channels] for part in parts]

@@ -98,7 +98,10 @@ class GradientTransform(WideBuffers, ABC):
 
     @abstractmethod
     def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
-        """Make the state for a layer of this geometry, on its device. Called once, by the layer."""
+        """Make the state for a layer of this geometry, on its device. Called by the layer.
+
+        Called again, if the layer becomes another, it starts afresh.
+        """
 
     @abstractmethod
     def transform(
