@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, whiten
+from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedConvTranspose2d, WhitenedLinear, whiten
 from whiten_layers.refresh.schedule import is_due
 
 
@@ -241,3 +241,31 @@ def test_no_option_switched_on_is_the_plain_gradient():
     for module in (layer, plain):
         module(x).square().sum().backward()
     torch.testing.assert_close(layer.weight.grad, plain.weight.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "features"),
+    [
+        (lambda **options: WhitenedConv2d(3, 4, 7, **options), (8, 3, 9, 9), "patch"),
+        (lambda **options: WhitenedConv2d(32, 4, 3, **options), (8, 32, 5, 5), "patch"),
+        (lambda **options: WhitenedConv2d(34, 4, 3, **options), (8, 34, 5, 5), "kronecker"),
+        (lambda **options: WhitenedConv2d(64, 64, 3, groups=64, **options), (8, 64, 5, 5), "patch"),
+        (lambda **options: WhitenedConv2d(1024, 32, 3, groups=32, **options), (8, 1024, 3, 3), "kronecker"),
+        (lambda **options: WhitenedConvTranspose2d(16, 4, 3, stride=2, **options), (8, 16, 5, 5), "patch"),
+        (lambda **options: WhitenedLinear(400, 4, **options), (8, 400), "kronecker"),
+    ],
+    ids=["stem", "32 channels", "34 channels", "depthwise", "many groups", "transposed", "linear"],
+)
+def test_auto_features_are_whole_patches_where_they_are_small(layer, size, features):
+    torch.manual_seed(0)
+    auto = layer(transform=FeatureWhitening(features="auto"))
+    given = layer(transform=FeatureWhitening(features=features))
+    given.load_state_dict(auto.state_dict(), strict=True)
+    for seed in range(3):
+        x = torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+        for one in (auto, given):
+            one.zero_grad()
+            one(x).square().mean().backward()
+    torch.testing.assert_close(auto.weight.grad, given.weight.grad, rtol=0, atol=0)
+    torch.testing.assert_close(dict(auto.state_dict()), dict(given.state_dict()), rtol=0, atol=0)
+    assert hasattr(auto.transform, "inputs") == (features == "patch" or "Linear" in type(auto).__name__)

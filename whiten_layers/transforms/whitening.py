@@ -41,7 +41,8 @@ from ..statistics.whitening_factor import WhiteningFactor
 from .base import GradientTransform, Samples
 from .bound import shorten
 
-FEATURES = ("kronecker", "patch")
+FEATURES = ("kronecker", "patch", "auto")
+LARGEST_PATCH = 300  # features that "auto" whitens together: 32 channels at 9 taps
 LARGEST_BLOCK = 256  # channels: no larger block was better, and an inverse of 256 features takes milliseconds
 CUBES = 2**28  # largest channels · block², to which the operations of a layer's inverses are proportional
 
@@ -56,6 +57,16 @@ def default_block_size(channels: int) -> int:
     while block > 1 and channels * block**2 > CUBES:
         block //= 2
     return block
+
+
+def has_small_patches(geometry: Geometry) -> bool:
+    """Tell whether a layer's whole patches are cheap to whiten: no larger than a block of channels, and not too many.
+
+    Up to this size Kronecker factors save little, and what they leave out, how one channel at one tap goes with another
+    at another tap, is worth more (benchmarks/results/NOTES.md, "Whole patches where they are small").
+    """
+    size = geometry.in_channels * geometry.taps
+    return size <= LARGEST_PATCH and geometry.groups * size**3 <= CUBES
 
 
 @safe_to_load
@@ -78,7 +89,8 @@ class FeatureWhitening(GradientTransform):
             B (unit diagonal), each damped and inverted separately. No patch is unfolded, and C² + taps² numbers are
             kept. B is taken about the running mean from before the batch, and so starts with the second window (see
             `decay`). Both are the same for a linear layer and for a kernel of one tap. Each group is whitened
-            separately.
+            separately. "auto": "patch" for layers with M up to 300, if not for very many groups, and "kronecker" for
+            others.
         power: p in ``P = k (C + λI)^(-p)``, in [0, 1]: 1 whitens fully (as in the paper), ½ half way.
         output_power: q in ``Q = k' (D + λI)^(-q)``, in [0, 1]. D is the second moment of the output's gradient, with
             its trace normalised at each refresh so that loss scaling cancels.
@@ -220,7 +232,8 @@ class FeatureWhitening(GradientTransform):
             )
 
         self.is_centred = geometry.precedes_normalization if self.center is None else self.center
-        self.separable = self.features == "kronecker" and geometry.taps > 1
+        whole = self.features == "patch" or (self.features == "auto" and has_small_patches(geometry))
+        self.separable = not whole and geometry.taps > 1
         if self.power > 0 and self.separable:
             self.channels = factor(geometry.in_channels, 1, self.power, math.sqrt(self.damping), self.is_centred)
             self.taps = factor(
