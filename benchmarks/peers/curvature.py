@@ -191,8 +191,8 @@ class Eigenbases(Preconditioner):
     """``Q_D ((Q_Dᵀ G Q_C) / √V) Q_Cᵀ`` with eigenvectors Q_C of E[x xᵀ] and Q_D of E[δ δᵀ], V the mean of the squares.
 
     The bases are EKFAC's (arXiv 1806.03884). V, the moving average of ``(Q_Dᵀ G Q_C)²`` entry by entry, moves at each
-    batch, as that of Adam in SOAP (arXiv 2409.11321), whose bases are those of ``E[GᵀG]`` and ``E[GGᵀ]``. When bases are
-    renewed V is taken along as if entries were not correlated. This is no rival, but what `whiten` might do next.
+    batch, as that of Adam in SOAP (arXiv 2409.11321), whose bases are those of ``E[GᵀG]`` and ``E[GGᵀ]``. V is taken
+    along when the bases are renewed, as if entries were not correlated. No rival: it is what `whiten` might do next.
     """
 
     def __init__(self, network: nn.Module, damping: float = 1e-8) -> None:
