@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from whiten_layers import (
     Chain,
@@ -122,6 +123,20 @@ def test_a_plain_state_dict_is_the_plain_networks_and_the_model_trains_on(wrap):
     network.load_state_dict(state, strict=True)
     layers = [module for module in model.modules() if isinstance(module, WhitenedConv2d | WhitenedLinear)]
     assert len(layers) == 3
+
+
+def test_a_plain_state_dict_of_a_checkpointed_part():
+    model = nn.Sequential(checkpoint_wrapper(nn.Sequential(nn.Linear(4, 3))))
+    keys = list(model.state_dict())
+    assert list(plain_state_dict(whiten(model))) == keys and len(model.state_dict()) > len(keys)
+
+
+def test_a_chain_takes_the_state_of_its_member_alone():
+    model, other = whiten(plain()), whiten(plain(), Chain(FeatureWhitening(), OptimalInputGain()))
+    steps(model, torch.optim.SGD(model.parameters(), 0.02), range(6))
+    with pytest.warns(UserWarning, match="other options"):
+        other.load_state_dict(model.state_dict(), strict=True)
+    assert other[0].transform.schedule.batch == other[0].transform.num_batches_tracked == 6
 
 
 def test_a_plain_state_dict_of_a_layer_under_two_names():

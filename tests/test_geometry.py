@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from whiten_layers import Chain, FeatureWhitening, OptimalInputGain, plain_state_dict, whiten
+from whiten_layers import Chain, FeatureWhitening, OptimalInputGain, plain_state_dict, unwhiten, whiten
 
 TRANSFORMS = {
     "default": FeatureWhitening(),
@@ -31,6 +31,17 @@ CHANGES = {
     "fewer inputs": (nn.Linear(6, 4), (9, 3), lambda one: give(one, weight=new_weight(one, 4, 3), in_features=3)),
     "grey images": (nn.Conv2d(3, 4, 3), (9, 1, 7, 7), lambda one: give(one, weight=new_weight(one, 4, 1, 3, 3))),
     "a larger kernel": (nn.Conv1d(3, 4, 3), (9, 3, 12), lambda one: give(one, weight=new_weight(one, 4, 3, 5))),
+    "groups": (nn.Conv2d(4, 4, 3), (9, 4, 8, 8), lambda one: give(one, weight=new_weight(one, 4, 2, 3, 3), groups=2)),
+    "no bias": (nn.Conv2d(3, 4, 3), (9, 3, 8, 8), lambda one: give(one, bias=None)),
+    "a transposed convolution's stride": (
+        nn.ConvTranspose2d(3, 4, 3),
+        (9, 3, 5, 5),
+        lambda one: give(one, stride=(2, 2)),
+    ),
+}
+
+# Other ways to read the same channels with the same taps
+READINGS = {
     "a stride that becomes a dilation": (
         nn.Conv2d(3, 4, 3, stride=2, padding=1),
         (9, 3, 8, 8),
@@ -42,13 +53,7 @@ CHANGES = {
         (9, 3, 8, 8),
         lambda one: give(one, padding_mode="circular"),
     ),
-    "groups": (nn.Conv2d(4, 4, 3), (9, 4, 8, 8), lambda one: give(one, weight=new_weight(one, 4, 2, 3, 3), groups=2)),
-    "no bias": (nn.Conv2d(3, 4, 3), (9, 3, 8, 8), lambda one: give(one, bias=None)),
-    "a transposed convolution's stride": (
-        nn.ConvTranspose2d(3, 4, 3),
-        (9, 3, 5, 5),
-        lambda one: give(one, stride=(2, 2)),
-    ),
+    "a single number": (nn.Conv2d(3, 4, 3), (9, 3, 8, 8), lambda one: give(one, stride=2, padding=1, dilation=1)),
 }
 
 
@@ -74,12 +79,78 @@ def test_it_is_the_layer_that_was_changed_before_it_was_whitened(plain, shape, c
     change(early)
     change(late)
     whiten(late, transform)
+    late.transform.set_extra_state(torch.tensor([5, 0, 0]))  # the model goes on counting
     with caplog.at_level(logging.INFO, "whiten_layers"):
         train(early, shape, range(5, 17))
     assert "starts afresh" in caplog.text and "became" in caplog.text
     train(late, shape, range(5, 17))
     torch.testing.assert_close(dict(early.state_dict()), dict(late.state_dict()), rtol=0, atol=0)
-    assert early.transform.num_batches_tracked == 12
+    assert early.transform.num_batches_tracked == 17
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize(("plain", "shape", "change"), READINGS.values(), ids=READINGS)
+def test_another_way_to_read_the_same_channels_keeps_the_statistics(plain, shape, change, transform):
+    """And patches are from then on those of a layer that was made so."""
+    layer = whiten(copy.deepcopy(plain), transform)
+    train(layer, shape, range(5))
+    before = [(factor, factor.running_count.clone()) for part in layer.transform.parts() for factor in part.factors()]
+    change(layer)
+    train(layer, shape, range(5, 17))
+    late = copy.deepcopy(plain)
+    change(late)
+    whiten(late, transform)
+    geometries = [
+        [part.geometry for part in one.transform.parts() if not isinstance(part, Chain)] for one in (layer, late)
+    ]
+    assert geometries[0] == geometries[1] and all(factor.running_count > count for factor, count in before)
+    assert layer.transform.num_batches_tracked == 17
+    x = torch.randn(*shape)
+    late.load_state_dict(layer.state_dict(), strict=True)
+    for one in (layer, late):
+        one.zero_grad()
+        one(x).square().mean().backward()
+    torch.testing.assert_close(layer.weight.grad, late.weight.grad, rtol=0, atol=0)
+
+
+def test_taking_turns_between_two_ways_to_read_refreshes_as_often_as_one():
+    counts = []
+    for strides in ((1, 1), (1, 2)):
+        torch.manual_seed(0)
+        model = whiten(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)))
+        for step in range(40):
+            model[0].stride = strides[step % 2]
+            train(model, (4, 3, 9, 9), [step])
+        assert model[0].transform.num_batches_tracked == 40
+        counts.append([model[place].transform.channels.num_refreshes if place == 0 else 0 for place in (0, 2)])
+    assert counts[0] == counts[1]
+
+
+def test_a_layer_that_was_changed_before_a_load_takes_the_state():
+    def made():
+        # No window is open between refreshes, which a state dict would not have
+        model = whiten(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 1)), statistics_interval=10)
+        model[0].stride = (1, 1)
+        model[1].weight, model[1].bias = nn.Parameter(torch.randn(5, 4, 1, 1)), nn.Parameter(torch.zeros(5))
+        return model
+
+    model, other = made(), made()
+    train(model, (9, 3, 8, 8), range(6))
+    other.load_state_dict(model.state_dict(), strict=True)
+    for one in (model, other):
+        train(one, (9, 3, 8, 8), range(6, 12))
+    torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    assert other[0].transform.num_batches_tracked == 12
+
+
+def test_a_layer_that_an_earlier_version_pickled_trains_and_is_unwhitened():
+    layer = whiten(nn.Linear(6, 4))
+    state = {key: value for key, value in layer.__getstate__().items() if key != "bound_to"}
+    old = type(layer).__new__(type(layer))
+    old.__setstate__(state)
+    train(old, (9, 6), range(3))
+    del vars(layer)["bound_to"]
+    assert type(unwhiten(layer)) is nn.Linear
 
 
 def test_evaluation_and_frozen_weights_change_nothing():
@@ -99,7 +170,7 @@ def test_other_layers_go_on_counting():
     model[2].weight, model[2].bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.zeros(3))
     train(model, (9, 6), range(20, 50))
     assert model[0].transform.inputs.running_count > rows
-    assert model[2].transform.num_batches_tracked == model[0].transform.num_batches_tracked
+    assert model[2].transform.num_batches_tracked == model[0].transform.num_batches_tracked == 50
     assert model[2].transform.inputs.running_count > 100
 
 

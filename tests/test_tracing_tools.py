@@ -78,8 +78,10 @@ def test_features_of_a_network_train_whitened():
 def test_what_cannot_be_traced_is_an_error_that_says_so():
     model = network()
     model[0].register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
-    with pytest.raises(RuntimeError, match="WhitenedConv2d that has forward hooks: remove them"):
+    with pytest.raises(RuntimeError, match="WhitenedConv2d that has forward hooks in training"):
         torch.fx.symbolic_trace(model)
+    graph, x = torch.fx.symbolic_trace(model.eval()), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
     layer = WhitenedLinear(3, 2)
     with pytest.raises(RuntimeError, match="cannot trace a WhitenedLinear alone in training mode"):
         torch.fx.symbolic_trace(layer)

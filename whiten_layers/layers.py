@@ -22,7 +22,7 @@ from ._torch.operations import is_exporting
 from ._torch.precision import autocast_dtype
 from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, keep_output_gradient, note_layer, observe_output
 from .statistics.patches import Geometry
-from .transforms import GradientTransform
+from .transforms import Chain, GradientTransform
 from .transforms.named import make_transform
 
 logger = logging.getLogger("whiten_layers")
@@ -45,20 +45,33 @@ def attach(layer: Any, transform: GradientTransform | str | None) -> None:
     twin = TWINS.get(type(layer), type(layer))
     geometry = twin.geometry(layer)
     bound = make_transform(transform).bind(geometry, device=layer.weight.device, dtype=layer.weight.dtype)
+    for part in bound.parts():
+        part.reset_counters()  # one that was taken from another layer has counted there
     layer.transform = bound.train(layer.training)
     layer.bound_to = twin.follows_from(layer, layer.weight, layer.bias)
     note_layer(layer, bound)
 
 
+def for_each_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """Spell out an attribute of a convolution that a script has set to a single number, which its operation takes."""
+    return (value,) * axes if isinstance(value, int) else tuple(value)
+
+
+def weights_shape(layer: Any, declared: Sequence[int]) -> Sequence[int]:
+    """Return the shape of a layer's weight; the declared one where a wrapper shows the weight flat."""
+    shape: Sequence[int] = layer.weight.shape
+    return shape if len(shape) == len(declared) else declared
+
+
 def zero_padding(layer: Any, kernel_size: Sequence[int]) -> tuple[int, ...]:
     """Work out a convolution's padding by zeros as `F.pad` takes it: last dimension first, both sides."""
-    padding: list[int] = []
+    axes, padding = len(kernel_size), list[int]()
     for axis, size in enumerate(kernel_size):
         if layer.padding == "same":
-            whole = layer.dilation[axis] * (size - 1)
+            whole = for_each_axis(layer.dilation, axes)[axis] * (size - 1)
             sides = [whole // 2, whole - whole // 2]
         else:
-            sides = [0 if layer.padding == "valid" else layer.padding[axis]] * 2
+            sides = [0 if layer.padding == "valid" else for_each_axis(layer.padding, axes)[axis]] * 2
         padding = [*sides, *padding]
     return tuple(padding)
 
@@ -80,8 +93,8 @@ class _Whitened(StatefulModule):
 
     A script may give the weight another shape, or change how a convolution reads its input: a vocabulary that grows, a
     stem for grey images, a stride that becomes a dilation. The plain layer then computes with what it has. So here the
-    weight and the attributes that the operation takes are compared, before each pass that trains, with those that the
-    transform is bound to.
+    weight and the attributes that the operation takes are compared with those that the transform is bound to, before
+    each pass that trains and before a load. If only the way of reading has changed, the statistics are kept.
 
     Attributes:
         bound_to: what `follows_from` gave when the transform was bound to it.
@@ -101,21 +114,28 @@ class _Whitened(StatefulModule):
         return weight.shape, bias is None
 
     def _rebind(self, weight: Tensor, now: tuple[Any, ...]) -> None:
-        """Let the transform start afresh, for the layer as it is now."""
+        """Bind the transform to the layer as it is now: afresh, or with its statistics if their shapes are the same."""
         name = self.transform.name or "a whitened layer"
         pairs = [pair for pair in zip(self.bound_to, now, strict=True) if pair[0] != pair[1]]
         changes = ", ".join(f"{_plain(old)} became {_plain(new)}" for old, new in pairs)
         if torch.compiler.is_compiling():
             cure = "run one training pass that is not compiled"
             raise RuntimeError(f"{name} is no longer as it was whitened ({changes}): {cure}")
+        geometry, self.bound_to = self.geometry(self), now
+        parts: list[Any] = [part for part in self.transform.parts() if not isinstance(part, Chain)]
+        if all(hasattr(part, "geometry") and geometry.has_shapes_of(part.geometry) for part in parts):
+            for part in parts:
+                part.geometry = geometry
+            return
         logger.info("%s starts afresh: %s", name, changes)
-        geometry = self.geometry(self)
         self.transform.bind(geometry, device=weight.device, dtype=weight.dtype).train(self.training)
-        self.bound_to = now
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # where deepcopy, copy and unpickling end
         super().__setstate__(state)
         note_layer(self, self.transform)
+        if "bound_to" not in state:  # pickled by an earlier version
+            layer: Any = self
+            self.bound_to = self.follows_from(self, layer.weight, layer.bias)
 
     def _is_plain(self) -> bool:
         return not (self.training and torch.is_grad_enabled())
@@ -160,6 +180,11 @@ class _Whitened(StatefulModule):
         if not self._is_plain() and (weight is None or weight.requires_grad):
             raise RuntimeError("nn.DataParallel cannot train whitened layers: replicas lose what they observe. Use DDP")
 
+    def before_loading(self, state_dict: dict[str, Any], prefix: str) -> None:
+        weight, bias = own_parameter(self, "weight"), own_parameter(self, "bias")
+        if weight is not None and (now := self.follows_from(self, weight, bias)) != self.bound_to:
+            self._rebind(weight, now)
+
     def after_loading(self, assigned: bool) -> None:
         weight = own_parameter(self, "weight")
         # An assigned checkpoint brings its own device and dtype, and may move the layer off the meta device.
@@ -193,7 +218,7 @@ class WhitenedLinear(_Whitened, nn.Linear):
 
     @staticmethod
     def geometry(layer: Any) -> Geometry:
-        outputs, inputs = layer.weight.shape
+        outputs, inputs = weights_shape(layer, (layer.out_features, layer.in_features))
         return Geometry(inputs, outputs, has_bias=layer.bias is not None)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -227,14 +252,15 @@ class _WhitenedConv(_Whitened, AnyConvolution):
 
     @staticmethod
     def geometry(layer: Any) -> Geometry:
-        outputs, inputs, *kernel_size = layer.weight.shape
+        declared = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+        outputs, inputs, *kernel_size = weights_shape(layer, declared)
         return Geometry(
             inputs,
             outputs // layer.groups,
             layer.groups,
             tuple(kernel_size),
-            layer.stride,
-            layer.dilation,
+            for_each_axis(layer.stride, len(kernel_size)),
+            for_each_axis(layer.dilation, len(kernel_size)),
             zero_padding(layer, kernel_size) if layer.padding_mode == "zeros" else (),
             has_bias=layer.bias is not None,
         )
@@ -331,21 +357,23 @@ class _WhitenedConvTranspose(_Whitened, AnyTransposedConvolution):
 
     @staticmethod
     def geometry(layer: Any) -> Geometry:
-        inputs, outputs, *kernel_size = layer.weight.shape
-        padding: list[int] = []
-        for axis, cropped in enumerate(layer.padding):
-            side = layer.dilation[axis] * (kernel_size[axis] - 1) - cropped
-            padding = [side, side + layer.output_padding[axis], *padding]
+        declared = (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel_size)
+        inputs, outputs, *kernel_size = weights_shape(layer, declared)
+        axes, padding = len(kernel_size), list[int]()
+        dilation, added = for_each_axis(layer.dilation, axes), for_each_axis(layer.output_padding, axes)
+        for axis, cropped in enumerate(for_each_axis(layer.padding, axes)):
+            side = dilation[axis] * (kernel_size[axis] - 1) - cropped
+            padding = [side, side + added[axis], *padding]
         return Geometry(
             inputs // layer.groups,
             outputs,
             layer.groups,
             tuple(kernel_size),
-            (1,) * len(kernel_size),
-            layer.dilation,
+            (1,) * axes,
+            dilation,
             tuple(padding),
             has_bias=layer.bias is not None,
-            upsampling=layer.stride,
+            upsampling=for_each_axis(layer.stride, axes),
         )
 
     @staticmethod

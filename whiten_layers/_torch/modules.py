@@ -42,14 +42,15 @@ class StatefulModule(nn.Module):
         """Tell whether `torch.fx`, whose proxy came, traces a model that has this module: `note_call` is to follow.
 
         Raises:
-            RuntimeError: it traces this module alone, in training mode, or a part that has hooks.
+            RuntimeError: in training mode, it traces this module alone, or a part that has hooks.
         """
         name, is_whole = type(self).__name__, getattr(input.tracer, "root", None) is self
         if is_whole and self.training:
             raise RuntimeError(f"torch.fx cannot trace a {name} alone in training mode: trace a model that has it")
-        if not is_whole and has_forward_hooks(self):
-            raise RuntimeError(f"torch.fx cannot trace a {name} that has forward hooks: remove them before")
-        return not is_whole
+        has_hooks = has_forward_hooks(self)  # called here already, with proxies, and not once more by the layer
+        if has_hooks and self.training:
+            raise RuntimeError(f"torch.fx cannot trace a {name} that has forward hooks in training mode: remove them")
+        return not (is_whole or has_hooks)
 
     def note_call(self, input: Proxy, *others: Any) -> Any:
         """Put a call of this module into the graph that `torch.fx` traces, as the tracer does with PyTorch's modules.

@@ -9,7 +9,7 @@ numbers and can be repeated.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
@@ -64,6 +64,14 @@ class Geometry:
         Linear layers have no bias in many networks that do not normalise what they return, such as language models.
         """
         return self.spatial_dims > 0 and not self.has_bias
+
+    def has_shapes_of(self, other: "Geometry") -> bool:
+        """Tell whether statistics of one layer have the shapes, and the meaning, of the other's.
+
+        They do where only stride, dilation or padding differ, but for inserted zeros.
+        """
+        free = {"stride": (), "dilation": (), "padding": ()}
+        return replace(self, **free) == replace(other, **free)  # type: ignore[arg-type]
 
     def matrix(self, weight: Tensor) -> Tensor:
         """View a weight, or its gradient, as ``(groups, S, C, taps)``."""

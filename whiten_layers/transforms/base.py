@@ -137,9 +137,9 @@ class GradientTransform(WideBuffers, ABC):
         return [child for child in self.children() if isinstance(child, WhiteningFactor)]
 
     def bind_counters(self, device: torch.device) -> None:
-        """Register the buffer that counts skipped batches, and count batches from the start."""
+        """Register the buffer that counts skipped batches. No batch has come to this layer yet."""
         self.register_buffer("num_batches_skipped", torch.zeros((), device=device, dtype=COUNT))
-        self.reset_counters()
+        self.attendance = Attendance()
 
     def reset_counters(self) -> None:
         """Count batches, and those that are skipped, from the start again."""
@@ -193,6 +193,11 @@ class GradientTransform(WideBuffers, ABC):
         for key in given:
             if key not in known:
                 del state_dict[key]
+        # Members of a chain that the checkpoint does not have are at the batch of those that it has.
+        numbers = f"{prefix}_extra_state"
+        if numbers in given:
+            members = [key for key in known if key.endswith("._extra_state") and key not in given]
+            state_dict |= dict.fromkeys(members, state_dict[numbers])
         if others:
             names = ", ".join(sorted(filter(None, others))) or "its counts"
             warn_of_loading(f"it was made with other options: what does not fit starts afresh ({names})")
