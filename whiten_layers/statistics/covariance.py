@@ -4,7 +4,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .._torch.modules import WideBuffers
 from .._torch.precision import full_precision
-from ..state import safe_to_load, warn_of_loading
+from ..state import safe_to_load
+
+MATRICES = ("running_covariance", "precision")  # buffers whose diagonals are never negative
 
 
 @safe_to_load
@@ -169,6 +171,7 @@ class FeatureCovariance(WideBuffers):
     has no window, which is one process's: loading one drops what was observed since the last window was closed.
     """
 
+    nonnegative: ClassVar[tuple[str, ...]] = ("running_count", "running_effective_count")  # buffers
     is_approximate: bool = False  # whether a refresh gets nearer to the exact result even when nothing new was observed
     keeps_its_tensors = True
     running_count: Tensor
@@ -409,23 +412,17 @@ class FeatureCovariance(WideBuffers):
         self.running_covariance.copy_(covariance)
         return True
 
-    def reset_state(self) -> None:
-        """Set every buffer to what it was when made."""
-        self.clear()
+    def is_sound(self, state: Mapping[str, Tensor]) -> bool:
+        """Tell whether a state, by the buffers' names, can be that of any features: an average or a sum may not be.
 
-    def is_sound(self) -> Tensor:
-        """Tell, as a tensor (), whether the state can be that of any features: an average or a sum of states may not.
-
-        A matrix is not decomposed for that: one that is indefinite makes refreshes fail, until new rows prevail.
+        A matrix is not decomposed for that: one that is indefinite makes refreshes fail, until new rows prevail. What
+        is missing, or on the meta device, is not looked at.
         """
-        numbers = [self.running_count, self.running_effective_count, self.running_covariance.diagonal(dim1=-2, dim2=-1)]
-        is_finite = [torch.isfinite(buffer).all() for buffer in self.buffers()]
-        return torch.stack([*is_finite, *((part >= 0).all() for part in numbers)]).all()
-
-    def after_loading(self, assigned: bool) -> None:
-        if not self.running_mean.is_meta and not self.is_sound():
-            self.reset_state()
-            warn_of_loading("numbers of it are not finite or have the wrong sign: such statistics start afresh")
+        known = {name: part for name, part in state.items() if not part.is_meta}
+        is_finite = all(bool(torch.isfinite(part).all()) for part in known.values())
+        numbers = [known[name] for name in self.nonnegative if name in known]
+        numbers += [part.diagonal(dim1=-2, dim2=-1) for name, part in known.items() if name in MATRICES]
+        return is_finite and all(bool((part >= 0).all()) for part in numbers)
 
     def before_loading(self, state_dict: dict, prefix: str) -> None:
         self.window = None

@@ -41,6 +41,7 @@ class GradientNorms(SolvedStatistics):
     are 1, and 0 for no limit.
     """
 
+    nonnegative = (*SolvedStatistics.nonnegative, "correction", "limit", "mixed_from")
     correction: Tensor
     limit: Tensor
     mixed_from: Tensor
@@ -123,9 +124,6 @@ class GradientNorms(SolvedStatistics):
             usual = (mean[2].square() + variance[2]).sqrt()
             self.limit.copy_(self.bound * usual)
             self.mixed_from.copy_(usual * mean[1].exp().clamp(min=self.bound))
-
-    def is_sound(self) -> Tensor:
-        return super().is_sound() & (self.correction > 0) & (self.limit >= 0) & (self.mixed_from >= 0)
 
     def extra_repr(self) -> str:
         return f"bound={self.bound}"

@@ -69,6 +69,7 @@ class WhiteningFactor(FeatureCovariance):
     precision is the identity, its mean and its scale are zero.
     """
 
+    nonnegative = (*FeatureCovariance.nonnegative, "scale")
     precision: Tensor
     scale: Tensor
     mean: Tensor
@@ -119,10 +120,6 @@ class WhiteningFactor(FeatureCovariance):
         """Set every buffer to what it was when made."""
         self.clear()
         self.precision.diagonal(dim1=-2, dim2=-1).fill_(1)
-
-    def is_sound(self) -> Tensor:
-        diagonal = self.precision.diagonal(dim1=-2, dim2=-1)
-        return super().is_sound() & (diagonal > 0).all() & (self.scale >= 0).all()
 
     def group_sum(self, values: Tensor) -> Tensor:
         """Sum over the blocks of a group, at each of them: ``(groups·blocks,) -> (groups·blocks,)``."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._torch.modules import WideBuffers
 from ..refresh.schedule import Attendance, Schedule
 from ..state import COUNT, warn_of_loading
+from ..statistics.covariance import FeatureCovariance
 from ..statistics.patches import Geometry
 from ..statistics.whitening_factor import WhiteningFactor
 from .handles import new_handle
@@ -175,7 +176,8 @@ class GradientTransform(WideBuffers, ABC):
         """Fill in, from the present state, what a checkpoint does not have, or has for other options.
 
         A plain layer's checkpoint knows no transform, and one of an earlier version not all of it. Of a transform with
-        other options, those parts (a factor, the norms) are taken whose tensors all have the shapes of this one's.
+        other options, those parts (a factor, the norms) are taken whose tensors all have the shapes of this one's. A
+        part that cannot be the state of any features is not taken either.
         """
         given = [key for key in state_dict if key.startswith(prefix)]
         newer = tuple(prefix + name for name in self.newer_state)
@@ -184,12 +186,19 @@ class GradientTransform(WideBuffers, ABC):
             parts[key.rpartition(".")[0]][key] = value
         known = {key for part in parts.values() for key in part}
         others = {key.removeprefix(prefix).rpartition(".")[0] for key in given if key not in known}
-        for name, part in parts.items():
-            shared = [key for key in part if key in state_dict]
-            fits = bool(shared) and all(state_dict[key].shape == part[key].shape for key in shared)
+        spoilt = False
+        for place, part in parts.items():
+            name = f"{place}.".removeprefix(prefix).rstrip(".")
+            shared = {key.rpartition(".")[2]: state_dict[key] for key in part if key in state_dict}
+            fits = bool(shared) and all(shared[key].shape == part[f"{place}.{key}"].shape for key in shared)
             if given and not fits and not all(key.startswith(newer) for key in part):
-                others.add(f"{name}.".removeprefix(prefix).rstrip("."))
-            state_dict |= {key: part[key] for key in part if not fits or (key.startswith(newer) and key not in shared)}
+                others.add(name)
+            statistics = self.get_submodule(name)
+            if given and fits and isinstance(statistics, FeatureCovariance) and not statistics.is_sound(shared):
+                fits, spoilt = False, True
+            state_dict |= {
+                key: part[key] for key in part if not fits or (key.startswith(newer) and key not in state_dict)
+            }
         for key in given:
             if key not in known:
                 del state_dict[key]
@@ -198,6 +207,8 @@ class GradientTransform(WideBuffers, ABC):
         if numbers in given:
             members = [key for key in known if key.endswith("._extra_state") and key not in given]
             state_dict |= dict.fromkeys(members, state_dict[numbers])
+        if spoilt:
+            warn_of_loading("numbers of it are not finite or have the wrong sign: such statistics start afresh")
         if others:
             names = ", ".join(sorted(filter(None, others))) or "its counts"
             warn_of_loading(f"it was made with other options: what does not fit starts afresh ({names})")

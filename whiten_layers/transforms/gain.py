@@ -98,6 +98,7 @@ class Gains(SolvedStatistics):
     ``num_refreshes_failed`` ().
     """
 
+    nonnegative = (*SolvedStatistics.nonnegative, "gains")
     gains: Tensor
     num_refreshes: Tensor
     num_refreshes_failed: Tensor
@@ -155,9 +156,6 @@ class Gains(SolvedStatistics):
         self.num_refreshes.add_(valid.all())
         # A group without observations has not failed.
         self.num_refreshes_failed.add_((~valid & (self.running_count > 0)).any())
-
-    def is_sound(self) -> Tensor:
-        return super().is_sound() & (self.gains >= 0).all()
 
     def extra_repr(self) -> str:
         return ", ".join(str(size) for size in self.gains.shape)
