@@ -64,12 +64,12 @@ class Options:
     methods: tuple[Annotated[str, METHOD], ...] = (*METHODS, *VARIANTS)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     steps: PositiveInt | None = None  # None is what each task needs
-    quick: Switch = False  # two small tasks of 50 steps, one seed: three minutes
+    quick: Switch = False  # two small tasks of 30 steps, one seed: three minutes
     out: Path = Path("results/peers")  # folder for the runs, results.json and peers.png
 
     def of_the_run(self) -> "Options":
         """The options with those that `quick` stands for."""
-        return dataclasses.replace(self, tasks=QUICK, steps=50, seeds=(0,)) if self.quick else self
+        return dataclasses.replace(self, tasks=QUICK, steps=30, seeds=(0,)) if self.quick else self
 
 
 Row = dict[str, Any]
