@@ -49,8 +49,13 @@ def photographs() -> list[Tensor]:
 
 
 def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Standardise both by the means and deviations of the training images, for each colour."""
-    mean, std = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True)
+    """Standardise both by the means and deviations of the training samples, for each colour of images or each feature.
+
+    What is constant becomes 0.
+    """
+    dims = [dim for dim in range(train.dim()) if dim != 1]
+    mean, std = train.mean(dims, keepdim=True), train.std(dims, keepdim=True)
+    std = torch.where(std > 0, std, 1.0)
     return (train - mean) / std, (test - mean) / std
 
 

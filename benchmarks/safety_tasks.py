@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from .data import crops
+from .data import crops, standardised
 
 Networks = tuple[nn.Module, ...]
 Methods = tuple[Optimizer, ...]  # one for each network
@@ -85,9 +85,7 @@ def digits() -> Batch:
     """Load 1,797 handwritten digits ``(N, 64)``, each pixel standardised, and their classes."""
     data = load_digits()
     pixels = torch.tensor(data.data, dtype=torch.float32)
-    deviation = pixels.std(0)
-    pixels = (pixels - pixels.mean(0)) / torch.where(deviation > 0, deviation, 1.0)  # some pixels are always white
-    return pixels, torch.tensor(data.target)
+    return standardised(pixels, pixels)[0], torch.tensor(data.target)
 
 
 @cache

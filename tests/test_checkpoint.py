@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from whiten_layers import (
     Chain,
@@ -123,12 +122,6 @@ def test_a_plain_state_dict_is_the_plain_networks_and_the_model_trains_on(wrap):
     network.load_state_dict(state, strict=True)
     layers = [module for module in model.modules() if isinstance(module, WhitenedConv2d | WhitenedLinear)]
     assert len(layers) == 3
-
-
-def test_a_plain_state_dict_of_a_checkpointed_part():
-    model = nn.Sequential(checkpoint_wrapper(nn.Sequential(nn.Linear(4, 3))))
-    keys = list(model.state_dict())
-    assert list(plain_state_dict(whiten(model))) == keys and len(model.state_dict()) > len(keys)
 
 
 def test_a_chain_takes_the_state_of_its_member_alone():

@@ -5,13 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ._torch.modules import name_in_keys
 from .statistics.covariance import FeatureCovariance
 from .transforms.base import GradientTransform
-
-
-def _in_keys(name: str) -> str:
-    """Leave out of a module's name what wrappers of checkpoints and FSDP leave out of the keys of a state dict."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_fsdp_wrapped_module.", "")
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -22,7 +18,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = model.state_dict()
     modules = model.named_modules(remove_duplicate=False)
-    own = tuple(f"{_in_keys(name)}." for name, module in modules if isinstance(module, GradientTransform))
+    own = tuple(f"{name_in_keys(name)}." for name, module in modules if isinstance(module, GradientTransform))
     for key in [key for key in state if key.startswith(own)]:
         del state[key]
     return state

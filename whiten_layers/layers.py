@@ -65,15 +65,13 @@ def weights_shape(layer: Any, declared: Sequence[int]) -> Sequence[int]:
 
 def zero_padding(layer: Any, kernel_size: Sequence[int]) -> tuple[int, ...]:
     """Work out a convolution's padding by zeros as `F.pad` takes it: last dimension first, both sides."""
-    axes, padding = len(kernel_size), list[int]()
-    for axis, size in enumerate(kernel_size):
-        if layer.padding == "same":
-            whole = for_each_axis(layer.dilation, axes)[axis] * (size - 1)
-            sides = [whole // 2, whole - whole // 2]
-        else:
-            sides = [0 if layer.padding == "valid" else for_each_axis(layer.padding, axes)[axis]] * 2
-        padding = [*sides, *padding]
-    return tuple(padding)
+    axes = len(kernel_size)
+    if layer.padding == "same":
+        whole = [step * (size - 1) for step, size in zip(for_each_axis(layer.dilation, axes), kernel_size, strict=True)]
+        sides = [(width // 2, width - width // 2) for width in whole]
+    else:
+        sides = [(width, width) for width in for_each_axis(0 if layer.padding == "valid" else layer.padding, axes)]
+    return tuple(width for pair in reversed(sides) for width in pair)
 
 
 def _plain(value: Any) -> Any:
@@ -113,8 +111,11 @@ class _Whitened(StatefulModule):
         """Return all that the geometry follows from, quickly."""
         return weight.shape, bias is None
 
-    def _rebind(self, weight: Tensor, now: tuple[Any, ...]) -> None:
+    def _follow_changes(self, weight: Tensor, bias: Tensor | None) -> None:
         """Bind the transform to the layer as it is now: afresh, or with its statistics if their shapes are the same."""
+        now = self.follows_from(self, weight, bias)
+        if now == self.bound_to:
+            return
         name = self.transform.name or "a whitened layer"
         pairs = [pair for pair in zip(self.bound_to, now, strict=True) if pair[0] != pair[1]]
         changes = ", ".join(f"{_plain(old)} became {_plain(new)}" for old, new in pairs)
@@ -154,8 +155,7 @@ class _Whitened(StatefulModule):
             raise RuntimeError(NO_VMAP_OVER_PARAMETERS)  # such a weight reports requires_grad=False
         if not weight.requires_grad:
             return operation(input, weight, bias, *options)
-        if (now := self.follows_from(self, weight, bias)) != self.bound_to:
-            self._rebind(weight, now)
+        self._follow_changes(weight, bias)
         input, transform = _cast(input), self.transform
         # Without a bias, or with a frozen one, nothing can absorb a shift of the inputs.
         shifted = bias is not None and bias.requires_grad
@@ -181,9 +181,9 @@ class _Whitened(StatefulModule):
             raise RuntimeError("nn.DataParallel cannot train whitened layers: replicas lose what they observe. Use DDP")
 
     def before_loading(self, state_dict: dict[str, Any], prefix: str) -> None:
-        weight, bias = own_parameter(self, "weight"), own_parameter(self, "bias")
-        if weight is not None and (now := self.follows_from(self, weight, bias)) != self.bound_to:
-            self._rebind(weight, now)
+        weight = own_parameter(self, "weight")
+        if weight is not None:
+            self._follow_changes(weight, own_parameter(self, "bias"))
 
     def after_loading(self, assigned: bool) -> None:
         weight = own_parameter(self, "weight")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import whiten_layers.models
 from torch import Generator, Tensor, nn
 
-from ..data import crops
+from ..data import crops, standardised
 from ..safety_tasks import Batch, Block, Transformer, convnet_1d, digits, mlp, mnist, prices, signals, source
 
 Parts = tuple[Batch, Batch, Batch]  # inputs and targets for training, for choosing, and for testing
@@ -43,13 +43,6 @@ def split(data: Sequence[Tensor], held_out: int) -> tuple[Batch, Batch]:
     order = torch.randperm(len(data[0]), generator=Generator().manual_seed(0))
     test, train = order[:held_out], order[held_out:]
     return tuple(part[train] for part in data), tuple(part[test] for part in data)
-
-
-def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Standardise features by the means and deviations of the training samples; what is constant becomes 0."""
-    mean, deviation = train.mean(0), train.std(0)
-    deviation = torch.where(deviation > 0, deviation, 1.0)
-    return (train - mean) / deviation, (test - mean) / deviation
 
 
 @cache

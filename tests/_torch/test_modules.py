@@ -6,10 +6,12 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import weight_norm
 
+from whiten_layers import plain_state_dict, whiten
 from whiten_layers._torch import modules
-from whiten_layers._torch.modules import StatefulModule, WideBuffers
+from whiten_layers._torch.modules import StatefulModule, WideBuffers, name_in_keys
 
 
 class Told(StatefulModule):
@@ -138,3 +140,11 @@ def test_a_module_adopts_anothers_class_and_buffers_and_keeps_its_own():
     hint = "nn.Module.__dict__ is to hold buffers under '_buffers' and everything else under its name: see adopt"
     assert type(module) is nn.Linear and modules.buffer_names(module) == ["state", "foreign"], hint
     assert module.weight is weight and module.in_features == 3 and modules.has_forward_hooks(module), hint
+
+
+def test_names_are_those_of_the_keys():
+    model = nn.Sequential(checkpoint_wrapper(nn.Sequential(nn.Linear(4, 3))))
+    keys = list(model.state_dict())
+    names = [f"{name_in_keys(name)}." for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert all(key.startswith(names[0]) for key in keys), "a wrapper's name in a module's name is no part of its key"
+    assert list(plain_state_dict(whiten(model))) == keys and len(model.state_dict()) > len(keys)

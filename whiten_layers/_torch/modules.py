@@ -19,6 +19,7 @@ __all__ = [
     "buffer_names",
     "has_forward_hooks",
     "holds_parameter",
+    "name_in_keys",
     "own_parameter",
 ]
 
@@ -110,6 +111,11 @@ class WideBuffers(StatefulModule):
 def buffer_names(module: nn.Module) -> list[str]:
     """List the names of a module's own buffers, also of those that are None now."""
     return list(module._buffers)
+
+
+def name_in_keys(name: str) -> str:
+    """Return a module's name as the keys of a state dict have it: without what wrappers of checkpoints and FSDP add."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_fsdp_wrapped_module.", "")
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:

@@ -140,8 +140,7 @@ def unwhiten(model: M) -> M:
             raise ValueError(f"{name or 'the model'} is a {type(module).__name__}, made from a whitened layer: {cure}")
     for module in model.modules():
         if type(module) in PLAIN:
-            del module.transform
-            vars(module).pop("bound_to", None)  # of an earlier version
+            del module.transform, module.bound_to
             module.__class__ = PLAIN[type(module)]
     return model
 

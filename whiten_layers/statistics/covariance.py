@@ -15,8 +15,6 @@ from .._torch.modules import WideBuffers
 from .._torch.precision import full_precision
 from ..state import safe_to_load
 
-MATRICES = ("running_covariance", "precision")  # buffers whose diagonals are never negative
-
 
 @safe_to_load
 class Moments(NamedTuple):
@@ -171,7 +169,8 @@ class FeatureCovariance(WideBuffers):
     has no window, which is one process's: loading one drops what was observed since the last window was closed.
     """
 
-    nonnegative: ClassVar[tuple[str, ...]] = ("running_count", "running_effective_count")  # buffers
+    # Buffers that have no negative numbers, or, of matrices, none on the diagonal
+    nonnegative: ClassVar[tuple[str, ...]] = ("running_count", "running_effective_count", "running_covariance")
     is_approximate: bool = False  # whether a refresh gets nearer to the exact result even when nothing new was observed
     keeps_its_tensors = True
     running_count: Tensor
@@ -415,14 +414,14 @@ class FeatureCovariance(WideBuffers):
     def is_sound(self, state: Mapping[str, Tensor]) -> bool:
         """Tell whether a state, by the buffers' names, can be that of any features: an average or a sum may not be.
 
-        A matrix is not decomposed for that: one that is indefinite makes refreshes fail, until new rows prevail. What
-        is missing, or on the meta device, is not looked at.
+        Matrices are not decomposed for that: one that is indefinite makes refreshes fail, until new rows prevail.
+        Tensors on the meta device count as sound.
         """
         known = {name: part for name, part in state.items() if not part.is_meta}
+        signed = [known[name] for name in self.nonnegative if name in known]
+        signed = [part.diagonal(dim1=-2, dim2=-1) if part.dim() == 3 else part for part in signed]
         is_finite = all(bool(torch.isfinite(part).all()) for part in known.values())
-        numbers = [known[name] for name in self.nonnegative if name in known]
-        numbers += [part.diagonal(dim1=-2, dim2=-1) for name, part in known.items() if name in MATRICES]
-        return is_finite and all(bool((part >= 0).all()) for part in numbers)
+        return is_finite and all(bool((part >= 0).all()) for part in signed)
 
     def before_loading(self, state_dict: dict, prefix: str) -> None:
         self.window = None

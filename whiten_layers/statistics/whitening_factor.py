@@ -69,7 +69,7 @@ class WhiteningFactor(FeatureCovariance):
     precision is the identity, its mean and its scale are zero.
     """
 
-    nonnegative = (*FeatureCovariance.nonnegative, "scale")
+    nonnegative = (*FeatureCovariance.nonnegative, "precision", "scale")
     precision: Tensor
     scale: Tensor
     mean: Tensor

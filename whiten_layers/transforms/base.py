@@ -179,34 +179,30 @@ class GradientTransform(WideBuffers, ABC):
         other options, those parts (a factor, the norms) are taken whose tensors all have the shapes of this one's. A
         part that cannot be the state of any features is not taken either.
         """
-        given = [key for key in state_dict if key.startswith(prefix)]
-        newer = tuple(prefix + name for name in self.newer_state)
+        given = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+        own = self.state_dict()
         parts: dict[str, dict[str, Any]] = defaultdict(dict)
-        for key, value in self.state_dict(prefix=prefix).items():
+        for key, value in own.items():
             parts[key.rpartition(".")[0]][key] = value
-        known = {key for part in parts.values() for key in part}
-        others = {key.removeprefix(prefix).rpartition(".")[0] for key in given if key not in known}
-        spoilt = False
-        for place, part in parts.items():
-            name = f"{place}.".removeprefix(prefix).rstrip(".")
-            shared = {key.rpartition(".")[2]: state_dict[key] for key in part if key in state_dict}
-            fits = bool(shared) and all(shared[key].shape == part[f"{place}.{key}"].shape for key in shared)
-            if given and not fits and not all(key.startswith(newer) for key in part):
+        taken, spoilt = dict[str, Any](), False
+        others = {key.rpartition(".")[0] for key in given if key not in own}
+        for name, part in parts.items():
+            shared = {key: given[key] for key in part if key in given}
+            fits = bool(shared) and all(value.shape == part[key].shape for key, value in shared.items())
+            if given and not fits and not all(key.startswith(self.newer_state) for key in part):
                 others.add(name)
             statistics = self.get_submodule(name)
-            if given and fits and isinstance(statistics, FeatureCovariance) and not statistics.is_sound(shared):
-                fits, spoilt = False, True
-            state_dict |= {
-                key: part[key] for key in part if not fits or (key.startswith(newer) and key not in state_dict)
-            }
-        for key in given:
-            if key not in known:
-                del state_dict[key]
+            if fits and isinstance(statistics, FeatureCovariance):
+                fits = statistics.is_sound({key.rpartition(".")[2]: value for key, value in shared.items()})
+                spoilt |= not fits
+            fresh = {key: value for key, value in part.items() if not fits or key.startswith(self.newer_state)}
+            taken |= fresh | (shared if fits else {})
         # Members of a chain that the checkpoint does not have are at the batch of those that it has.
-        numbers = f"{prefix}_extra_state"
+        numbers = "_extra_state"
         if numbers in given:
-            members = [key for key in known if key.endswith("._extra_state") and key not in given]
-            state_dict |= dict.fromkeys(members, state_dict[numbers])
+            members = [key for key in own if key.endswith(f".{numbers}") and key not in given]
+            taken |= dict.fromkeys(members, given[numbers])
+        state_dict |= {prefix + key: value for key, value in taken.items()}
         if spoilt:
             warn_of_loading("numbers of it are not finite or have the wrong sign: such statistics start afresh")
         if others:
