@@ -121,8 +121,10 @@ def weighted_moments(batches: list[Tensor], decay: float) -> tuple[Tensor, Tenso
         [torch.full((len(b),), decay**age, dtype=b.dtype) for b, age in zip(batches, ages, strict=True)]
     )
     x = torch.cat(batches)
-    mean = (weights[:, None] * x).sum(0) / weights.sum()
-    return mean, ((x - mean).T * weights) @ (x - mean) / weights.sum()
+    first = x[0]  # from which rows that are all the same differ by nothing, not by rounding
+    shift = (weights[:, None] * (x - first)).sum(0) / weights.sum()
+    centred = x - first - shift
+    return first + shift, (centred.T * weights) @ centred / weights.sum()
 
 
 def samples_of(layer: Any, x: Tensor) -> int:
@@ -274,7 +276,7 @@ class Whitening:
         layer: Any,
         method: str = "auto",
         *,
-        features: str = "kronecker",
+        features: str = "auto",
         power: float = 0.5,
         output_power: float = 0.0,
         damping: float = 0.03,
@@ -286,7 +288,9 @@ class Whitening:
     ) -> None:
         self.layer, self.groups = layer, getattr(layer, "groups", 1)
         self.taps = 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)
-        self.separable = features == "kronecker" and self.taps > 1
+        size = self.taps * getattr(layer, "in_channels", 1) // self.groups
+        whole = features == "patch" or (features == "auto" and size <= 300 and self.groups * size**3 <= 2**28)
+        self.separable = not whole and self.taps > 1
         self.power, self.output_power, self.damping, self.decay = power, output_power, damping, decay
         self.center = precedes_normalization(layer) if center is None else center
         self.rescale, self.shrink, self.block_size = rescale, shrink, block_size

@@ -204,7 +204,7 @@ def test_a_compiled_autograd(transform, forward):
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
             train((called,), [batch(seed)])
     assert_equal(compiled, eager)
-    assert compiled[0].transform.channels.num_refreshes == eager[0].transform.channels.num_refreshes == 4
+    assert compiled[0].transform.inputs.num_refreshes == eager[0].transform.inputs.num_refreshes == 4
     assert len(schedule._open_passes) == before  # nobody waits for a callback
 
 

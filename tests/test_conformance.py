@@ -23,19 +23,22 @@ OPTIONS = {
     "half, both sides": {"features": "patch", "output_power": 0.5},
     "half, both sides, about zero": {"features": "patch", "output_power": 0.5, "center": False},
     "output side": {"power": 0.0, "output_power": 1.0, "rescale": False},
-    "kronecker": {},
-    "kronecker, one": {"power": 1.0},
-    "kronecker, not rescaled": {"power": 1.0, "rescale": False},
-    "kronecker, both sides": {"output_power": 0.5},
-    "kronecker, about zero": {"center": False},
-    "kronecker, blocks": {"power": 1.0, "block_size": 2, "output_power": 0.5},
+    "defaults": {},
+    "defaults, both sides": {"output_power": 0.5},
+    "kronecker": {"features": "kronecker"},
+    "kronecker, one": {"features": "kronecker", "power": 1.0},
+    "kronecker, not rescaled": {"features": "kronecker", "power": 1.0, "rescale": False},
+    "kronecker, both sides": {"features": "kronecker", "output_power": 0.5},
+    "kronecker, about zero": {"features": "kronecker", "center": False},
+    "kronecker, blocks": {"features": "kronecker", "power": 1.0, "block_size": 2, "output_power": 0.5},
     "patch, blocks": {"features": "patch", "block_size": 2},
 }
 METHODS = {
     "Newton–Schulz": ({"power": 1.0}, "newton_schulz"),
     "Newton–Schulz, half": ({}, "newton_schulz"),
-    "recursive": ({"power": 1.0}, "recursive"),  # exact: no factor is wider than the rank
-    "recursive, half, in blocks": ({"block_size": 2}, "recursive"),
+    # Exact: no factor is wider than the rank.
+    "recursive": ({"features": "kronecker", "power": 1.0}, "recursive"),
+    "recursive, half, in blocks": ({"features": "kronecker", "block_size": 2}, "recursive"),
 }
 TABLE = {name: (options, "auto") for name, options in OPTIONS.items()} | METHODS
 

@@ -63,7 +63,7 @@ def test_autocast_narrows_no_statistics_and_no_inverse(transform, dtype, inside)
         if not inside:
             loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
-    factor = model[0].transform.channels
+    factor = model[0].transform.inputs
     assert factor.num_refreshes == 3
     inverse = torch.linalg.eigh(factor.damped().matrix.double())
     expected = (inverse.eigenvectors * inverse.eigenvalues**-0.5) @ inverse.eigenvectors.mT
@@ -146,7 +146,7 @@ def test_a_whole_model_in_bfloat16_trains(transform):
     assert all(parameter.grad.dtype == torch.bfloat16 for parameter in model.parameters())
     assert all(b.dtype in (torch.float32, torch.long) for b in model.buffers())
     assert model[0].transform.num_batches_skipped == 0
-    assert model[0].transform.channels.num_refreshes == 40
+    assert model[0].transform.inputs.num_refreshes == 40
 
 
 def test_half_leaves_the_buffers_wide():

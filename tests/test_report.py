@@ -27,7 +27,7 @@ def test_condition_numbers_are_those_of_the_covariance_before_and_after():
 
 def test_counts_memory_and_what_is_left(tmp_path):
     model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(24, 3), nn.Embedding(3, 3))
-    whiten(model, FeatureWhitening(output_power=0.5), skip="2")
+    whiten(model, FeatureWhitening(features="kronecker", output_power=0.5), skip="2")
     model[:3](torch.randn(5, 4, 4, 4)).sum().backward()
     model[:3](torch.full((5, 4, 4, 4), float("nan"))).sum().backward()
     result = report(model)

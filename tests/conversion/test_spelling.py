@@ -41,7 +41,7 @@ def test_options_of_the_transform():
     assert whiten(Model(), "cholesky", power=1.0).head.transform.method == "cholesky"
     gain = whiten(Model(), "optimal_gain", decay=0.5).head.transform
     assert type(gain) is OptimalInputGain and gain.decay == 0.5
-    assert estimate(Model(), block_size=1).costs[0].size == 1
+    assert estimate(Model(), block_size=1).costs[1].size == 1
 
 
 @pytest.mark.parametrize(

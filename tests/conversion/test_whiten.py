@@ -55,7 +55,7 @@ def test_layers_are_converted_in_place_with_everything_they_have():
     assert type(model.stem) is WhitenedConv2d and type(model.head) is WhitenedLinear
     assert model.again is model.block[0] and type(model.again) is WhitenedConv2d
     assert not model.stem.training and not model.stem.transform.training
-    assert model.stem.transform.channels.precision.dtype == torch.float64
+    assert model.stem.transform.inputs.precision.dtype == torch.float64
 
 
 def test_unwhiten_gives_the_plain_model_back():

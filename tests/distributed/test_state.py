@@ -47,9 +47,9 @@ def buffers_that_ddp_sends(rank, way):
     if way not in ("by hand", "in chains"):
         for step in range(6):  # a window is open after the last
             wrapped(batch(step + 100 * rank)[0]).sum().backward()
-        window = model[0][0].transform.channels.window.mean.clone()
+        window = model[0][0].transform.inputs.window.mean.clone()
         wrapped(batch(0)[0])
-        assert torch.equal(model[0][0].transform.channels.window.mean, window)
+        assert torch.equal(model[0][0].transform.inputs.window.mean, window)
     wrapped._assign_modules_buffers()
     return len(wrapped.modules_buffers), len(list(model.buffers()))
 

@@ -20,7 +20,7 @@ def test_matrices_of_one_size_are_inverted_in_one_call(monkeypatch):
 
     monkeypatch.setitem(METHODS, "cholesky", method._replace(inverse=counted))
     model = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1, groups=g) for g in (1, 2, 1)], nn.Flatten(), nn.Linear(16, 4))
-    whiten(model, FeatureWhitening(power=1.0))
+    whiten(model, FeatureWhitening(features="kronecker", power=1.0))
     model(torch.randn(8, 4, 2, 2)).sum().backward()
     # Channels 4, 2 × 2 and 4; taps 9, 2 × 9 and 9; features 16.
     assert sorted(calls) == [(1, 16, 16), (2, 2, 2), (2, 4, 4), (4, 9, 9)]

@@ -21,7 +21,7 @@ from whiten_layers import (
 )
 
 EVERY_BATCH = {"update_interval": 1, "statistics_interval": 1}
-BOTH_SIDES = FeatureWhitening(output_power=0.5, update_interval=3, statistics_interval=2)
+BOTH_SIDES = FeatureWhitening(features="kronecker", output_power=0.5, update_interval=3, statistics_interval=2)
 
 
 def plain():

@@ -34,7 +34,7 @@ def test_grouped_is_one_layer_a_group():
 
 
 def test_a_dead_group_does_not_stop_the_others():
-    transform = FeatureWhitening(output_power=0.5, update_interval=1)
+    transform = FeatureWhitening(features="kronecker", output_power=0.5, update_interval=1)
     layer = WhitenedConv2d(3, 3, 3, groups=3, transform=transform)
     for _ in range(4):
         x = torch.randn(4, 3, 8, 8).cumsum(3)  # correlated: there is something to whiten, however few the images
@@ -89,7 +89,8 @@ def test_rescaling_keeps_the_expected_component_along_the_plain_gradient(power, 
 
 def test_sampled_statistics_approach_those_of_all_rows():
     generator = torch.Generator().manual_seed(0)
-    layers = [WhitenedConv2d(4, 3, 3, transform=FeatureWhitening(max_rows=rows)) for rows in (256, None)]
+    transforms = [FeatureWhitening(features="kronecker", max_rows=rows) for rows in (256, None)]
+    layers = [WhitenedConv2d(4, 3, 3, transform=transform) for transform in transforms]
     for _ in range(100):
         x = torch.randn(16, 4, 12, 12, generator=generator).cumsum(2)
         for layer in layers:
@@ -258,7 +259,7 @@ def test_no_option_switched_on_is_the_plain_gradient():
 )
 def test_auto_features_are_whole_patches_where_they_are_small(layer, size, features):
     torch.manual_seed(0)
-    auto = layer(transform=FeatureWhitening(features="auto"))
+    auto = layer()
     given = layer(transform=FeatureWhitening(features=features))
     given.load_state_dict(auto.state_dict(), strict=True)
     for seed in range(3):

@@ -145,7 +145,7 @@ class FeatureWhitening(GradientTransform):
         self,
         method: str = "auto",
         *,
-        features: str = "kronecker",
+        features: str = "auto",
         power: float = 0.5,
         output_power: float = 0.0,
         damping: float = 0.03,
