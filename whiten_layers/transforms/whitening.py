@@ -24,60 +24,17 @@ from torch import Tensor
 from .._torch import function_transforms
 from .._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from ..inverse import METHODS, resolve, supports
-from ..options import check, check_statistics, is_count, is_real
-from ..state import COUNT, safe_to_load
-from ..statistics.covariance import Moments
+from ..options import check, is_count, is_real
+from ..state import COUNT
 from ..statistics.gradient_norms import GradientNorms
-from ..statistics.patches import (
-    Geometry,
-    channel_rows,
-    count_samples,
-    from_channel_rows,
-    linear_rows,
-    patch_rows,
-    tap_autocovariance,
-)
+from ..statistics.patches import Geometry, from_channel_rows, patch_rows
 from ..statistics.whitening_factor import WhiteningFactor
-from .base import GradientTransform, Samples
+from .base import Samples
 from .bound import shorten
-
-FEATURES = ("kronecker", "patch", "auto")
-LARGEST_PATCH = 300  # features that "auto" whitens together: 32 channels at 9 taps
-LARGEST_BLOCK = 256  # channels: no larger block was better, and an inverse of 256 features takes milliseconds
-CUBES = 2**28  # largest channels · block², to which the operations of a layer's inverses are proportional
+from .covariances import CovarianceTransform, Side
 
 
-def default_block_size(channels: int) -> int:
-    """Return how many channels to whiten together, a power of 2, such that no layer's inverses take long.
-
-    256 for up to 4,096 channels of a layer, all groups together, 128 up to 16,384, 64 up to 65,536, and so on: inverses
-    of b blocks of M channels take b M³ operations.
-    """
-    block = LARGEST_BLOCK
-    while block > 1 and channels * block**2 > CUBES:
-        block //= 2
-    return block
-
-
-def has_small_patches(geometry: Geometry) -> bool:
-    """Tell whether a layer's whole patches are cheap to whiten: no larger than a block of channels, and not too many.
-
-    Up to this size Kronecker factors save little, and what they leave out, how one channel at one tap goes with another
-    at another tap, is worth more (benchmarks/results/NOTES.md, "Whole patches where they are small").
-    """
-    size = geometry.in_channels * geometry.taps
-    return size <= LARGEST_PATCH and geometry.groups * size**3 <= CUBES
-
-
-@safe_to_load
-class _Batch:
-    """Measurements of the batch in progress. A plain object, because setting an attribute of a module is slow."""
-
-    output_rows: tuple[Tensor, int] | None = None
-    measured: tuple[Tensor, Tensor, Tensor] | None = None  # ‖G‖, ⟨Ĝ, G⟩ and ‖Ĝ‖
-
-
-class FeatureWhitening(GradientTransform):
+class FeatureWhitening(CovarianceTransform):
     """Transform that whitens a layer's input features, and with `output_power` the gradients of its outputs.
 
     Args:
@@ -136,8 +93,6 @@ class FeatureWhitening(GradientTransform):
     """
 
     newer_state = ("norms.", "num_batches_bounded")
-    geometry: Geometry
-    separable: bool
     norms: GradientNorms | None
     num_batches_bounded: Tensor
 
@@ -160,11 +115,19 @@ class FeatureWhitening(GradientTransform):
         block_size: int | Literal["auto"] | None = "auto",
         rank: int = 16,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            observes_input=power > 0,
+            observes_output=output_power > 0,
+            features=features,
+            decay=decay,
+            center=center,
+            update_interval=update_interval,
+            statistics_interval=statistics_interval,
+            max_rows=max_rows,
+            block_size=block_size,
+        )
         check("method", method, method == "auto" or method in METHODS, f"one of {', '.join(['auto', *METHODS])}")
-        check("features", features, features in FEATURES, f"one of {', '.join(FEATURES)}")
         check("damping", damping, is_real(damping) and 0 <= damping < math.inf, "a number of at least 0")
-        check_statistics(decay, update_interval, statistics_interval, max_rows)
         for name, value in [("power", power), ("output_power", output_power)]:
             check(name, value, is_real(value) and 0 <= value <= 1, "a number in [0, 1]")
             choices = [key for key in ("auto", *METHODS) if supports(key, value)]
@@ -172,21 +135,12 @@ class FeatureWhitening(GradientTransform):
             own = " or ".join(f"{name}={power:g}" for power in powers)
             others = f"method {' or '.join(choices)}"
             check(name, value, value == 0 or method in choices, f"{own}, as {method!r} needs it, or {others}")
-        check("center", center, center is None or isinstance(center, bool), "True, False or None")
         for name, value in [("rescale", rescale), ("shrink", shrink)]:
             check(name, value, isinstance(value, bool), "True or False")
         check("bound", bound, bound is None or (is_real(bound) and bound >= 1), "a number of at least 1, or None")
-        is_limit = block_size is None or block_size == "auto" or is_count(block_size)
-        check("block_size", block_size, is_limit, "an integer of at least 1, 'auto', or None")
         check("rank", rank, is_count(rank), "an integer of at least 1")
-        self.method, self.features = method, features
-        self.power, self.output_power = power, output_power
-        self.damping, self.decay, self.center, self.rescale = damping, decay, center, rescale
-        self.shrink, self.bound = shrink, bound
-        self.update_interval, self.statistics_interval, self.max_rows = update_interval, statistics_interval, max_rows
-        self.block_size: int | Literal["auto"] | None = block_size
-        self.rank = rank
-        self._batch = _Batch()
+        self.method, self.power, self.output_power, self.damping = method, power, output_power, damping
+        self.rescale, self.shrink, self.bound, self.rank = rescale, shrink, bound, rank
 
     @classmethod
     def exact(cls, method: str = "auto", **options: Any) -> Self:
@@ -196,60 +150,31 @@ class FeatureWhitening(GradientTransform):
         every = {"update_interval": 1, "statistics_interval": 1, "max_rows": None}
         return cls(method, **(exact | every | options))
 
+    def make_factor(self, side: Side, channels: int, taps: int, **options: Any) -> WhiteningFactor:
+        return WhiteningFactor(
+            self.geometry.groups,
+            channels,
+            taps,
+            method=self.method,
+            power=self.output_power if side == "outputs" else self.power,
+            damping=math.sqrt(self.damping) if side in ("channels", "taps") else self.damping,
+            decay=self.decay,
+            rescale=self.rescale,
+            shrink=self.shrink,
+            between=self._scale_is_between(),
+            rank=self.rank,
+            **options,
+        )
+
     def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
-        self.geometry, self.observes_output = geometry, self.output_power > 0
-        for name, _ in list(self.named_children()):
-            delattr(self, name)  # a transform taken from another layer brings that layer's factors
-        self.bind_counters(device)
-        between = self._scale_is_between()
-
-        def factor(
-            channels: int,
-            taps: int,
-            power: float,
-            damping: float = self.damping,
-            center: bool = True,
-            trace: float | None = None,
-        ) -> WhiteningFactor:
-            block = default_block_size(geometry.groups * channels) if self.block_size == "auto" else self.block_size
-            return WhiteningFactor(
-                geometry.groups,
-                channels,
-                taps,
-                method=self.method,
-                power=power,
-                damping=damping,
-                decay=self.decay,
-                rescale=self.rescale,
-                center=center,
-                shrink=self.shrink,
-                between=between,
-                block_size=block,
-                rank=self.rank,
-                trace=trace,
-                device=device,
-                dtype=torch.promote_types(dtype, torch.float32),
-            )
-
-        self.is_centred = geometry.precedes_normalization if self.center is None else self.center
-        whole = self.features == "patch" or (self.features == "auto" and has_small_patches(geometry))
-        self.separable = not whole and geometry.taps > 1
-        if self.power > 0 and self.separable:
-            self.channels = factor(geometry.in_channels, 1, self.power, math.sqrt(self.damping), self.is_centred)
-            self.taps = factor(
-                1, geometry.taps, self.power, math.sqrt(self.damping), trace=geometry.taps / geometry.spread
-            )
-        elif self.power > 0:
-            self.inputs = factor(geometry.in_channels, geometry.taps, self.power, center=self.is_centred)
-        if self.output_power > 0:
-            self.outputs = factor(geometry.out_channels, 1, self.output_power, center=False, trace=1.0)
-        dtype = torch.promote_types(dtype, torch.float32)
+        super().bind(geometry, device=device, dtype=dtype)
         self.samples_up_to = self._samples_up_to()
         self.norms = None
         if (self.rescale or self.bound is not None) and self.power + self.output_power > 0:
-            is_corrected = self.rescale and not between
+            is_corrected = self.rescale and not self._scale_is_between()
+            wide = torch.promote_types(dtype, torch.float32)
             self.norms = GradientNorms(
-                bound=self.bound, rescale=is_corrected, decay=self.decay, device=device, dtype=dtype
+                bound=self.bound, rescale=is_corrected, decay=self.decay, device=device, dtype=wide
             )
         self.register_buffer("num_batches_bounded", torch.zeros((), device=device, dtype=COUNT))
         return self
@@ -268,11 +193,8 @@ class FeatureWhitening(GradientTransform):
         return self.rescale and self.geometry.precedes_normalization and not is_approximate
 
     def reset_state(self) -> None:
-        self.reset_counters()
+        super().reset_state()
         self.num_batches_bounded.zero_()
-        self._batch = _Batch()
-        for factor in self.factors():
-            factor.reset_state()
         if self.norms is not None:
             self.norms.reset_state()
 
@@ -316,14 +238,14 @@ class FeatureWhitening(GradientTransform):
         """Compute G P as ``Σ δ (P x)ᵀ``, ``(groups, S, C·taps)``."""
         geometry, input = self.geometry, samples.input
         if self.separable:
-            channels = self.channels.multiply(self._positions(input))
+            channels = self.channels.multiply(self.positions(input))
             patches = patch_rows(from_channel_rows(channels, input, geometry.spatial_dims), geometry)
             taps = patches.unflatten(2, (-1, geometry.taps)) @ self.taps.current_precision(correction).unsqueeze(1)
             rows = taps.flatten(2)
         else:
-            rows = patch_rows(input, geometry) if geometry.spatial_dims else self._positions(input)
+            rows = patch_rows(input, geometry) if geometry.spatial_dims else self.positions(input)
             rows = self.inputs.multiply(rows, correction)
-        return self._positions(samples.grad_output).mT @ rows
+        return self.positions(samples.grad_output).mT @ rows
 
     def _samples_up_to(self) -> int:
         """Count the numbers in an output up to which `_from_samples` takes fewer operations than the product with P.
@@ -370,75 +292,9 @@ class FeatureWhitening(GradientTransform):
         norms = torch.linalg.vector_norm(plain), torch.linalg.vector_norm(mapped)
         self._batch.measured = norms[0], torch.dot(plain, mapped), norms[1]
 
-    def pending(self) -> dict[str, Any]:
-        return {"_batch": _Batch()}
-
-    def observe_output(self, grad_output: Tensor) -> None:
-        batch = self.schedule.begin_batch(self, announced=True)
-        if grad_output.numel() > 0 and self.schedule.statistics_are_due(self):
-            # Kept until `observe` knows whether the batch is valid.
-            rows, samples = self._rows(grad_output, batch)
-            self._batch.output_rows = rows.clone(), samples  # a compiled graph may reuse the memory
-
-    def observe(self, input: Tensor, grad_weight: Tensor) -> None:
-        batch = self.schedule.begin_batch(self)
-        is_observed = self.schedule.statistics_are_due(self)
-        if input.numel() > 0:
-            # A NaN or Inf anywhere in the input or in the output's gradient reaches the weight's gradient. Reading a
-            # number on the CPU does not block, and saves three small operations per step.
-            measured = self._batch.measured
-            valid: Tensor | bool = measured is not None and measured[0].is_cpu and math.isfinite(measured[0])
-            if not valid:  # not measured, or a norm that is out of range
-                total = grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32))
-                valid = math.isfinite(total) if total.is_cpu else torch.isfinite(total)
-            if is_observed:
-                valid = self._observe_factors(input, batch, valid)
-            if valid is not True:
-                self.num_batches_skipped.add_(torch.as_tensor(valid).logical_not())
-        self._batch.output_rows = self._batch.measured = None
-        self.schedule.end_batch(self)
-
-    def _positions(self, tensor: Tensor, max_rows: int | None = None, phase: int = 0) -> Tensor:
-        """Take an input's or output's channels, group by group, at all positions or at sampled ones."""
-        dims = self.geometry.spatial_dims
-        if dims == 0:
-            return linear_rows(tensor, max_rows, phase)
-        return channel_rows(tensor, self.geometry.groups, dims, max_rows, phase)
-
-    def _rows(self, tensor: Tensor, batch: int) -> tuple[Tensor, int]:
-        """Sample rows of an input's or output's channels, group by group; return them and the number of samples."""
-        samples = count_samples(tensor, self.geometry.spatial_dims, self.max_rows)
-        return self._positions(tensor, self.max_rows, batch // self.statistics_interval), samples
-
-    def _observe_factors(self, input: Tensor, batch: int, valid: Tensor | bool) -> Tensor | bool:
-        """Add a batch to the statistics if it is valid; return whether it is."""
-        if self.power > 0 and self.separable:
-            valid = self.channels.observe_rows(*self._rows(input, batch), valid)
-            if self.taps.window is None:  # so small a matrix needs one batch a window
-                self._observe_taps(input, batch, torch.as_tensor(valid))
-        elif self.power > 0 and self.geometry.spatial_dims:
-            rows = patch_rows(input, self.geometry, self.max_rows, batch // self.statistics_interval)
-            samples = count_samples(input, self.geometry.spatial_dims, self.max_rows)
-            valid = self.inputs.observe_rows(rows, samples, valid)
-        elif self.power > 0:
-            valid = self.inputs.observe_rows(*self._rows(input, batch), valid)
-        if self._batch.output_rows is not None:
-            self.outputs.observe_rows(*self._batch.output_rows, valid)
-        if self.norms is not None and self._batch.measured is not None:
-            self.norms.observe_gradient(*self._batch.measured, valid)
-        return valid
-
-    def _observe_taps(self, input: Tensor, batch: int, valid: Tensor) -> None:
-        channels, phase = self.channels, batch // self.statistics_interval
-        if self.is_centred:
-            # A mean that is the same in every process and has not changed since the window was opened
-            mean = channels.join_mean(channels.running_mean)
-            valid = valid & (channels.running_count.view(self.geometry.groups, -1).amax(1) > 0)
-        else:
-            mean = input.new_zeros(self.geometry.groups, self.geometry.in_channels)
-        positions, effective, covariance = tap_autocovariance(input, self.geometry, mean, self.max_rows, phase)
-        number = covariance.new_full((len(covariance),), positions)
-        self.taps.observe(Moments(number, effective, torch.zeros_like(self.taps.mean), covariance), valid)
+    def observe_measured(self, measured: tuple[Tensor, Tensor, Tensor], valid: Tensor | bool) -> None:
+        assert self.norms is not None  # since it has measured
+        self.norms.observe_gradient(*measured, valid)
 
     def extra_repr(self) -> str:
         options = {"power": self.power, "output_power": self.output_power, "features": self.features}
