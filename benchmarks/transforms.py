@@ -3,23 +3,24 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from whiten_layers import Chain, FeatureWhitening, GradientTransform, OptimalInputGain
+from whiten_layers import Chain, EigenbasisScaling, FeatureWhitening, GradientTransform, OptimalInputGain
 
 from .options import Switch, read
 
 SHARED = ("decay", "update_interval", "statistics_interval", "max_rows")  # of both transforms
 OF_WHITENING = [*SHARED, "method", "features", "power", "output_power", "damping", "center", "rescale"]
 OF_WHITENING += ["shrink", "bound", "block_size", "rank"]
+OF_EIGENBASIS = ("damping", "variance_decay", "decay", "interval", "features", "max_rows", "block_size")
 
 
 @dataclass(frozen=True)
 class TransformOptions:
-    """Options of `FeatureWhitening` and `OptimalInputGain`; None stands for the transform's own default.
+    """Options of a transform; None stands for its own default.
 
     An option that the chosen transform does not have is ignored.
     """
 
-    transform: Literal["whitening", "optimal_gain", "whitening+optimal_gain"] | None = None  # None is whitening
+    transform: Literal["whitening", "eigenbasis", "optimal_gain", "whitening+optimal_gain"] | None = None  # the first
     exact: Switch = False  # start from FeatureWhitening.exact()
     method: str | None = None
     features: str | None = None
@@ -37,6 +38,8 @@ class TransformOptions:
     rescale: bool | None = None
     shrink: bool | None = None
     bound: float | None = None
+    variance_decay: float | None = None  # of EigenbasisScaling, as the next
+    interval: int | None = None
 
     def make(self) -> GradientTransform:
         """The transform.
@@ -44,6 +47,9 @@ class TransformOptions:
         Raises:
             ValueError: a value is not possible.
         """
+        if self.transform == "eigenbasis":
+            own = {name: getattr(self, name) for name in OF_EIGENBASIS}
+            return EigenbasisScaling(**{name: value for name, value in own.items() if value is not None})
         given = {name: getattr(self, name) for name in OF_WHITENING if getattr(self, name) is not None}
         whitening = FeatureWhitening.exact(**given) if self.exact else FeatureWhitening(**given)
         if self.transform in (None, "whitening"):
@@ -65,4 +71,5 @@ def settings_of(transform: GradientTransform) -> dict[str, Any]:
     """All settings that a transform was made with; those of a chain by the positions of its members."""
     if isinstance(transform, Chain):
         return {str(position): settings_of(member) for position, member in enumerate(transform.members())}
-    return {name: getattr(transform, name) for name in OF_WHITENING if hasattr(transform, name)}
+    names = OF_EIGENBASIS if isinstance(transform, EigenbasisScaling) else OF_WHITENING
+    return {name: getattr(transform, name) for name in names if hasattr(transform, name)}

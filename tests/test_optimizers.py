@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from whiten_layers import FeatureWhitening, WhitenedLinear, unwhiten, whiten
+from whiten_layers import FeatureWhitening, GradientTransform, WhitenedLinear, unwhiten, whiten
 
 
 class Lion(optim.Optimizer):
@@ -166,3 +166,14 @@ def test_lbfgs_is_warned_of():
         take_step(optim.AdamW(model.parameters()))
         unwhiten(model)
         take_step(optim.LBFGS(model.parameters()))
+
+
+def test_a_step_of_an_optimizer_is_compiled_as_before(monkeypatch):
+    monkeypatch.setattr(GradientTransform, "any_scales", False)  # as long as none scales what an optimizer steps by
+    model = whiten(nn.Linear(3, 2))
+    optimizer = optim.AdamW(model.parameters(), 0.1)
+    model(torch.randn(5, 3)).square().sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        explained = torch._dynamo.explain(optimizer.step)()
+    assert not any("whiten" in str(reason) for reason in explained.break_reasons)

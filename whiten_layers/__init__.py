@@ -27,7 +27,7 @@ from .norm import (
     follow_learning_rate,
 )
 from .report import Report, report
-from .transforms import Chain, FeatureWhitening, GradientTransform, OptimalInputGain, PSIScaling
+from .transforms import Chain, EigenbasisScaling, FeatureWhitening, GradientTransform, OptimalInputGain, PSIScaling
 from .two_stage import TwoStageNetwork
 
 __version__ = "0.2.0.dev0"
@@ -37,6 +37,7 @@ __all__ = [
     "DecorrelatedBatchNorm1d",
     "DecorrelatedBatchNorm2d",
     "DecorrelatedBatchNorm3d",
+    "EigenbasisScaling",
     "Estimate",
     "FeatureWhitening",
     "GradientTransform",

@@ -11,7 +11,6 @@ from torch.nn.parameter import is_lazy
 
 from .conversion.patterns import Selection, selectors
 from .conversion.whiten import convert
-from .inverse import METHODS
 from .options import check_model
 from .report import aligned
 from .statistics.covariance import FeatureCovariance
@@ -93,7 +92,7 @@ def _seconds(factor: WhiteningFactor, size: int, device: torch.device) -> float:
     generator, number = torch.Generator().manual_seed(0), max(1, 2**21 // size**3)
     rows = torch.randn(2 * size, size, generator=generator, dtype=torch.float32, device="cpu").to(device)
     covariance = rows.mT @ rows / len(rows) + factor.damping * torch.eye(size, device=device)
-    method = METHODS[factor.method]
+    method = factor.inversion
     arguments = (covariance.repeat(number, 1, 1), factor.power, None, min(factor.rank, size))[: method.arguments]
     taken = []
     for _ in range(3):
@@ -127,16 +126,16 @@ def estimate(model: nn.Module, transform: GradientTransform | str | None = None,
     selections = {name: _copied(name, options.pop(name, default), memo) for name, default in SELECTIONS.items()}
     convert(whitened, transform, **selections, process_group=options.pop("process_group", None), options=options)
     costs, measured = [], dict[Any, float]()
-    for name, part in whitened.named_modules():
-        if not isinstance(part, WhiteningFactor):
-            continue
+    transforms = [pair for pair in whitened.named_modules() if isinstance(pair[1], GradientTransform)]
+    parts = [(f"{name}.{child}", one, part) for name, one in transforms for child, part in one.named_factors()]
+    for name, owner, part in parts:
         matrices, size = part.running_mean.shape
         small = min(size, MEASURED)
         key = part.method, part.power, part.rank, small
         if key not in measured:
             measured[key] = _seconds(part, small, device)
         seconds = matrices * measured[key] * (size / small) ** (2 if part.is_approximate else 3)
-        memory = sum(buffer.nbytes for buffer in part.buffers())
+        memory = owner.bytes_of(part)
         layer, _, factor = name.rpartition(".transform.")
         costs.append(Cost(layer or "the model", factor, matrices, size, part.method, memory, seconds))
     return Estimate(costs)

@@ -156,7 +156,10 @@ class _Whitened(StatefulModule):
         if not weight.requires_grad:
             return operation(input, weight, bias, *options)
         self._follow_changes(weight, bias)
-        input, transform = _cast(input), self.transform
+        transform = self.transform
+        if not transform.is_watching and not torch.compiler.is_compiling():
+            return operation(input, weight, bias, *options)
+        input = _cast(input)
         # Without a bias, or with a frozen one, nothing can absorb a shift of the inputs.
         shifted = bias is not None and bias.requires_grad
         parameters = (weight, bias) if shifted else (weight,)
@@ -197,8 +200,8 @@ class WhitenedLinear(_Whitened, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as for `nn.Linear`.
-        transform: a `GradientTransform` (copied), the name of an inverse method, "optimal_gain" for
-            ``OptimalInputGain()``, or None for ``FeatureWhitening()``.
+        transform: a `GradientTransform` (copied), the name of an inverse method, "eigenbasis" for
+            ``EigenbasisScaling()``, "optimal_gain" for ``OptimalInputGain()``, or None for ``FeatureWhitening()``.
 
     Shape: ``(..., in_features) -> (..., out_features)``.
     """

@@ -1,8 +1,10 @@
 """Groups of processes that share statistics."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch.distributed as dist
+from torch import Tensor
 
 from .state import safe_to_load
 
@@ -14,7 +16,7 @@ else:
         """Placeholder for torch's class where PyTorch was built without distributed training: it has no objects."""
 
 
-__all__ = ["ProcessGroup", "Processes"]
+__all__ = ["ProcessGroup", "Processes", "on_whole"]
 
 
 @safe_to_load
@@ -52,3 +54,15 @@ class Processes:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"given": None, "wrapper": None}
+
+
+def on_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Apply a function to a tensor; to a sharded one (a `DTensor`) as a whole in every process, sharded again."""
+    if not hasattr(tensor, "full_tensor"):
+        return function(tensor)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(tensor, DTensor)
+    mesh, placements = tensor.device_mesh, tensor.placements
+    whole = DTensor.from_local(function(tensor.full_tensor()), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=placements)

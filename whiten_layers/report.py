@@ -1,5 +1,6 @@
 """Report on the whitening of a model: condition numbers before and after, refreshes, skipped batches, memory."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import nn
 
 from .conversion.messages import reasons_left
 from .options import check_model
+from .statistics.eigenbasis import Eigenbasis
 from .statistics.whitening_factor import WhiteningFactor
 from .transforms import FeatureWhitening, GradientTransform
 
@@ -28,7 +30,8 @@ class Row:
     `effective_rows` are those that the covariance comes from, of the group with the fewest. `component` is how many
     times as long as the plain gradient the component along it usually is, as measured on new batches, before that is
     corrected (that of a convolution without a bias is not); 1 where it is not measured. `bounded` counts the layer's
-    gradients that were shortened to the bound.
+    gradients that were shortened to the bound. `whitened` is None where nothing is inverted, as for an `Eigenbasis`. A
+    layer's last row has the bytes of what its transform keeps beside the factors, too.
     """
 
     layer: str
@@ -45,7 +48,7 @@ class Row:
     effective_rows: float
     component: float
     condition: float
-    whitened: float
+    whitened: float | None
     bytes: int
 
 
@@ -70,7 +73,8 @@ class Report:
         for row in self.rows:
             size = " × ".join([*(str(n) for n in (row.groups, row.blocks) if n > 1), str(row.size)])
             counts = [row.batches, row.skipped, row.bounded, row.refreshes, row.failed, row.restarted]
-            ratios = [f"{ratio:.3g}" for ratio in (row.component, row.condition, row.whitened)]
+            known = (row.component, row.condition, row.whitened)
+            ratios = ["–" if ratio is None else f"{ratio:.3g}" for ratio in known]
             rows = f"{row.effective_rows:.0f}"
             lines.append([row.layer, row.factor, size, rows, *map(str, counts), *ratios, f"{row.bytes / 1024:.0f}"])
         text = [*aligned(lines), f"{self.bytes / 2**20:.1f} MiB in all"]
@@ -85,15 +89,16 @@ class Report:
         axes = figure.subplots()
         places = range(len(self.rows))
         axes.semilogy(places, [row.condition for row in self.rows], "o", color="tab:gray", label="covariance")
-        axes.semilogy(places, [row.whitened for row in self.rows], "o", color="tab:blue", label="whitened")
+        whitened = [math.nan if row.whitened is None else row.whitened for row in self.rows]
+        axes.semilogy(places, whitened, "o", color="tab:blue", label="whitened")
         axes.set_xticks(list(places), [f"{row.layer} {row.factor}" for row in self.rows], rotation=90, fontsize=7)
         axes.set_ylabel("condition number")
         axes.legend()
         figure.savefig(path, dpi=120)
 
 
-def _conditions(factor: WhiteningFactor) -> tuple[float, float]:
-    """Compute the condition numbers of C + λI and of ``P^½ (C + λI) P^½``.
+def _conditions(factor: WhiteningFactor) -> tuple[float, float | None]:
+    """Compute the condition numbers of C + λI and, where there is a P, of ``P^½ (C + λI) P^½``.
 
     The eigenvalues of the second are those of ``Lᵀ P L`` with ``L Lᵀ = C + λI``.
     """
@@ -101,9 +106,12 @@ def _conditions(factor: WhiteningFactor) -> tuple[float, float]:
     lower, info = torch.linalg.cholesky_ex(damped)
     known = factor.group_sum(info) == 0  # a group that has seen no data, or only constants, has none
     if not known.any():
-        return float("inf"), float("inf")
+        return math.inf, None if isinstance(factor, Eigenbasis) else math.inf
     lower = lower[known]
     before = torch.linalg.eigvalsh(damped[known])
+    if isinstance(factor, Eigenbasis):
+        before = before.view(-1, factor.blocks * before.shape[-1])
+        return (before.amax(1) / before.amin(1)).max().item(), None
     after = torch.linalg.eigvalsh(lower.mT @ factor.precision.double().cpu()[known] @ lower)
     groups = [values.view(-1, factor.blocks * values.shape[-1]) for values in (before, after)]
     return tuple((values.amax(1) / values.amin(1)).max().item() for values in groups)  # type: ignore[return-value]
@@ -134,9 +142,7 @@ def report(model: nn.Module) -> Report:
     for name, transform in _transforms(model):
         whitening = transform if isinstance(transform, FeatureWhitening) else None
         norms = whitening and whitening.norms
-        for factor_name, factor in transform.named_children():
-            if not isinstance(factor, WhiteningFactor):
-                continue
+        for factor_name, factor in transform.named_factors():
             condition, whitened = _conditions(factor)
             rows.append(
                 Row(
@@ -155,7 +161,7 @@ def report(model: nn.Module) -> Report:
                     component=norms.usual_component().item() if norms else 1.0,
                     condition=condition,
                     whitened=whitened,
-                    bytes=sum(buffer.nbytes for buffer in factor.buffers()),
+                    bytes=transform.bytes_of(factor),
                 )
             )
     left = reasons_left(model)

@@ -31,7 +31,7 @@ from ..environment import describe
 from ..options import PositiveInt, Switch, Wrong, choice, read, reject, value
 from ..output import Column, annotate, cells, interruptible, replace, show, write
 from ..timing import steady_allocator
-from .methods import CANDIDATES, METHODS, VARIANTS, find
+from .methods import METHODS, VARIANTS, find
 from .runs import LOSSES, Setting, Store, pace, version_of
 from .search import search
 from .tasks import TASKS, TUNED
@@ -139,8 +139,7 @@ def summarise(rows: list[Row]) -> list[Row]:
     summary = []
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == task and row["method"].partition(":")[0] in OURS]
-        named = [row for row in rows if row["task"] == task and not row["method"].startswith("whitened")]
-        others = [row for row in named if row["method"].partition(":")[0] not in CANDIDATES]
+        others = [row for row in rows if row["task"] == task and not row["method"].startswith("whitened")]
         if not own or not others:
             continue
         one: Row = {"task": task, "tuned": task in TUNED}

@@ -1,6 +1,6 @@
-"""Methods that precondition gradients by statistics of layers, from their formulas: FOOF, K-FAC, MAC, eigenbases.
+"""Methods that precondition gradients by statistics of layers, from their formulas: FOOF, K-FAC, MAC.
 
-Each watches the inputs of linear and convolutional layers, and two the gradients of their outputs, by hooks; and
+Each watches the inputs of linear and convolutional layers, and K-FAC the gradients of their outputs, by hooks; and
 multiplies the weights' gradients between the backward pass and the optimizer's step. Biases, norms and embeddings keep
 their plain gradients. Statistics and inverses are renewed at every tenth batch.
 
@@ -185,34 +185,3 @@ class MAC(Preconditioner):
     def map(self, state: dict[str, Tensor], gradient: Tensor) -> Tensor:
         mean = state["mean"]
         return gradient - torch.outer(gradient @ mean, mean) / (self.damping + mean.dot(mean))
-
-
-class Eigenbases(Preconditioner):
-    """``Q_D ((Q_Dᵀ G Q_C) / √V) Q_Cᵀ`` with eigenvectors Q_C of E[x xᵀ] and Q_D of E[δ δᵀ], V the mean of the squares.
-
-    The bases are EKFAC's (arXiv 1806.03884). V, the moving average of ``(Q_Dᵀ G Q_C)²`` entry by entry, moves at each
-    batch, as that of Adam in SOAP (arXiv 2409.11321), whose bases are those of ``E[GᵀG]`` and ``E[GGᵀ]``. V is taken
-    along when the bases are renewed, as if entries were not correlated. No rival: it is what `whiten` might do next.
-    """
-
-    def __init__(self, network: nn.Module, damping: float = 1e-8) -> None:
-        super().__init__(network)
-        self.damping = damping
-
-    def observe(self, one: Watched, rows: Tensor, gradients: Tensor) -> None:
-        state, bases = one.state, []
-        for name, part in (("inputs", rows), ("outputs", gradients)):
-            bases.append(torch.linalg.eigh(one.average(name, part.mT @ part / len(part))).eigenvectors)
-        if "variance" in state:
-            left, right = bases[1].mT @ state["of outputs"], state["of inputs"].mT @ bases[0]
-            state["variance"] = left.square() @ state["variance"] @ right.square()
-        state["of inputs"], state["of outputs"] = bases
-
-    def map(self, state: dict[str, Tensor], gradient: Tensor) -> Tensor:
-        right, left = state["of inputs"], state["of outputs"]
-        rotated = left.mT @ gradient @ right
-        steps = state["steps"] = state.get("steps", torch.zeros(())) + 1
-        before = state.get("variance", rotated.square())
-        variance = torch.lerp(rotated.square(), before, min(1 - 1 / steps.item(), DECAY))
-        state["variance"] = variance
-        return left @ (rotated / (variance + self.damping * variance.mean()).sqrt()) @ right.mT

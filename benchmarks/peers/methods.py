@@ -12,7 +12,7 @@ from whiten_layers import GradientTransform, convert_batchnorm, whiten
 
 from ..safety_tasks import Transformer
 from ..transforms import TransformOptions
-from .curvature import FOOF, KFAC, MAC, Eigenbases, Preconditioner
+from .curvature import FOOF, KFAC, MAC, Preconditioner
 from .deconvolution import deconvolve
 
 
@@ -174,8 +174,6 @@ PRECONDITIONED: dict[str, tuple[Make, Callable[..., Preconditioner]]] = {
     "kfac": (sgd, KFAC),
     "mac": (sgd, MAC),
     "newton-muon": (muon, partial(FOOF, damping=0.2)),
-    "eigenbases-sgd": (sgd, Eigenbases),
-    "eigenbases-adamw": (adamw, Eigenbases),
 }
 METHODS: dict[str, Method] = {
     "sgd": Method(sgd, 0.05, 5e-4),
@@ -196,8 +194,6 @@ METHODS: dict[str, Method] = {
     "kfac": Method(preconditioned(*PRECONDITIONED["kfac"]), 0.05, 5e-4),
     "mac": Method(preconditioned(*PRECONDITIONED["mac"]), 0.05, 5e-4),
     "newton-muon": Method(preconditioned(*PRECONDITIONED["newton-muon"]), 0.004, 0.01),
-    "eigenbases-sgd": Method(preconditioned(*PRECONDITIONED["eigenbases-sgd"]), 0.002, 5e-4),
-    "eigenbases-adamw": Method(preconditioned(*PRECONDITIONED["eigenbases-adamw"]), 0.008, 0.01),
     "deconvolution": Method(changed(sgd, deconvolve), 0.05, 5e-4),
     "iter-norm": Method(
         changed(sgd, lambda network: convert_batchnorm(network, "iter_norm")), 0.05, 5e-4, needs=nn.BatchNorm2d
@@ -206,11 +202,11 @@ METHODS: dict[str, Method] = {
     "whitened-adamw": Method(whitened(adamw), 0.004, 0.01),
     "whitened-muon": Method(whitened(muon), 0.004, 0.01),
 }
-CANDIDATES = ("eigenbases-sgd", "eigenbases-adamw")  # neither rivals, nor in the library
 # As many other choices for those of the rivals that have a damping as for whitened layers.
 VARIANTS = (
     "whitened-sgd:output-power=0.5",
     "whitened-adamw:output-power=0.5",
+    "whitened-adamw:transform=eigenbasis",
     "foof:damping=1",
     "kfac:damping=0.1",
     "mac:damping=0.1",

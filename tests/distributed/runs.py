@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from whiten_layers import FeatureWhitening, whiten
+from whiten_layers import EigenbasisScaling, FeatureWhitening, whiten
 
 SAMPLES = 8
 # How a batch is dealt out: unevenly, and with nothing for one of four.
@@ -32,6 +32,8 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
     # In none of 9 refreshes its 18 steps run out of directions: from there on rounding chooses them.
     "recursive in blocks": {"method": "recursive", "power": 1.0, "rank": 1, "block_size": 32, "features": "patch"}
     | ALIKE,
+    # Every batch is observed: in directions that none has shown, rounding chooses the basis.
+    "eigenbases": {"transform": EigenbasisScaling(interval=1)},
 }
 
 
@@ -43,8 +45,8 @@ def plain() -> nn.Sequential:
 
 def network(transform: str = "default", process_group: Any = None) -> nn.Sequential:
     options = {"psi": False, **TRANSFORMS[transform]}
-    psi = options.pop("psi")
-    return whiten(plain(), FeatureWhitening(**options), psi=psi, process_group=process_group)
+    psi, given = options.pop("psi"), options.pop("transform", None)
+    return whiten(plain(), given or FeatureWhitening(**options), psi=psi, process_group=process_group)
 
 
 def batch(step: int, cuts: tuple[int, ...] = (0, SAMPLES), rank: int = 0) -> tuple[Tensor, Tensor]:

@@ -142,7 +142,7 @@ def exchange(
     for owner in sorted(set(owners.values())):
         for bucket in _alike(factor for factor in owners if owners[factor] == owner):
             if owner == rank:
-                flat = _flat([part for factor in bucket for part in _packed(results[factor])])
+                flat = _flat([part for factor in bucket for part in _packed(factor, results[factor])])
             else:
                 example = bucket[0].running_covariance
                 flat = example.new_empty(sum(part.numel() for factor in bucket for part in packed_shapes(factor)))
@@ -154,27 +154,30 @@ def exchange(
         wanted = [packed_shapes(factor) for factor in bucket]
         parts = iter(_cut(flat, [part for shapes in wanted for part in shapes]))
         for factor, shapes in zip(bucket, wanted, strict=True):
-            yield factor, _unpacked([next(parts) for _ in shapes])
+            yield factor, _unpacked(factor, [next(parts) for _ in shapes])
 
 
-def _packed(result: RefreshResult) -> list[Tensor]:
+def _packed(factor: WhiteningFactor, result: RefreshResult) -> list[Tensor]:
     flags = [flag.to(result.scale.dtype) for flag in (result.valid, result.restarted)]
     directions = [] if result.directions is None else [result.directions]
-    return [*flags, result.scale, triangle(result.precision), *directions]
+    precision = triangle(result.precision) if factor.is_symmetric else result.precision
+    return [*flags, result.scale, precision, *directions]
 
 
 def packed_shapes(factor: WhiteningFactor) -> list[Tensor]:
     """Make tensors, without memory, of the shapes in which a factor's result is sent."""
     matrices, size = factor.mean.shape
-    shapes: list[tuple[int, ...]] = [(matrices,)] * 3 + [(matrices, size * (size + 1) // 2)]
+    numbers = (size * (size + 1) // 2,) if factor.is_symmetric else (size, size)
+    shapes: list[tuple[int, ...]] = [(matrices,)] * 3 + [(matrices, *numbers)]
     if factor.directions is not None:
         shapes.append(tuple(factor.directions.shape))
     return [torch.empty(shape, device="meta") for shape in shapes]
 
 
-def _unpacked(parts: list[Tensor]) -> RefreshResult:
+def _unpacked(factor: WhiteningFactor, parts: list[Tensor]) -> RefreshResult:
     valid, restarted, scale, precision, *directions = parts
-    return RefreshResult(valid.bool(), restarted.bool(), scale, symmetric(precision), *directions)
+    precision = symmetric(precision) if factor.is_symmetric else precision
+    return RefreshResult(valid.bool(), restarted.bool(), scale, precision, *directions)
 
 
 # A symmetric matrix of M = m + n features, n = m or m + 1, falls into A (m, m), B (m, n), D (n, n). The upper triangle

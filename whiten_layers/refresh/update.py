@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .._torch.precision import full_precision, without_autocast
-from ..inverse import METHODS, Inverse
+from ..inverse import Inverse
 from ..processes import ProcessGroup
 from ..statistics.covariance import FeatureCovariance, SolvedStatistics
 from ..statistics.whitening_factor import Damped, RefreshResult, WhiteningFactor
@@ -85,7 +85,7 @@ def refresh_factors(factors: Sequence[WhiteningFactor], group: ProcessGroup | No
 def cost(factor: WhiteningFactor) -> int:
     """Estimate the operations of a factor's inverses, roughly."""
     matrices, size = factor.running_mean.shape
-    return METHODS[factor.method].operations * matrices * size**2 * (factor.rank if factor.is_approximate else size)
+    return factor.inversion.operations * matrices * size**2 * (factor.rank if factor.is_approximate else size)
 
 
 def invert(factors: Iterable[WhiteningFactor]) -> Iterator[tuple[WhiteningFactor, RefreshResult]]:
@@ -94,10 +94,10 @@ def invert(factors: Iterable[WhiteningFactor]) -> Iterator[tuple[WhiteningFactor
     for factor in factors:
         covariance = factor.running_covariance
         size, rank = covariance.shape[-1], factor.rank if factor.is_approximate else None
-        alike[factor.method, factor.power, size, rank, covariance.dtype, covariance.device].append(factor)
-    for (name, power, *_), chosen in alike.items():
-        method, counts = METHODS[name], [len(factor.scale) for factor in chosen]
-        matrices, diagonals, variances = zip(*map(WhiteningFactor.damped, chosen), strict=True)
+        alike[factor.inversion, factor.power, size, rank, covariance.dtype, covariance.device].append(factor)
+    for (method, power, *_), chosen in alike.items():
+        counts = [len(factor.scale) for factor in chosen]
+        matrices, diagonals, variances = zip(*[factor.damped() for factor in chosen], strict=True)
         # A single matrix may be large, and is not copied.
         together = matrices[0] if len(chosen) == 1 else torch.cat(matrices)
         del matrices

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inverse import METHODS, Inverse, resolve
+from ..inverse import METHODS, Inverse, Method, resolve
 from ..state import COUNT
 from .covariance import FeatureCovariance, snapshot_for_graph
 
@@ -70,6 +70,7 @@ class WhiteningFactor(FeatureCovariance):
     """
 
     nonnegative = (*FeatureCovariance.nonnegative, "precision", "scale")
+    is_symmetric = True  # the precision: processes send a triangle of it
     precision: Tensor
     scale: Tensor
     mean: Tensor
@@ -109,11 +110,16 @@ class WhiteningFactor(FeatureCovariance):
         self.register_buffer("precision", torch.eye(size).to(covariance).repeat(matrices, 1, 1))
         self.register_buffer("scale", covariance.new_zeros(matrices))
         self.register_buffer("mean", torch.zeros_like(self.running_mean))
-        self.is_approximate = METHODS[self.method].is_approximate
+        self.is_approximate = self.inversion.is_approximate
         directions = covariance.new_zeros(matrices, size, self.rank) if self.is_approximate else None
         self.register_buffer("directions", directions)
         for name in ("num_refreshes", "num_refreshes_failed", "num_refreshes_restarted"):
             self.register_buffer(name, torch.zeros((), device=device, dtype=COUNT))
+
+    @property
+    def inversion(self) -> Method:
+        """What a refresh computes from the damped covariance, and what it costs."""
+        return METHODS[self.method]
 
     @torch.no_grad()
     def reset_state(self) -> None:
@@ -228,11 +234,14 @@ class WhiteningFactor(FeatureCovariance):
         """Compute ``rows @ P``, P block-diagonal, times a `scale` (): ``(groups, n, features) -> the same``."""
         if scale is not None and rows.numel() < self.precision.numel():
             rows, scale = rows * scale, None
-        precision = self.current_precision(scale)
+        return self.product(rows, self.current_precision(scale))
+
+    def product(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """Multiply rows by block-diagonal matrices: ``(groups, n, features), (groups·blocks, M, M) -> as the rows``."""
         if self.blocks == 1:
-            return rows @ precision
-        size = precision.shape[-1]
-        parts, blocks = rows.split(size, -1), precision.view(self.groups, self.blocks, size, size).unbind(1)
+            return rows @ matrices
+        size = matrices.shape[-1]
+        parts, blocks = rows.split(size, -1), matrices.view(self.groups, self.blocks, size, size).unbind(1)
         pairs = zip(parts, blocks, strict=True)
         # The last block may be filled up by features of its own, which no other feature varies with.
         products = [part @ block[:, : part.shape[-1], : part.shape[-1]] for part, block in pairs]

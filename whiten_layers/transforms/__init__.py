@@ -2,8 +2,9 @@
 
 from .base import GradientTransform
 from .chain import Chain
+from .eigenbasis import EigenbasisScaling
 from .gain import OptimalInputGain
 from .psi import PSIScaling
 from .whitening import FeatureWhitening
 
-__all__ = ["Chain", "FeatureWhitening", "GradientTransform", "OptimalInputGain", "PSIScaling"]
+__all__ = ["Chain", "EigenbasisScaling", "FeatureWhitening", "GradientTransform", "OptimalInputGain", "PSIScaling"]

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ class GradientTransform(WideBuffers, ABC):
             had; 0 for never. Only a transform that sets it need take them.
         observes_output, reads_weight: whether `observe_output` is to be called, and whether `transform` is to be given
             the layer's weight. Known when `bind` has returned.
+        scales_at_step: whether `scale_at_step` is to be called.
+        is_watching: False while nothing is to be observed or transformed: a layer is then the plain one.
 
     Buffer: ``num_batches_skipped``, the batches that were left out of the statistics because they held a NaN or
     Inf, in this process. The extra state of a checkpoint is the schedule's batch, the last batch that
@@ -63,6 +65,9 @@ class GradientTransform(WideBuffers, ABC):
     statistics_interval: int = 10
     observes_output: bool = False
     reads_weight: bool = False
+    scales_at_step: bool = False
+    any_scales: ClassVar[bool] = False  # whether a transform that scales at steps has ever been made
+    is_watching: bool = True
     samples_up_to: int = 0
     newer_state: tuple[str, ...] = ()
     keeps_its_tensors = True
@@ -79,6 +84,7 @@ class GradientTransform(WideBuffers, ABC):
         # The handle is this object's own: a copy that kept it would train the original's statistics. It is no buffer,
         # which would be saved, moved to a device, and broadcast to other processes.
         self.handle = new_handle(self)
+        GradientTransform.any_scales |= self.scales_at_step
         self.schedule.join([self])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,6 +131,13 @@ class GradientTransform(WideBuffers, ABC):
     def observe_output(self, grad_output: Tensor) -> None:
         """Take the gradient of the layer's output into the statistics. Called before `observe`."""
 
+    def scale_at_step(self, grad_weight: Tensor) -> Tensor:
+        """Return what an optimizer is to step by instead of a weight's gradient, which is whole by then.
+
+        Called once a step, for what is no linear map that stays between two refreshes, and so cannot be done to parts.
+        """
+        return grad_weight
+
     @abstractmethod
     def reset_state(self) -> None:
         """Set the state to what `bind` made, forgetting every batch. Implementations call `reset_counters`."""
@@ -133,9 +146,22 @@ class GradientTransform(WideBuffers, ABC):
         """List the transform itself and those that it is made of."""
         return [module for module in self.modules() if isinstance(module, GradientTransform)]
 
+    def named_factors(self) -> list[tuple[str, WhiteningFactor]]:
+        """List the children that are refreshed by an inverse, with their names."""
+        return [(name, child) for name, child in self.named_children() if isinstance(child, WhiteningFactor)]
+
     def factors(self) -> list[WhiteningFactor]:
         """List the children that are refreshed by an inverse."""
-        return [child for child in self.children() if isinstance(child, WhiteningFactor)]
+        return [factor for _, factor in self.named_factors()]
+
+    def bytes_of(self, factor: WhiteningFactor) -> int:
+        """Count the bytes of a factor's state, and for the last factor of what the transform keeps beside them."""
+        beside = self.kept_beside() if factor is self.factors()[-1] else []
+        return sum(tensor.nbytes for tensor in [*factor.buffers(), *beside])
+
+    def kept_beside(self) -> list[Tensor]:
+        """List what is as large as the layer's weight, beside the factors."""
+        return []
 
     def bind_counters(self, device: torch.device) -> None:
         """Register the buffer that counts skipped batches. No batch has come to this layer yet."""

@@ -37,6 +37,10 @@ class Chain(GradientTransform):
             self.add_module(str(place), copy.deepcopy(transform))
         self.schedule.join(self.parts())
 
+    @property
+    def is_watching(self) -> bool:  # type: ignore[override]
+        return any(member.is_watching for member in self.members())
+
     def members(self) -> Iterator[GradientTransform]:
         """Iterate over the transforms, in order."""
         return (child for child in self.children() if isinstance(child, GradientTransform))
@@ -48,6 +52,7 @@ class Chain(GradientTransform):
         self.observes_output = any(member.observes_output for member in self.members())
         self.samples_up_to = next(self.members()).samples_up_to  # the others are given another gradient
         self.reads_weight = any(member.reads_weight for member in self.members())
+        self.scales_at_step = any(member.scales_at_step for member in self.members())
         return self
 
     def reset_state(self) -> None:
@@ -64,6 +69,11 @@ class Chain(GradientTransform):
             grad_weight, grad_bias = member.transform(grad_weight, grad_bias, read, **given)
             given = {}
         return grad_weight, grad_bias
+
+    def scale_at_step(self, grad_weight: Tensor) -> Tensor:
+        for member in self.members():
+            grad_weight = member.scale_at_step(grad_weight)
+        return grad_weight
 
     def observe_output(self, grad_output: Tensor) -> None:
         self.schedule.begin_batch(self, announced=True)

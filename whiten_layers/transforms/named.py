@@ -12,8 +12,11 @@ from torch import Tensor
 from ..inverse import METHODS
 from ..options import check
 from .base import GradientTransform
+from .eigenbasis import EigenbasisScaling
 from .gain import OptimalInputGain
 from .whitening import FeatureWhitening
+
+KINDS: dict[str, type[GradientTransform]] = {"optimal_gain": OptimalInputGain, "eigenbasis": EigenbasisScaling}
 
 
 def make_transform(
@@ -21,7 +24,7 @@ def make_transform(
 ) -> GradientTransform:
     """Make a new transform: a copy of the given one, the one of the given name, or the default, with options.
 
-    A name is "optimal_gain", or an inverse method of `FeatureWhitening`.
+    A name is one of `KINDS`, or an inverse method of `FeatureWhitening`.
 
     Args:
         transform: a transform, a name, or None.
@@ -34,10 +37,10 @@ def make_transform(
             beside a transform that is made already.
     """
     if transform is None or isinstance(transform, str):
-        names = ("optimal_gain", "auto", *METHODS)
+        names = (*KINDS, "auto", *METHODS)
         is_known = transform is None or transform in names
         check("transform", transform, is_known, f"one of {', '.join(names)}, or a GradientTransform")
-        kind: type[GradientTransform] = OptimalInputGain if transform == "optimal_gain" else FeatureWhitening
+        kind: type[GradientTransform] = KINDS.get(transform or "", FeatureWhitening)
     elif isinstance(transform, GradientTransform):
         kind = type(transform)
     else:

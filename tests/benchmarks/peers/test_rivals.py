@@ -11,7 +11,7 @@ if not hasattr(torch.optim, "Muon"):
     pytest.skip("this torch has no Muon", allow_module_level=True)
 
 from benchmarks.peers import deconvolution
-from benchmarks.peers.curvature import DECAY, FOOF, INTERVAL, KFAC, MAC, Eigenbases, Watched
+from benchmarks.peers.curvature import DECAY, FOOF, INTERVAL, KFAC, MAC, Watched
 from benchmarks.peers.deconvolution import Deconvolution, deconvolve
 from benchmarks.peers.methods import METHODS, FlatMuon, matrices
 
@@ -108,27 +108,6 @@ def test_mac_inverts_the_moment_of_the_mean(linear):
     mean = x.mean(0)
     inverse = torch.linalg.inv(torch.outer(mean, mean) + 0.7 * torch.eye(6, dtype=torch.float64))
     torch.testing.assert_close(mapped, 0.7 * plain @ inverse)
-
-
-def test_eigenbases_divide_by_the_deviation_there(linear):
-    """Variances of the entries in the eigenbases, taken along, entry by entry, when the bases are renewed."""
-    precondition, squares = Eigenbases(linear, damping=0.0), None
-    inputs = outputs = right = left = torch.empty(0)
-    for batch in range(INTERVAL + 2):
-        x, upstream, plain, mapped = step(linear, precondition)
-        if batch % INTERVAL == 0:
-            seen = (x.T @ x / 32, upstream.T @ upstream / 32)
-            inputs, outputs = seen if batch == 0 else ((inputs + seen[0]) / 2, (outputs + seen[1]) / 2)
-            old = None if batch == 0 else (right, left)
-            right, left = torch.linalg.eigh(inputs)[1], torch.linalg.eigh(outputs)[1]
-            if old is not None:
-                covariance = torch.kron(old[1], old[0]) @ squares.flatten().diag() @ torch.kron(old[1], old[0]).T
-                basis = torch.kron(left, right)
-                squares = (basis.T @ covariance @ basis).diagonal().view(4, 6)
-        rotated = left.T @ plain @ right
-        weight = min(1 - 1 / (batch + 1), DECAY)
-        squares = rotated**2 if squares is None else weight * squares + (1 - weight) * rotated**2
-        torch.testing.assert_close(mapped, left @ (rotated / squares.sqrt()) @ right.T)
 
 
 @pytest.mark.parametrize("dims", [1, 2])
