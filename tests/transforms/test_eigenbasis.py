@@ -290,6 +290,23 @@ def test_a_layer_that_keeps_its_plain_gradients_warns(kind):
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=str)
+def test_strides_and_types_of_a_gradient_stay(options):
+    model = whiten(plain(), EigenbasisScaling()).bfloat16().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, **options)
+    seen = []
+    torch.optim.Optimizer.register_step_pre_hook(optimizer, lambda *_: seen.append(model[0].weight.grad))
+    for step in range(3):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x.bfloat16().to(memory_format=torch.channels_last)).float(), y).backward()
+        optimizer.step()
+        plain_gradient = model[0].weight.grad
+        assert seen[-1] is not plain_gradient and seen[-1].stride() == plain_gradient.stride()
+        assert seen[-1].dtype == torch.bfloat16 and seen[-1].isfinite().all()
+    assert model[0].weight.stride() == (27, 1, 9, 3) and model[0].transform.variance.dtype == torch.float32
+
+
 def test_a_weight_that_two_layers_share_is_scaled_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).double()
     model[2].weight = model[0].weight

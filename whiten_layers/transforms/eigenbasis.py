@@ -170,7 +170,8 @@ class EigenbasisScaling(CovarianceTransform):
             scaled = self._rotated_back(rotated * (variance + least).rsqrt()).view(matrix.shape)
         if valid is not True:
             scaled = torch.where(valid, scaled, matrix)
-        return self.geometry.weight(scaled, grad_weight).to(grad_weight.dtype)
+        # In the gradient's own strides, such as channels_last: fused optimizers take no others.
+        return torch.empty_like(grad_weight).copy_(self.geometry.weight(scaled, grad_weight))
 
     def _rotated(self, matrix: Tensor) -> Tensor:
         """Rotate a gradient ``(groups, S, C, taps)`` into the bases of both sides, as ``(groups, S, C·taps)``."""
