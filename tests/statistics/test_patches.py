@@ -99,6 +99,20 @@ def test_sampling_thins_space_before_the_batch():
     assert channel_rows(x, 1, 2, max_rows=64).unique().numel() == 32
 
 
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "a part of a larger tensor", "one image for all"])
+def test_picked_patches_are_the_unfolded_ones_in_any_layout(case, layout):
+    layer, x = case.make_plain(), case.make_input()
+    geometry = case.whitened.geometry(layer)
+    if layout == "channels last":
+        x = x.movedim(-geometry.spatial_dims - 1, -1).contiguous().movedim(-1, -geometry.spatial_dims - 1)
+    elif layout == "a part of a larger tensor":
+        x = torch.stack([x, -x], -1).repeat_interleave(2, 0)[1::2, ..., 1]
+    elif x.dim() > geometry.spatial_dims + 1 and layout == "one image for all":
+        x = x[:1].expand(x.shape)
+    torch.testing.assert_close(patch_rows(x, geometry, 10**9), patch_rows(x, geometry), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("max_rows", [1, 9, 60])
 def test_sampled_patches_are_patches(max_rows):
     for case in CONVOLUTIONS:
@@ -117,6 +131,8 @@ def test_patches_and_tap_autocovariances_of_random_configurations(example):
     layer, x = example
     geometry = TWINS[type(layer)].geometry(layer)
     rows = patch_rows(reference.wrapped(layer, x), geometry)
+    picked = patch_rows(reference.wrapped(layer, x), geometry, 10**9)
+    torch.testing.assert_close(picked, rows, rtol=0, atol=0)
     product = rows @ reference.matrix(layer, layer.weight).mT
     if layer.bias is not None:
         product = product + layer.bias.view(layer.groups, 1, -1)

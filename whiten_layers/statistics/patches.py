@@ -166,20 +166,53 @@ def patch_rows(input: Tensor, geometry: Geometry, max_rows: int | None = None, p
     Exact for every stride, padding, dilation and number of groups: ``rows @ weight.flatten(1).T``
     is the convolution's output at those positions.
     """
-    input = _spread(_batched(input, geometry.spatial_dims), geometry.upsampling)
+    input = _batched(input, geometry.spatial_dims)
+    if max_rows is not None:
+        return _picked_patches(input, geometry, max_rows, phase)
+    window = _spread(input, geometry.upsampling)
     if any(geometry.padding):
-        input = F.pad(input, geometry.padding)
-    window = input
+        window = F.pad(window, geometry.padding)
     for axis in range(geometry.spatial_dims):
         span = geometry.dilation[axis] * (geometry.kernel_size[axis] - 1) + 1
         window = window.unfold(axis + 2, span, geometry.stride[axis])[..., :: geometry.dilation[axis]]
-    outputs = window.shape[2 : 2 + geometry.spatial_dims]
-    images, space = _even_steps(window.shape[0], outputs, max_rows, phase)
-    window = window[(images, slice(None), *space)]
     if geometry.upsampling:
         window = window.flip([*range(2 + geometry.spatial_dims, window.dim())])  # the kernel is flipped
-    window = window.flatten(2 + geometry.spatial_dims)  # copies only the sampled patches
+    window = window.flatten(2 + geometry.spatial_dims)
     return rearrange(window, "n (g c) ... taps -> g (n ...) (c taps)", g=geometry.groups)
+
+
+def _picked_patches(input: Tensor, geometry: Geometry, max_rows: int, phase: int) -> Tensor:
+    """Pick the numbers of few patches one by one: padding the whole input would take longer than all the rest."""
+    dims, strides, sizes = geometry.spatial_dims, input.stride(), input.shape
+    outputs = output_sizes(geometry, sizes[2:])
+    images, space = _even_steps(sizes[0], outputs, max_rows, phase)
+
+    def count(number: int) -> Tensor:
+        return torch.arange(number, device=input.device)
+
+    # In memory, of each position's taps from the first number of an image's channel: (positions…, taps…)
+    offsets, outside = count(1).view([1] * 2 * dims), count(0).any()
+    for axis in range(dims):
+        before = geometry.padding[2 * (dims - 1 - axis)] if geometry.padding else 0
+        step = geometry.upsampling[axis] if geometry.upsampling else 1
+        taps = count(geometry.kernel_size[axis])
+        taps = taps.flip(0) if geometry.upsampling else taps  # the kernel is flipped
+        starts = count(outputs[axis])[space[axis]] * geometry.stride[axis] - before
+        places = starts.unsqueeze(1) + taps * geometry.dilation[axis]
+        inside = places.div(step, rounding_mode="floor").clamp(0, sizes[axis + 2] - 1)
+        shape = [1] * 2 * dims
+        shape[axis], shape[dims + axis] = places.shape
+        offsets = offsets + (inside * strides[axis + 2]).view(shape)
+        outside = outside | (inside * step != places).view(shape)  # padding, or between the input's positions
+    offsets = offsets.reshape(1, 1, -1, 1, geometry.taps)
+    channels = (count(sizes[1]) * strides[1]).view(geometry.groups, 1, 1, -1, 1)
+    index = (count(sizes[0])[images] * strides[0]).view(1, -1, 1, 1, 1) + (offsets + channels)
+    last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    memory = input.as_strided((last + 1,), (1,), input.storage_offset())
+    rows = memory.index_select(0, index.flatten()).view(index.shape)
+    if any(geometry.padding) or geometry.upsampling:
+        rows.masked_fill_(outside.reshape(offsets.shape), 0)
+    return rows.flatten(3).flatten(1, 2)
 
 
 @cache

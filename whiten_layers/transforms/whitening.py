@@ -115,17 +115,6 @@ class FeatureWhitening(CovarianceTransform):
         block_size: int | Literal["auto"] | None = "auto",
         rank: int = 16,
     ) -> None:
-        super().__init__(
-            observes_input=power > 0,
-            observes_output=output_power > 0,
-            features=features,
-            decay=decay,
-            center=center,
-            update_interval=update_interval,
-            statistics_interval=statistics_interval,
-            max_rows=max_rows,
-            block_size=block_size,
-        )
         check("method", method, method == "auto" or method in METHODS, f"one of {', '.join(['auto', *METHODS])}")
         check("damping", damping, is_real(damping) and 0 <= damping < math.inf, "a number of at least 0")
         for name, value in [("power", power), ("output_power", output_power)]:
@@ -139,6 +128,17 @@ class FeatureWhitening(CovarianceTransform):
             check(name, value, isinstance(value, bool), "True or False")
         check("bound", bound, bound is None or (is_real(bound) and bound >= 1), "a number of at least 1, or None")
         check("rank", rank, is_count(rank), "an integer of at least 1")
+        super().__init__(
+            observes_input=power > 0,
+            observes_output=output_power > 0,
+            features=features,
+            decay=decay,
+            center=center,
+            update_interval=update_interval,
+            statistics_interval=statistics_interval,
+            max_rows=max_rows,
+            block_size=block_size,
+        )
         self.method, self.power, self.output_power, self.damping = method, power, output_power, damping
         self.rescale, self.shrink, self.bound, self.rank = rescale, shrink, bound, rank
 
