@@ -57,7 +57,7 @@ def test_options_of_the_transform():
         ((nn.Linear,), {}, TypeError, "is not possible: give a GradientTransform, a name, or None"),
         ((FeatureWhitening,), {}, TypeError, r"is not possible: give FeatureWhitening\(\)$"),
         (("cholesky",), {}, ValueError, "power=0.5 is not possible: give power=1, as 'cholesky' needs it"),
-        (("kfac",), {}, ValueError, "transform='kfac' is not possible: give one of optimal_gain, auto"),
+        (("kfac",), {}, ValueError, "transform='kfac' is not possible: give one of optimal_gain, eigenbasis, auto"),
         ((), {"power": 2}, ValueError, "power=2 is not possible"),
         (
             (),
