@@ -300,5 +300,7 @@ def test_what_a_layer_cannot_take_as_a_transform():
         WhitenedLinear(4, 3, transform=3)
     with pytest.raises(ValueError, match=r"dtype=torch.complex64 is not possible"):
         WhitenedLinear(4, 3, dtype=torch.complex64)
-    with pytest.raises(ValueError, match=r"transform='qr' is not possible: give one of optimal_gain, eigenbasis, auto, chol"):
+    with pytest.raises(
+        ValueError, match=r"transform='qr' is not possible: give one of optimal_gain, eigenbasis, auto, chol"
+    ):
         WhitenedLinear(4, 3, transform="qr")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ._torch.modules import own_parameter
+from ._torch.precision import full_precision
 from .autograd import whitened_layers
 from .processes import on_whole
 from .transforms import GradientTransform
@@ -79,13 +80,14 @@ def _scale(optimizer: torch.optim.Optimizer, weights: Iterable[tuple[nn.Paramete
     _restore(optimizer)
     kept = _scaled[optimizer] = []
     factor = getattr(optimizer, "grad_scale", None)  # of the loss, where the optimizer divides by it while it steps
-    for weight, transform in weights:
-        if weight.grad is None:
-            continue
-        plain = weight.grad
-        scaled = on_whole(transform.scale_at_step, plain if factor is None else plain / factor)
-        weight.grad = scaled if factor is None else scaled * factor
-        kept.append(_Scaled(weight, plain, weight.grad))
+    with full_precision():
+        for weight, transform in weights:
+            if weight.grad is None:
+                continue
+            plain = weight.grad
+            scaled = on_whole(transform.scale_at_step, plain if factor is None else plain / factor)
+            weight.grad = scaled if factor is None else scaled * factor
+            kept.append(_Scaled(weight, plain, weight.grad))
 
 
 @torch.compiler.disable

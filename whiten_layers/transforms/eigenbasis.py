@@ -21,7 +21,6 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from .._torch.precision import full_precision
 from ..options import check, is_count, is_real
 from ..refresh.schedule import is_due
 from ..state import COUNT
@@ -152,26 +151,27 @@ class EigenbasisScaling(CovarianceTransform):
 
     @torch.no_grad()
     def scale_at_step(self, grad_weight: Tensor) -> Tensor:
-        steps = self._steps + 1
-        matrix = self.geometry.matrix(grad_weight).to(self.variance.dtype)
-        with full_precision():
-            rotated = self._rotated(matrix)
-            total = rotated.sum()
-            valid: Tensor | bool = math.isfinite(total) if total.is_cpu else torch.isfinite(total)
-            if valid is False:
-                return grad_weight
-            self.num_steps.fill_(steps)
-            self._count_from(steps)
-            squares, share = rotated.square(), max(1 / steps, 1 - self.variance_decay)
-            if valid is not True:
-                squares = torch.where(valid, squares, self.variance)
-            variance = self.variance.lerp_(squares, share)
-            least = (self.damping * variance.mean()).clamp(min=torch.finfo(variance.dtype).tiny)
-            scaled = self._rotated_back(rotated * (variance + least).rsqrt()).view(matrix.shape)
-        if valid is not True:
+        steps, variance = self._steps + 1, self.variance
+        matrix = self.geometry.matrix(grad_weight).to(variance.dtype)
+        rotated = self._rotated(matrix)
+        squares = rotated.square()
+        level = squares.mean()
+        if level.is_cpu and not math.isfinite(level):  # there a number can be read without waiting
+            return grad_weight
+        self.num_steps.fill_(steps)
+        self._count_from(steps)
+        valid = None if level.is_cpu else torch.isfinite(level)
+        if valid is not None:
+            squares = torch.where(valid, squares, variance)
+        variance.lerp_(squares, max(1 / steps, 1 - self.variance_decay))
+        least = (self.damping * variance.mean()).clamp_(min=torch.finfo(variance.dtype).tiny)
+        scaled = self._rotated_back(rotated.mul_(torch.add(variance, least, out=squares).rsqrt_())).view(matrix.shape)
+        if valid is not None:
             scaled = torch.where(valid, scaled, matrix)
-        # In the gradient's own strides, such as channels_last: fused optimizers take no others.
-        return torch.empty_like(grad_weight).copy_(self.geometry.weight(scaled, grad_weight))
+        scaled = self.geometry.weight(scaled, grad_weight)
+        if scaled.dtype == grad_weight.dtype and scaled.stride() == grad_weight.stride():
+            return scaled
+        return torch.empty_like(grad_weight).copy_(scaled)  # channels_last, for instance: fused optimizers insist
 
     def _rotated(self, matrix: Tensor) -> Tensor:
         """Rotate a gradient ``(groups, S, C, taps)`` into the bases of both sides, as ``(groups, S, C·taps)``."""
