@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ._torch.modules import own_parameter
-from ._torch.precision import full_precision
+from ._torch.precision import full_precision, without_autocast
 from .autograd import whitened_layers
 from .processes import on_whole
 from .transforms import GradientTransform
@@ -28,7 +28,7 @@ class _Scaled(NamedTuple):
     scaled: Tensor
 
 
-_scaled: WeakKeyDictionary[torch.optim.Optimizer, list[_Scaled]] = WeakKeyDictionary()
+_scaled: WeakKeyDictionary[torch.optim.Optimizer, dict[int, _Scaled]] = WeakKeyDictionary()  # by the weight's id
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
@@ -78,21 +78,24 @@ def _prepare(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
 def _scale(optimizer: torch.optim.Optimizer, weights: Iterable[tuple[nn.Parameter, Any]]) -> None:
     """Put scaled gradients in the place of the plain ones, which are kept."""
     _restore(optimizer)
-    kept = _scaled[optimizer] = []
+    kept = _scaled[optimizer] = {}
     factor = getattr(optimizer, "grad_scale", None)  # of the loss, where the optimizer divides by it while it steps
     with full_precision():
         for weight, transform in weights:
-            if weight.grad is None:
-                continue
             plain = weight.grad
-            scaled = on_whole(transform.scale_at_step, plain if factor is None else plain / factor)
+            # An optimizer around this one, which steps too, has done it.
+            done = any(plain is known[id(weight)].scaled for known in _scaled.values() if id(weight) in known)
+            if plain is None or done:
+                continue
+            with without_autocast(plain.device):
+                scaled = on_whole(transform.scale_at_step, plain if factor is None else plain / factor)
             weight.grad = scaled if factor is None else scaled * factor
-            kept.append(_Scaled(weight, plain, weight.grad))
+            kept[id(weight)] = _Scaled(weight, plain, weight.grad)
 
 
 @torch.compiler.disable
 def _restore(optimizer: torch.optim.Optimizer) -> None:
-    for weight, plain, scaled in _scaled.pop(optimizer, []):
+    for weight, plain, scaled in _scaled.pop(optimizer, {}).values():
         if weight.grad is scaled:
             weight.grad = plain
 

@@ -307,6 +307,56 @@ def test_strides_and_types_of_a_gradient_stay(options):
     assert model[0].weight.stride() == (27, 1, 9, 3) and model[0].transform.variance.dtype == torch.float32
 
 
+class Around(torch.optim.Optimizer):
+    """Steps by another optimizer, as Lookahead and ZeroRedundancyOptimizer do."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("has_closure", [False, True])
+def test_an_optimizer_around_another_scales_once(has_closure):
+    models = [whiten(plain(), EigenbasisScaling()) for _ in range(2)]
+    inner = [torch.optim.AdamW(model.parameters(), 0.01) for model in models]
+    outer = [inner[0], Around(inner[1])]
+    for step in range(5):
+        x, y = batch(step)
+        for model, optimizer in zip(models, outer, strict=True):
+
+            def closure(model=model, x=x, y=y):
+                model.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            if has_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+    assert models[1][4].transform.num_steps == 5
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0)
+
+
+def test_a_step_inside_autocast_is_as_precise():
+    models = [whiten(plain().float(), EigenbasisScaling()) for _ in range(2)]
+    for model in models:
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        for step in range(5):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.float()), y).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=model is models[0]):
+                optimizer.step()
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+
+
 def test_a_weight_that_two_layers_share_is_scaled_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).double()
     model[2].weight = model[0].weight

@@ -57,8 +57,8 @@ class EigenbasisScaling(CovarianceTransform):
     State, after `bind`: `Eigenbasis` called ``inputs``, or two called ``channels`` and ``taps``, and one called
     ``outputs``; buffers ``variance`` (groups, S, C·taps), V in the rotated coordinates, and ``num_steps`` ().
 
-    A layer whose weight is no parameter of its own when the optimizer steps (parametrized, or sharded by FSDP), or that
-    no `torch.optim` optimizer trains, keeps its plain gradient, and warns after 100 batches.
+    A layer whose weight is no parameter of its own when the optimizer steps (parametrized, or flattened by FSDP1), or
+    that no `torch.optim` optimizer trains, keeps its plain gradient, and warns after 100 batches.
     """
 
     scales_at_step = True
@@ -145,7 +145,7 @@ class EigenbasisScaling(CovarianceTransform):
         if self.num_batches_tracked == PATIENCE and self._steps == 0:
             warnings.warn(
                 f"{self.name or 'a whitened layer'} keeps its plain gradients: no torch.optim optimizer steps its "
-                "weight, or the weight is sharded or parametrized",
+                "weight, or the weight is flattened or parametrized",
                 stacklevel=2,
             )
 
