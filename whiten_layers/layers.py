@@ -157,7 +157,7 @@ class _Whitened(StatefulModule):
             return operation(input, weight, bias, *options)
         self._follow_changes(weight, bias)
         transform = self.transform
-        if not transform.is_watching and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not transform.is_watching:  # a guard on it would compile anew
             return operation(input, weight, bias, *options)
         input = _cast(input)
         # Without a bias, or with a frozen one, nothing can absorb a shift of the inputs.

@@ -1,4 +1,4 @@
-"""What happens when an optimizer steps: gradients that a transform scales as a whole, and a warning of LBFGS.
+"""Hooks of an optimizer's step, which scale gradients as a whole for a transform that asks for it, and warn of LBFGS.
 
 LBFGS estimates the curvature of the loss from how its gradient changes along a step. A transformed gradient is no
 function's gradient, and from one refresh to the next it changes while the loss does not.

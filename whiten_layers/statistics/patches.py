@@ -191,7 +191,7 @@ def _picked_patches(input: Tensor, geometry: Geometry, max_rows: int, phase: int
         return torch.arange(number, device=input.device)
 
     # In memory, of each position's taps from the first number of an image's channel: (positions…, taps…)
-    offsets, outside = count(1).view([1] * 2 * dims), count(0).any()
+    offsets, outside = count(1).view([1] * 2 * dims), torch.zeros((), dtype=torch.bool, device=input.device)
     for axis in range(dims):
         before = geometry.padding[2 * (dims - 1 - axis)] if geometry.padding else 0
         step = geometry.upsampling[axis] if geometry.upsampling else 1

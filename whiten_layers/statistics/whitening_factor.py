@@ -118,7 +118,7 @@ class WhiteningFactor(FeatureCovariance):
 
     @property
     def inversion(self) -> Method:
-        """What a refresh computes from the damped covariance, and what it costs."""
+        """Return the method by which a refresh computes the precision from the damped covariance."""
         return METHODS[self.method]
 
     @torch.no_grad()
