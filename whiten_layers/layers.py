@@ -98,6 +98,7 @@ class _Whitened(StatefulModule):
         bound_to: what `follows_from` gave when the transform was bound to it.
     """
 
+    hidden_children = ("transform",)
     transform: GradientTransform
     bound_to: tuple[Any, ...]
 
@@ -438,3 +439,8 @@ TWINS: dict[type[nn.Module], Any] = {
     nn.ConvTranspose3d: WhitenedConvTranspose3d,
 }
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {whitened: plain for plain, whitened in TWINS.items()}
+
+
+def whitened_layers(model: nn.Module) -> dict[str, Any]:
+    """Return a model's whitened layers by name, parametrized ones among them; a shared one once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .conversion.messages import reasons_left
+from .layers import whitened_layers
 from .options import check_model
 from .statistics.eigenbasis import Eigenbasis
 from .statistics.whitening_factor import WhiteningFactor
@@ -119,10 +120,8 @@ def _conditions(factor: WhiteningFactor) -> tuple[float, float | None]:
 
 def _transforms(model: nn.Module) -> Iterator[tuple[str, GradientTransform]]:
     """Yield every transform and its parts, each with the name of its layer."""
-    for name, module in model.named_modules():
-        transform = dict(module.named_children()).get("transform")
-        if isinstance(transform, GradientTransform):
-            yield from ((name or "the model", part) for part in transform.parts())
+    for name, layer in whitened_layers(model).items():
+        yield from ((name or "the model", part) for part in layer.transform.parts())
 
 
 @torch.no_grad()

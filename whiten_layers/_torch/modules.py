@@ -1,7 +1,7 @@
 """Access to the inside of `nn.Module`: notice of tensors that move or are loaded, and the parts of a module."""
 
-from collections.abc import Collection
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterator
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ class StatefulModule(nn.Module):
     Subclasses implement those of the hooks below that they need; here they do nothing. PyTorch's own way is to
     extend the private methods `_apply`, `_load_from_state_dict` and `_replicate_for_data_parallel`.
     """
+
+    hidden_children: ClassVar[tuple[str, ...]] = ()
+    """Names of child modules that `children` leaves out: tools that count operations, draw summaries or initialise take
+    a module without children for a layer, and look into one that has some. `named_children` has them all."""
 
     keeps_its_tensors: ClassVar[bool] = False
     """Tells whether a load copies into the module's own tensors even with ``assign=True``. An assigned tensor would
@@ -81,9 +85,23 @@ class StatefulModule(nn.Module):
         self.before_replicating()
         return super()._replicate_for_data_parallel()
 
+    def children(self) -> Iterator[nn.Module]:
+        return (child for name, child in self.named_children() if name not in self.hidden_children)
+
+    def _hidden(self) -> Iterator[nn.Module]:
+        return (child for name, child in self.named_children() if name in self.hidden_children)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for child in self._hidden():
+            child.train(mode)
+        return self
+
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         before = self.before_moving()
         super()._apply(fn, recurse)
+        for child in self._hidden() if recurse else ():
+            child._apply(fn)
         self.after_moving(before)
         return self
 

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .._torch.modules import own_parameter
-from ..layers import PLAIN, TWINS
+from ..layers import PLAIN, TWINS, whitened_layers
 from ..refresh.update import cost
 from ..transforms import GradientTransform
 
@@ -24,8 +24,8 @@ def tell_share(model: nn.Module, is_all: bool) -> None:
     Less than half is a warning, if all of the model was asked for.
     """
     numbers = {id(parameter): parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)}
-    whitened = [module for module in model.modules() if isinstance(module, tuple(PLAIN))]
-    parts = {id(parameter) for layer in whitened for parameter in layer.parameters()}
+    whitened = whitened_layers(model)
+    parts = {id(parameter) for layer in whitened.values() for parameter in layer.parameters()}
     share = sum(number for key, number in numbers.items() if key in parts) / (sum(numbers.values()) or 1)
     left = reasons_left(model)
     level = logging.WARNING if share < 0.5 and is_all and numbers else logging.INFO
@@ -38,10 +38,7 @@ def tell_share(model: nn.Module, is_all: bool) -> None:
 def warn_of_costly(model: nn.Module) -> None:
     """Warn of layers whose refresh takes long."""
     costly = {}
-    layers: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))
-    }
-    for name, layer in layers.items():
+    for name, layer in whitened_layers(model).items():
         factors = [factor for part in layer.transform.parts() for factor in part.factors()]
         operations = sum(map(cost, factors))
         if operations > COSTLY:

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..layers import PLAIN, TWINS, attach
+from ..layers import PLAIN, TWINS, attach, whitened_layers
 from ..options import check_model
 from ..processes import ProcessGroup
 from ..refresh.schedule import Schedule
@@ -112,9 +112,8 @@ def convert(
         attach(module, given)
         module.__class__ = TWINS[type(module)]
         has_converted = True
-    twins: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}
     transforms: dict[GradientTransform, str] = {
-        part: name for name, layer in twins.items() for part in layer.transform.parts()
+        part: name for name, layer in whitened_layers(model).items() for part in layer.transform.parts()
     }
     for part, name in transforms.items():
         part.name = name
@@ -131,8 +130,7 @@ def unwhiten(model: M) -> M:
         TypeError: `model` is no module.
     """
     check_model(model)
-    made: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}
-    for name, module in made.items():
+    for name, module in whitened_layers(model).items():
         if type(module) not in PLAIN:
             cure = "unwhiten the layer before"
             if is_parametrized(module):
