@@ -1,5 +1,6 @@
 """Drop-in whitening layers for PyTorch: swap them in, change nothing else, converge in fewer steps."""
 
+from .attention import WhitenedMultiheadAttention
 from .checkpoints import load_window_state_dict, plain_state_dict, window_state_dict
 from .conversion.convert_batchnorm import convert_batchnorm
 from .conversion.fold import fold
@@ -58,6 +59,7 @@ __all__ = [
     "WhitenedConvTranspose2d",
     "WhitenedConvTranspose3d",
     "WhitenedLinear",
+    "WhitenedMultiheadAttention",
     "convert_batchnorm",
     "estimate",
     "fold",

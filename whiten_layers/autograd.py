@@ -48,7 +48,7 @@ def note_layer(layer: nn.Module, transform: GradientTransform) -> None:
     _layers[transform] = ref(layer)
 
 
-def whitened_layers() -> list[nn.Module]:
+def whitened_layers() -> list[Any]:
     """List the layers that have a transform, of all models."""
     pairs = ((transform, layer()) for transform, layer in list(_layers.items()))
     return [layer for own, layer in pairs if layer is not None and getattr(layer, "transform", None) is own]
@@ -59,11 +59,14 @@ def _trains_layer(transform: GradientTransform) -> bool:
 
     It cannot where the layer's weight comes from elsewhere, as one that a network has made does.
     """
-    layer = _layers.get(transform, lambda: None)()
+    layer: Any = _layers.get(transform, lambda: None)()
     if layer is None or getattr(layer, "transform", None) is not transform or function_transforms.are_active():
         return True
-    is_own = holds_parameter(layer, "weight") or is_parametrized(layer, "weight")
-    return not is_own or wants_gradient(parameter for parameter in layer.parameters() if parameter.requires_grad)
+    name = layer.parameter_names[0]
+    is_own = holds_parameter(layer, name) or is_parametrized(layer, name)
+    return not is_own or wants_gradient(
+        parameter for parameter in layer.trained_parameters() if parameter.requires_grad
+    )
 
 
 def _transform_of(handle: Tensor) -> GradientTransform:

@@ -136,6 +136,6 @@ def estimate(model: nn.Module, transform: GradientTransform | str | None = None,
             measured[key] = _seconds(part, small, device)
         seconds = matrices * measured[key] * (size / small) ** (2 if part.is_approximate else 3)
         memory = owner.bytes_of(part)
-        layer, _, factor = name.rpartition(".transform.")
-        costs.append(Cost(layer or "the model", factor, matrices, size, part.method, memory, seconds))
+        layer, _, factor = f".{name}".rpartition(".transform.")
+        costs.append(Cost(layer[1:] or "the model", factor, matrices, size, part.method, memory, seconds))
     return Estimate(costs)

@@ -6,8 +6,8 @@ operations, saves nothing and observes nothing.
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from .transforms.named import make_transform
 
 logger = logging.getLogger("whiten_layers")
 
+TWINS: dict[type[nn.Module], Any] = {}  # by the plain layer's class
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {}  # by the twin's class
+
 NO_EXPORT = (
     "torch.export in training mode takes the plain layer in place of a whitened one: what it exports trains with plain "
     "gradients. Export model.eval(), or whiten what was exported from the plain model"
@@ -38,18 +41,34 @@ def attach(layer: Any, transform: GradientTransform | str | None) -> None:
 
     The transform's state is on the weight's device and in its precision.
     """
-    if layer.weight.is_complex():
-        raise ValueError(f"dtype={layer.weight.dtype} is not possible: give a real floating-point type")
-    if layer.weight.numel() == 0:
-        raise ValueError(f"a weight of shape {tuple(layer.weight.shape)} is not possible: give at least one feature")
-    twin = TWINS.get(type(layer), type(layer))
+    twin = twin_of(layer)
+    weight, bias = (getattr(layer, name) for name in twin.parameter_names)
+    if weight.is_complex():
+        raise ValueError(f"dtype={weight.dtype} is not possible: give a real floating-point type")
+    if weight.numel() == 0:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} is not possible: give at least one feature")
     geometry = twin.geometry(layer)
-    bound = make_transform(transform).bind(geometry, device=layer.weight.device, dtype=layer.weight.dtype)
+    bound = make_transform(transform).bind(geometry, device=weight.device, dtype=weight.dtype)
     for part in bound.parts():
         part.reset_counters()  # one that was taken from another layer has counted there
     layer.transform = bound.train(layer.training)
-    layer.bound_to = twin.follows_from(layer, layer.weight, layer.bias)
+    layer.bound_to = twin.follows_from(layer, weight, bias)
     note_layer(layer, bound)
+
+
+def register(plain: type[nn.Module], twin: "type[Whitened]") -> None:
+    """Make a class the one that `whiten` turns a plain layer of exactly this class into."""
+    TWINS[plain], PLAIN[twin] = twin, plain
+
+
+def twin_of(layer: nn.Module) -> "type[Whitened]":
+    """Return the class that a plain layer is turned into, or that a twin has."""
+    return TWINS.get(type(layer)) or type(layer)  # type: ignore[return-value]
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Tell why a layer that there is a twin of has nothing that can be whitened."""
+    return twin_of(layer).why_not(layer)
 
 
 def for_each_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
@@ -86,7 +105,7 @@ def _cast(input: Tensor) -> Tensor:
     return input.to(dtype)
 
 
-class _Whitened(StatefulModule):
+class Whitened(StatefulModule):
     """Base of all whitened layers: parameters whose gradients pass through a transform.
 
     A script may give the weight another shape, or change how a convolution reads its input: a vocabulary that grows, a
@@ -96,9 +115,14 @@ class _Whitened(StatefulModule):
 
     Attributes:
         bound_to: what `follows_from` gave when the transform was bound to it.
+        parameter_names: of the weight and the bias whose gradients are transformed.
+        is_inner: whether nothing calls the plain layer, whose parameters another reads. So only a twin of that one
+            makes it worth a twin.
     """
 
     hidden_children = ("transform",)
+    parameter_names: ClassVar[tuple[str, str]] = ("weight", "bias")
+    is_inner: ClassVar[bool] = False
     transform: GradientTransform
     bound_to: tuple[Any, ...]
 
@@ -136,19 +160,32 @@ class _Whitened(StatefulModule):
         super().__setstate__(state)
         note_layer(self, self.transform)
         if "bound_to" not in state:  # pickled by an earlier version
-            layer: Any = self
-            self.bound_to = self.follows_from(self, layer.weight, layer.bias)
+            self.bound_to = self.follows_from(self, *(getattr(self, name) for name in self.parameter_names))
 
-    def _is_plain(self) -> bool:
+    @classmethod
+    def why_not(cls, layer: Any) -> str | None:
+        """Tell why a plain layer, of the class that this one is the twin of, has nothing that can be whitened."""
+        return None if getattr(layer, cls.parameter_names[0]).numel() else "without any feature"
+
+    @staticmethod
+    def inner_layers(layer: Any) -> list[nn.Module]:
+        """List the layers within one, plain or twin, that only the twin calls: see `is_inner`."""
+        return []
+
+    def trained_parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the parameters whose gradients come through the transform, also of a parametrized weight."""
+        return self.parameters()
+
+    def is_plain(self) -> bool:
+        """Tell whether the layer is to be the plain one in this pass."""
         return not (self.training and torch.is_grad_enabled())
 
-    def _transformed(self, operation: Callable[..., Tensor], input: Tensor, *options: Any) -> Tensor:
+    def transformed(self, operation: Callable[..., Tensor], input: Tensor, *options: Any) -> Tensor:
         """Run the layer's operation on parameters whose gradients pass through the transform.
 
         Each parameter is read once, as in the plain layer, since a parametrization recomputes it at every read.
         """
-        weight: Any = self.weight
-        bias: Any = self.bias
+        weight, bias = (getattr(self, name) for name in self.parameter_names)
         if torch.compiler.is_compiling():
             if is_exporting():
                 warnings.warn(NO_EXPORT, stacklevel=2)
@@ -173,30 +210,34 @@ class _Whitened(StatefulModule):
             output = observe_output(output, transform.handle, parameters[0])
         return output
 
+    def before_replicating(self) -> None:
+        weight = own_parameter(self, self.parameter_names[0])
+        if not self.is_plain() and (weight is None or weight.requires_grad):
+            raise RuntimeError("nn.DataParallel cannot train whitened layers: replicas lose what they observe. Use DDP")
+
+    def before_loading(self, state_dict: dict[str, Any], prefix: str) -> None:
+        weight, bias = (own_parameter(self, name) for name in self.parameter_names)
+        if weight is not None:
+            self._follow_changes(weight, bias)
+
+    def after_loading(self, assigned: bool) -> None:
+        weight = own_parameter(self, self.parameter_names[0])
+        # An assigned checkpoint brings its own device and dtype, and may move the layer off the meta device.
+        if assigned and weight is not None and not weight.is_meta:
+            self.transform.follow(weight)
+
+
+class _WhitenedLayer(Whitened):
+    """Base of the twins of PyTorch's own layers, which can be initialised anew."""
+
     def reset_parameters(self) -> None:
         """Initialise the parameters as the plain layer does, and reset the transform's state."""
         super().reset_parameters()  # type: ignore[misc]
         if hasattr(self, "transform"):  # not yet, when the plain layer's __init__ calls this
             self.transform.reset_state()
 
-    def before_replicating(self) -> None:
-        weight = own_parameter(self, "weight")
-        if not self._is_plain() and (weight is None or weight.requires_grad):
-            raise RuntimeError("nn.DataParallel cannot train whitened layers: replicas lose what they observe. Use DDP")
 
-    def before_loading(self, state_dict: dict[str, Any], prefix: str) -> None:
-        weight = own_parameter(self, "weight")
-        if weight is not None:
-            self._follow_changes(weight, own_parameter(self, "bias"))
-
-    def after_loading(self, assigned: bool) -> None:
-        weight = own_parameter(self, "weight")
-        # An assigned checkpoint brings its own device and dtype, and may move the layer off the meta device.
-        if assigned and weight is not None and not weight.is_meta:
-            self.transform.follow(weight)
-
-
-class WhitenedLinear(_Whitened, nn.Linear):
+class WhitenedLinear(_WhitenedLayer, nn.Linear):
     """`nn.Linear` whose gradient is taken as if its inputs were whitened.
 
     Args:
@@ -228,10 +269,10 @@ class WhitenedLinear(_Whitened, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy) and self.is_traced(input):
             return self.note_call(input)
-        return super().forward(input) if self._is_plain() else self._transformed(F.linear, input)
+        return super().forward(input) if self.is_plain() else self.transformed(F.linear, input)
 
 
-class _WhitenedConv(_Whitened, AnyConvolution):
+class _WhitenedConv(_WhitenedLayer, AnyConvolution):
     """Base of the whitened convolutions: the plain class's signature, plus `transform`."""
 
     def __init__(
@@ -277,14 +318,14 @@ class _WhitenedConv(_Whitened, AnyConvolution):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy) and self.is_traced(input):
             return self.note_call(input)
-        if self._is_plain():
+        if self.is_plain():
             return super().forward(input)
         plain: Any = self  # to the type checker, its attributes have the types of all convolutions at once
         operation, padding = (F.conv1d, F.conv2d, F.conv3d)[len(plain.kernel_size) - 1], plain.padding
         if plain.padding_mode != "zeros":
             # The padded tensor counts as the layer's input, and is what the operation saves.
             input, padding = F.pad(input, padding_of(plain), mode=plain.padding_mode), 0
-        return self._transformed(operation, input, plain.stride, padding, plain.dilation, plain.groups)
+        return self.transformed(operation, input, plain.stride, padding, plain.dilation, plain.groups)
 
 
 class WhitenedConv1d(_WhitenedConv, nn.Conv1d):
@@ -320,7 +361,7 @@ class WhitenedConv3d(_WhitenedConv, nn.Conv3d):
     """
 
 
-class _WhitenedConvTranspose(_Whitened, AnyTransposedConvolution):
+class _WhitenedConvTranspose(_WhitenedLayer, AnyTransposedConvolution):
     """Base of the whitened transposed convolutions.
 
     A transposed convolution is a convolution with a flipped kernel, whose input has ``stride − 1`` zeros inserted
@@ -378,6 +419,7 @@ class _WhitenedConvTranspose(_Whitened, AnyTransposedConvolution):
             tuple(padding),
             has_bias=layer.bias is not None,
             upsampling=for_each_axis(layer.stride, axes),
+            inputs_first=True,
         )
 
     @staticmethod
@@ -388,12 +430,12 @@ class _WhitenedConvTranspose(_Whitened, AnyTransposedConvolution):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if isinstance(input, Proxy) and self.is_traced(input):
             return self.note_call(input, output_size)
-        if self._is_plain():
+        if self.is_plain():
             return super().forward(input, output_size)
         plain: Any = self  # to the type checker, its attributes have the types of all convolutions at once
         sizes = output_padding_of(plain, input, output_size)
         operation = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(plain.kernel_size) - 1]
-        return self._transformed(operation, input, plain.stride, plain.padding, sizes, plain.groups, plain.dilation)
+        return self.transformed(operation, input, plain.stride, plain.padding, sizes, plain.groups, plain.dilation)
 
 
 class WhitenedConvTranspose1d(_WhitenedConvTranspose, nn.ConvTranspose1d):
@@ -429,18 +471,15 @@ class WhitenedConvTranspose3d(_WhitenedConvTranspose, nn.ConvTranspose3d):
     """
 
 
-TWINS: dict[type[nn.Module], Any] = {
-    nn.Linear: WhitenedLinear,
-    nn.Conv1d: WhitenedConv1d,
-    nn.Conv2d: WhitenedConv2d,
-    nn.Conv3d: WhitenedConv3d,
-    nn.ConvTranspose1d: WhitenedConvTranspose1d,
-    nn.ConvTranspose2d: WhitenedConvTranspose2d,
-    nn.ConvTranspose3d: WhitenedConvTranspose3d,
-}
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {whitened: plain for plain, whitened in TWINS.items()}
+register(nn.Linear, WhitenedLinear)
+register(nn.Conv1d, WhitenedConv1d)
+register(nn.Conv2d, WhitenedConv2d)
+register(nn.Conv3d, WhitenedConv3d)
+register(nn.ConvTranspose1d, WhitenedConvTranspose1d)
+register(nn.ConvTranspose2d, WhitenedConvTranspose2d)
+register(nn.ConvTranspose3d, WhitenedConvTranspose3d)
 
 
-def whitened_layers(model: nn.Module) -> dict[str, Any]:
+def layers_of(model: nn.Module) -> dict[str, Any]:
     """Return a model's whitened layers by name, parametrized ones among them; a shared one once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, tuple(PLAIN))}

@@ -42,7 +42,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> An
 def _prepare(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     """Warn of LBFGS; scale gradients now, or in the closure that computes them: what a hook before a step returns."""
     layers = whitened_layers()
-    scaling = [layer for layer in layers if layer.transform.scales_at_step]  # type: ignore[union-attr]
+    scaling = [layer for layer in layers if layer.transform.scales_at_step]
     is_lbfgs = isinstance(optimizer, torch.optim.LBFGS)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if is_lbfgs and any(id(parameter) in trained for layer in layers for parameter in layer.parameters()):
@@ -53,7 +53,7 @@ def _prepare(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         )
     weights = {}
     for layer in scaling:
-        weight = own_parameter(layer, "weight")
+        weight = own_parameter(layer, layer.parameter_names[0])
         if weight is not None and id(weight) in trained:
             weights[id(weight)] = weight, layer.transform
     if not weights:

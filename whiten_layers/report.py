@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .conversion.messages import reasons_left
-from .layers import whitened_layers
+from .layers import layers_of
 from .options import check_model
 from .statistics.eigenbasis import Eigenbasis
 from .statistics.whitening_factor import WhiteningFactor
@@ -120,7 +120,7 @@ def _conditions(factor: WhiteningFactor) -> tuple[float, float | None]:
 
 def _transforms(model: nn.Module) -> Iterator[tuple[str, GradientTransform]]:
     """Yield every transform and its parts, each with the name of its layer."""
-    for name, layer in whitened_layers(model).items():
+    for name, layer in layers_of(model).items():
         yield from ((name or "the model", part) for part in layer.transform.parts())
 
 

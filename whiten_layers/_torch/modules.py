@@ -57,14 +57,14 @@ class StatefulModule(nn.Module):
             raise RuntimeError(f"torch.fx cannot trace a {name} that has forward hooks in training mode: remove them")
         return not (is_whole or has_hooks)
 
-    def note_call(self, input: Proxy, *others: Any) -> Any:
+    def note_call(self, input: Proxy, *others: Any, **options: Any) -> Any:
         """Put a call of this module into the graph that `torch.fx` traces, as the tracer does with PyTorch's modules.
 
         Their classes it knows by the name of the package. A graph of what is inside would be that of one mode, and of
         a plain layer in evaluation mode, which would then train without a word.
         """
         tracer: Any = input.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *others), {})
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *others), options)
 
     def before_moving(self) -> Any:
         """Return what `after_moving` needs to know, before `to`, `half`, `to_empty` and the like."""

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .._torch.modules import own_parameter
-from ..layers import PLAIN, TWINS, whitened_layers
+from ..layers import PLAIN, TWINS, layers_of, why_not
 from ..refresh.update import cost
 from ..transforms import GradientTransform
 
@@ -24,7 +24,7 @@ def tell_share(model: nn.Module, is_all: bool) -> None:
     Less than half is a warning, if all of the model was asked for.
     """
     numbers = {id(parameter): parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)}
-    whitened = whitened_layers(model)
+    whitened = layers_of(model)
     parts = {id(parameter) for layer in whitened.values() for parameter in layer.parameters()}
     share = sum(number for key, number in numbers.items() if key in parts) / (sum(numbers.values()) or 1)
     left = reasons_left(model)
@@ -38,7 +38,7 @@ def tell_share(model: nn.Module, is_all: bool) -> None:
 def warn_of_costly(model: nn.Module) -> None:
     """Warn of layers whose refresh takes long."""
     costly = {}
-    for name, layer in whitened_layers(model).items():
+    for name, layer in layers_of(model).items():
         factors = [factor for part in layer.transform.parts() for factor in part.factors()]
         operations = sum(map(cost, factors))
         if operations > COSTLY:
@@ -76,16 +76,14 @@ def _reason_left(module: Any) -> str | None:
     if isinstance(module, (*PLAIN, GradientTransform, ParametrizationList)):
         return None
     if type(module) in TWINS:
-        return "not asked for" if module.weight.numel() else "without any feature"
-    if isinstance(module, nn.MultiheadAttention):
-        return "whose projections are used as functions, not as layers"
+        return why_not(module) or "not asked for"
     if isinstance(module, nn.Embedding):
         return "whose covariance is diagonal: what an adaptive optimizer does already"
     for plain in TWINS:
         if isinstance(module, plain):
             weight = own_parameter(module, "weight")
             lazy = weight is not None and is_lazy(weight)
-            return "not initialised yet" if lazy else f"a subclass of nn.{plain.__name__}, which may compute otherwise"
+            return "not initialised yet" if lazy else f"a subclass of {plain.__name__}, which may compute otherwise"
     own = [(name, part) for name, part in module.named_parameters(recurse=False) if not is_lazy(part)]
     names = [name for name, parameter in own if parameter.dim() > 1]
     return f"which has parameters of its own: {', '.join(names)}" if names else None

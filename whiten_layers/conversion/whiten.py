@@ -1,11 +1,12 @@
 """Conversion of a model's layers to their whitened twins, and back."""
 
+import sys
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..layers import PLAIN, TWINS, attach, whitened_layers
+from ..layers import PLAIN, TWINS, attach, layers_of, twin_of, why_not
 from ..options import check_model
 from ..processes import ProcessGroup
 from ..refresh.schedule import Schedule
@@ -97,13 +98,20 @@ def convert(
     """
     check_model(model)
     transform = make_transform(transform, ("include", "skip", "psi", "process_group"), **options)
+    if "transformers.pytorch_utils" in sys.modules:
+        from .. import hugging_face  # noqa: F401 - registers its twin
     modules = model.named_modules(remove_duplicate=False)
-    layers = {name: module for name, module in modules if type(module) in TWINS or type(module) in PLAIN}
+    layers: dict[str, Any] = {
+        name: module for name, module in modules if type(module) in TWINS or type(module) in PLAIN
+    }
     chosen = chosen_layers(model, layers, include, skip, WHAT)
+    outer = [module for module in layers.values() if id(module) in chosen and not why_not(module)]
+    called = {id(inner) for module in outer for inner in twin_of(module).inner_layers(module)}
+    chosen -= {id(module) for module in layers.values() if twin_of(module).is_inner} - called
     scaled = _scaled(model, layers, psi)
     has_converted, kept = False, []
     for name, module in layers.items():
-        if id(module) not in chosen or module.weight.numel() == 0:  # without any feature
+        if id(module) not in chosen or why_not(module):
             continue
         given = Chain(transform, PSIScaling()) if id(module) in scaled else transform
         if type(module) in PLAIN:  # perhaps just now, under a shared layer's other name
@@ -113,7 +121,7 @@ def convert(
         module.__class__ = TWINS[type(module)]
         has_converted = True
     transforms: dict[GradientTransform, str] = {
-        part: name for name, layer in whitened_layers(model).items() for part in layer.transform.parts()
+        part: name for name, layer in layers_of(model).items() for part in layer.transform.parts()
     }
     for part, name in transforms.items():
         part.name = name
@@ -130,7 +138,7 @@ def unwhiten(model: M) -> M:
         TypeError: `model` is no module.
     """
     check_model(model)
-    for name, module in whitened_layers(model).items():
+    for name, module in layers_of(model).items():
         if type(module) not in PLAIN:
             cure = "unwhiten the layer before"
             if is_parametrized(module):

@@ -40,7 +40,8 @@ class Geometry:
     dilation: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()  # as F.pad takes it: last dimension first, both sides
     has_bias: bool = False
-    upsampling: tuple[int, ...] = ()  # transposed convolution: step of the spread input. Its weight is (C, S)
+    upsampling: tuple[int, ...] = ()  # transposed convolution: step of the spread input
+    inputs_first: bool = False  # the weight is (C, S, *kernel), not (S, C, *kernel)
 
     @cached_property
     def taps(self) -> int:
@@ -75,13 +76,13 @@ class Geometry:
 
     def matrix(self, weight: Tensor) -> Tensor:
         """View a weight, or its gradient, as ``(groups, S, C, taps)``."""
-        if self.upsampling:
+        if self.inputs_first:
             return weight.reshape(self.groups, self.in_channels, self.out_channels, self.taps).transpose(1, 2)
         return weight.reshape(self.groups, self.out_channels, self.in_channels, self.taps)
 
     def weight(self, matrix: Tensor, like: Tensor) -> Tensor:
         """Undo `matrix`: give it the shape of the weight `like`."""
-        return (matrix.transpose(1, 2) if self.upsampling else matrix).reshape(like.shape)
+        return (matrix.transpose(1, 2) if self.inputs_first else matrix).reshape(like.shape)
 
 
 def _even_steps(batch: int, sizes: Sequence[int], max_rows: int | None, phase: int) -> tuple[slice, tuple[slice, ...]]:
