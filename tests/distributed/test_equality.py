@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear
+from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, whiten
 
 from .runs import (
     ALIKE,
@@ -119,6 +119,21 @@ def test_layers_made_by_hand():
     torch.manual_seed(0)
     expected = by_hand(None)
     assert all(distance(result, expected) < 1e-9 for result in run(by_hand, 2))
+
+
+def attention(rank, kind):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = whiten(nn.Sequential(nn.Flatten(1, 2), encoder, nn.Flatten(), nn.Linear(192, 5)).double(), **ALIKE)
+    trained = train(model if rank is None else parallel(model, kind), range(20))
+    assert model[1].self_attn.transform.num_batches_tracked == 20
+    return weights(trained)
+
+
+@pytest.mark.parametrize("kind", ["DDP", pytest.param("FSDP2", marks=needs_fsdp2)])
+def test_attention_follows_one_process(kind):
+    expected = attention(None, kind)
+    assert all(distance(result, expected) < 1e-9 for result in run(attention, 2, kind))
 
 
 def hybrid(rank, shared_by):
