@@ -29,7 +29,7 @@ def test_a_block_runs(block, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(block, {})
     if "report(" in block:
-        assert "MiB in all" in capsys.readouterr().out
+        assert "MiB beside them" in capsys.readouterr().out
 
 
 def in_two_processes(rank, block, port):

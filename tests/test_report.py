@@ -1,6 +1,7 @@
 """The report: condition numbers, counts, memory, what is not whitened."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_counts_memory_and_what_is_left(tmp_path):
     }
     assert result.bytes == sum(buffer.nbytes for factor in model[0].transform.factors() for buffer in factor.buffers())
     assert json.loads(json.dumps(result.to_dict()))["rows"][1]["factor"] == "taps"
-    text = str(result)
+    text = str(report(model, full=True))
     assert "2 × 9" in text and "not whitened: 2 (Linear, not asked for)" in text
     result.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -63,4 +64,93 @@ def test_blocks_are_shown_and_measured_together():
 
 
 def test_a_layer_that_has_seen_nothing_has_no_condition():
-    assert report(WhitenedLinear(3, 2)).rows[0].condition == float("inf")
+    result = report(WhitenedLinear(3, 2))
+    assert result.rows[0].condition == result.rows[0].whitened == float("inf")
+    assert str(result).splitlines()[1:] == ["No batch has been seen yet.", "all 1 rows: report(model, full=True)"]
+
+
+def trained(model, *, steps=3, spoil=False):
+    torch.manual_seed(0)
+    for step in range(steps):
+        x = torch.randn(8, 6) * torch.tensor([1.0, 1, 1, 1, 10, 100])
+        x[0, 0] = float("nan") if spoil and step == 1 else x[0, 0]
+        model(x).square().sum().backward()
+    return model
+
+
+def test_a_summary_has_the_worst_ten_rows_and_what_went_wrong():
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 40), *(nn.Linear(40, 40) for _ in range(11)), *(nn.LSTM(2, 2) for _ in range(12))]
+    model = whiten(nn.Sequential(*layers))
+    trained(model[:12], spoil=True)
+    result = report(model)
+    lines = str(result).splitlines()
+    share = sum(p.numel() for p in model[:12].parameters()) / sum(p.numel() for p in model.parameters())
+    assert result.share == pytest.approx(share)
+    assert lines[0].startswith(f"whitened layers: 12 ({100 * share:.0f} % of the parameters, ")
+    assert lines[0].endswith("batches: 3; refreshes: 1") and lines[1].startswith("Condition number in the median")
+    assert "batches with NaN or Inf were left out: 0, 1, 2, 3, 4, and 7 more" in lines
+    assert "fewer rows than features, so whitened but little: 1, 2, 3, 4, 5, and 6 more" in lines
+    head = next(i for i, line in enumerate(lines) if line.split()[:2] == ["layer", "factor"])
+    shown = [line.split()[0] for line in lines[head + 1 : head + 11]]
+    assert shown == [row.layer for row in sorted(result.rows, key=lambda row: -row.condition)[:10]]
+    assert lines[head + 11] == "all 12 rows: report(model, full=True)"
+    assert lines[head + 12].startswith("not whitened: 12 (LSTM, ") and lines[-1] == "not whitened: 2 more"
+    full = str(report(model, full=True)).splitlines()
+    assert "restarted" in full[head] and len(full) == len(lines) + 2
+    assert all(f"not whitened: {i} (" in "\n".join(full) for i in range(12, 24))
+
+
+def test_inputs_that_are_white_already_are_said_to_be():
+    torch.manual_seed(0)
+    layer = WhitenedLinear(4, 3)
+    for _ in range(3):
+        layer(torch.randn(500, 4)).sum().backward()
+    assert "Nearly white already" in str(report(layer)) and "little to gain" in str(report(layer))
+
+
+def test_spectra_are_the_eigenvalues_of_the_worst_group():
+    transform = FeatureWhitening.exact(damping=0.0, decay=0.0, power=0.5)
+    conv = whiten(nn.Conv1d(4, 4, 1, groups=2, dtype=torch.float64), transform)
+    x = torch.randn(300, 4, 5, dtype=torch.float64) * torch.tensor([1.0, 2.0, 1.0, 8.0], dtype=torch.float64)[:, None]
+    conv(x).sum().backward()
+    (row,) = report(conv).rows
+    covariance = x[:, 2:].transpose(0, 1).flatten(1).cov(correction=0)
+    values = torch.linalg.eigvalsh(covariance / covariance.trace() * 2).flip(0)
+    ours = torch.tensor(row.spectrum, dtype=torch.float64)
+    torch.testing.assert_close(ours / ours.sum(), values / values.sum())
+    assert row.whitened_spectrum[0] / row.whitened_spectrum[1] == pytest.approx((values[0] / values[1]).sqrt().item())
+    (row,) = report(trained(whiten(nn.Linear(6, 3), "eigenbasis"))).rows[:1]
+    assert row.whitened is None and row.whitened_spectrum is None and row.condition > 100
+
+
+class Board:
+    """Stands for TensorBoard's writer."""
+
+    def __init__(self):
+        self.written = {}
+
+    def add_scalar(self, name, value, step):
+        self.written[name, step] = value
+
+
+class Run:
+    """Stands for a run of Weights & Biases."""
+
+    def __init__(self):
+        self.written = {}
+
+    def log(self, values, step):
+        self.written |= {(name, step): value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("writer", [Board, Run])
+def test_numbers_are_logged(writer):
+    model, written = whiten(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))), writer()
+    report(model).log(written, 0)  # nothing is known yet, and nothing infinite is written
+    report(trained(model)).log(written, 3)
+    row = report(model).rows[1]
+    assert written.written["whitening/1/inputs/condition", 3] == row.condition
+    assert written.written["whitening/bytes", 0] == report(model).bytes
+    assert ("whitening/1/inputs/condition", 0) not in written.written
+    assert all(math.isfinite(value) for value in written.written.values())

@@ -1,20 +1,25 @@
 """Report on the whitening of a model: condition numbers before and after, refreshes, skipped batches, memory."""
 
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .conversion.messages import reasons_left
+from .conversion.messages import listed, reasons_left, share_of
 from .layers import layers_of
 from .options import check_model
 from .statistics.eigenbasis import Eigenbasis
 from .statistics.whitening_factor import WhiteningFactor
 from .transforms import FeatureWhitening, GradientTransform
+
+SHOWN = 10  # rows of a summary
+SPECTRA = 5  # rows whose spectra are drawn
+NEARLY_WHITE = 3  # condition number below which whitening changes little
 
 
 def aligned(lines: list[list[str]]) -> list[str]:
@@ -27,12 +32,14 @@ def aligned(lines: list[list[str]]) -> list[str]:
 class Row:
     """One factor of one layer's transform: ``groups · blocks`` matrices of `size` features.
 
-    Condition numbers are those of the damped covariance, with all blocks of a group together; the worst group counts.
-    `effective_rows` are those that the covariance comes from, of the group with the fewest. `component` is how many
-    times as long as the plain gradient the component along it usually is, as measured on new batches, before that is
-    corrected (that of a convolution without a bias is not); 1 where it is not measured. `bounded` counts the layer's
-    gradients that were shortened to the bound. `whitened` is None where nothing is inverted, as for an `Eigenbasis`. A
-    layer's last row has the bytes of what its transform keeps beside the factors, too.
+    `spectrum` are the eigenvalues of the damped covariance C + λI, largest first, with all blocks of a group together,
+    of the group with the largest condition number; `whitened_spectrum` those of what P makes of it, of the group where
+    that is worst. None are known before the first batch. `whitened_spectrum` is None where nothing is inverted, as for
+    an `Eigenbasis`. `effective_rows` are those that the covariance comes from, of the group with the fewest.
+    `component` is how many times as long as the plain gradient the component along it usually is, as measured on new
+    batches, before that is corrected (that of a convolution without a bias is not); 1 where it is not measured.
+    `bounded` counts the layer's gradients that were shortened to the bound. A layer's last row has the bytes of what
+    its transform keeps beside the factors, too.
     """
 
     layer: str
@@ -48,46 +55,139 @@ class Row:
     bounded: int
     effective_rows: float
     component: float
-    condition: float
-    whitened: float | None
+    spectrum: tuple[float, ...]
+    whitened_spectrum: tuple[float, ...] | None
     bytes: int
+
+    @property
+    def condition(self) -> float:
+        """Condition number of the damped covariance; infinite if nothing is known."""
+        return self.spectrum[0] / self.spectrum[-1] if self.spectrum else math.inf
+
+    @property
+    def whitened(self) -> float | None:
+        """Condition number after whitening."""
+        spectrum = self.whitened_spectrum
+        return None if spectrum is None else spectrum[0] / spectrum[-1] if spectrum else math.inf
+
+    @property
+    def shape(self) -> str:
+        """Groups, blocks and features, without those that are 1."""
+        return " × ".join([*(str(number) for number in (self.groups, self.blocks) if number > 1), str(self.size)])
+
+    def to_dict(self) -> dict[str, Any]:
+        numbers = {key: value for key, value in asdict(self).items() if "spectrum" not in key}
+        return {**numbers, "condition": self.condition, "whitened": self.whitened}
 
 
 @dataclass(frozen=True)
 class Report:
-    """A row per factor of each layer, and the modules left plain or never reached by a batch, with the reason."""
+    """A row per factor of each layer, and the modules left plain or never reached by a batch, with the reason.
+
+    Printed, it is a summary: totals, what went wrong, and the ten rows with the largest condition numbers; or all rows,
+    if it `is_full`. `share` is the whitened layers' part of the parameters.
+    """
 
     rows: list[Row]
     left: dict[str, str]
+    share: float
+    is_full: bool = False
 
     @property
     def bytes(self) -> int:
         """Size of the state of all transforms, which adds to the model's own parameters."""
         return sum(row.bytes for row in self.rows)
 
+    @property
+    def known(self) -> list[Row]:
+        """The rows that have seen a batch, those with the largest condition numbers first."""
+        return sorted((row for row in self.rows if row.spectrum), key=lambda row: -row.condition)
+
     def to_dict(self) -> dict[str, Any]:
-        return {"rows": [asdict(row) for row in self.rows], "left": dict(self.left), "bytes": self.bytes}
+        rows = [row.to_dict() for row in self.rows]
+        return {"rows": rows, "left": dict(self.left), "share": self.share, "bytes": self.bytes}
 
     def __str__(self) -> str:
-        heads = "layer factor size rows batches skipped bounded refreshes failed restarted component condition whitened"
-        lines = [[*heads.split(), "KiB"]]
-        for row in self.rows:
-            size = " × ".join([*(str(n) for n in (row.groups, row.blocks) if n > 1), str(row.size)])
-            counts = [row.batches, row.skipped, row.bounded, row.refreshes, row.failed, row.restarted]
+        rows = self.rows if self.is_full else self.known[:SHOWN]
+        heads = ["layer", "factor", "size", "rows", "component", "condition", "whitened"]
+        counts = ["batches", "skipped", "bounded", "refreshes", "failed", "restarted"] if self.is_full else []
+        lines = [[*heads, *counts, *(["KiB"] if self.is_full else [])]]
+        for row in rows:
             known = (row.component, row.condition, row.whitened)
             ratios = ["–" if ratio is None else f"{ratio:.3g}" for ratio in known]
-            rows = f"{row.effective_rows:.0f}"
-            lines.append([row.layer, row.factor, size, rows, *map(str, counts), *ratios, f"{row.bytes / 1024:.0f}"])
-        text = [*aligned(lines), f"{self.bytes / 2**20:.1f} MiB in all"]
-        text += [f"not whitened: {name} ({reason})" for name, reason in self.left.items()]
-        return "\n".join(text)
+            numbers = [str(getattr(row, name)) for name in counts]
+            kibibytes = [f"{row.bytes / 1024:.0f}"] if self.is_full else []
+            lines.append([row.layer, row.factor, row.shape, f"{row.effective_rows:.0f}", *ratios, *numbers, *kibibytes])
+        text = [*self._summary(), *self.warnings(), *(aligned(lines) if rows else [])]
+        if len(rows) < len(self.rows):
+            text.append(f"all {len(self.rows)} rows: report(model, full=True)")
+        named = [f"not whitened: {name} ({reason})" for name, reason in self.left.items()]
+        listed = named if self.is_full else named[:SHOWN]
+        more = [f"not whitened: {len(named) - len(listed)} more"] if len(named) > len(listed) else []
+        return "\n".join([*text, *listed, *more])
+
+    def _summary(self) -> list[str]:
+        layers = len({row.layer for row in self.rows})
+        batches, refreshes = (
+            max((getattr(row, of) for row in self.rows), default=0) for of in ("batches", "refreshes")
+        )
+        share, mebibytes = f"{100 * self.share:.0f} % of the parameters", f"{self.bytes / 2**20:.1f} MiB beside them"
+        lines = [f"whitened layers: {layers} ({share}, {mebibytes}); batches: {batches}; refreshes: {refreshes}"]
+        if not self.known:
+            return [*lines, *(["No batch has been seen yet."] if self.rows else [])]
+        typical = statistics.median(row.condition for row in self.known)
+        if typical < NEARLY_WHITE:
+            return [*lines, f"Nearly white already (condition number {typical:.3g} in the median): little to gain."]
+        after = [row.whitened for row in self.known if row.whitened is not None]
+        whitened = f", whitened {statistics.median(after):.3g}" if after else ""
+        return [*lines, f"Condition number in the median of all rows: {typical:.3g}{whitened}."]
+
+    def warnings(self) -> list[str]:
+        """Say what went wrong, and in which layers, a line for each kind."""
+        kinds: list[tuple[str, Callable[[Row], bool]]] = [
+            ("refreshes failed, and the last inverse stays in use", lambda row: row.failed > 0),
+            ("batches with NaN or Inf were left out", lambda row: row.skipped > 0),
+            (
+                "more than a third of the gradients were longer than the bound allows",
+                lambda row: 3 * row.bounded > row.batches,
+            ),
+            (
+                "fewer rows than features, so whitened but little",
+                lambda row: row.spectrum != () and row.effective_rows < row.size,
+            ),
+        ]
+        lines = []
+        for what, applies in kinds:
+            names = list(dict.fromkeys(row.layer for row in self.rows if applies(row)))
+            if names:
+                lines.append(f"{what}: {listed(names)}")
+        return lines
+
+    def log(self, writer: Any, step: int) -> None:
+        """Write the numbers of each layer to a `SummaryWriter` of TensorBoard, or to a run of Weights & Biases."""
+        values: dict[str, float] = {"whitening/bytes": self.bytes}
+        for row in self.rows:
+            name = f"whitening/{row.layer}/{row.factor}"
+            for of in ("condition", "whitened", "effective_rows", "component", "bounded", "skipped", "failed"):
+                value = getattr(row, of)
+                if value is not None and math.isfinite(value):
+                    values[f"{name}/{of}"] = value
+        if hasattr(writer, "add_scalar"):
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+        else:
+            writer.log(values, step=step)
 
     def plot(self, path: str | Path) -> None:
-        """Draw the condition numbers before and after, layer by layer, into an image file (needs matplotlib)."""
+        """Draw condition numbers, and the spectra of a few layers, before and after, into an image (needs matplotlib).
+
+        The spectra are those of `SPECTRA` rows, from the largest condition number to the smallest: each eigenvalue
+        divided by the mean of its matrix, against its place, largest first.
+        """
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(max(6.0, 0.3 * len(self.rows)), 4), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(max(6.0, 0.3 * len(self.rows)) + 5, 4.5), layout="constrained")
+        axes, spectra = figure.subplots(1, 2, width_ratios=[max(6.0, 0.3 * len(self.rows)), 5])
         places = range(len(self.rows))
         axes.semilogy(places, [row.condition for row in self.rows], "o", color="tab:gray", label="covariance")
         whitened = [math.nan if row.whitened is None else row.whitened for row in self.rows]
@@ -95,27 +195,44 @@ class Report:
         axes.set_xticks(list(places), [f"{row.layer} {row.factor}" for row in self.rows], rotation=90, fontsize=7)
         axes.set_ylabel("condition number")
         axes.legend()
+        known = self.known
+        picked = [known[round(i * (len(known) - 1) / (SPECTRA - 1))] for i in range(SPECTRA)] if known else []
+        for number, row in enumerate(dict.fromkeys(picked)):
+            for spectrum, style in ((row.spectrum, "--"), (row.whitened_spectrum, "-")):
+                values = [value * len(spectrum) / sum(spectrum) for value in spectrum] if spectrum else []
+                label = f"{row.layer} {row.factor}" if style == "--" else None
+                spectra.loglog(range(1, len(values) + 1), values, style, color=f"C{number}", label=label)
+        spectra.set_xlabel("eigenvalue: its place")
+        spectra.set_title("eigenvalues: covariance (dashed), whitened", fontsize=9)
+        if picked:
+            spectra.legend(fontsize=7)
         figure.savefig(path, dpi=120)
 
 
-def _conditions(factor: WhiteningFactor) -> tuple[float, float | None]:
-    """Compute the condition numbers of C + λI and, where there is a P, of ``P^½ (C + λI) P^½``.
+def _worst(eigenvalues: Tensor, blocks: int) -> tuple[float, ...]:
+    """Return the spectrum of the group with the largest condition number, from those of the blocks of all groups."""
+    groups = eigenvalues.view(-1, blocks * eigenvalues.shape[-1]).sort(descending=True).values
+    worst = (groups[:, 0] / groups[:, -1]).argmax()
+    return tuple(groups[worst].tolist())
 
-    The eigenvalues of the second are those of ``Lᵀ P L`` with ``L Lᵀ = C + λI``.
+
+def _spectra(factor: WhiteningFactor) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
+    """Compute the eigenvalues of C + λI and, where there is a P, of ``P^½ (C + λI) P^½``.
+
+    Those of the second are those of ``Lᵀ P L`` with ``L Lᵀ = C + λI``.
     """
     damped = factor.damped().matrix.double().cpu()
     lower, info = torch.linalg.cholesky_ex(damped)
     known = factor.group_sum(info) == 0  # a group that has seen no data, or only constants, has none
+    has_inverse = not isinstance(factor, Eigenbasis)
     if not known.any():
-        return math.inf, None if isinstance(factor, Eigenbasis) else math.inf
+        return (), () if has_inverse else None
+    before = _worst(torch.linalg.eigvalsh(damped[known]), factor.blocks)
+    if not has_inverse:
+        return before, None
     lower = lower[known]
-    before = torch.linalg.eigvalsh(damped[known])
-    if isinstance(factor, Eigenbasis):
-        before = before.view(-1, factor.blocks * before.shape[-1])
-        return (before.amax(1) / before.amin(1)).max().item(), None
     after = torch.linalg.eigvalsh(lower.mT @ factor.precision.double().cpu()[known] @ lower)
-    groups = [values.view(-1, factor.blocks * values.shape[-1]) for values in (before, after)]
-    return tuple((values.amax(1) / values.amin(1)).max().item() for values in groups)  # type: ignore[return-value]
+    return before, _worst(after, factor.blocks)
 
 
 def _transforms(model: nn.Module) -> Iterator[tuple[str, GradientTransform]]:
@@ -125,8 +242,10 @@ def _transforms(model: nn.Module) -> Iterator[tuple[str, GradientTransform]]:
 
 
 @torch.no_grad()
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, *, full: bool = False) -> Report:
     """Describe every whitened layer of a model.
+
+    Printed, the result is a summary, or with `full` all of it; ``report(model).plot("report.png")`` draws it.
 
     Both condition numbers are those of the damped covariance C + λI, which P inverts: before and after whitening. Right
     after a refresh the second is 1 for power 1, and the root of the first for power ½. As the statistics move on, it
@@ -142,7 +261,7 @@ def report(model: nn.Module) -> Report:
         whitening = transform if isinstance(transform, FeatureWhitening) else None
         norms = whitening and whitening.norms
         for factor_name, factor in transform.named_factors():
-            condition, whitened = _conditions(factor)
+            spectrum, whitened_spectrum = _spectra(factor)
             rows.append(
                 Row(
                     layer=name,
@@ -158,8 +277,8 @@ def report(model: nn.Module) -> Report:
                     bounded=int(whitening.num_batches_bounded) if whitening else 0,
                     effective_rows=factor.running_effective_count.min().item(),
                     component=norms.usual_component().item() if norms else 1.0,
-                    condition=condition,
-                    whitened=whitened,
+                    spectrum=spectrum,
+                    whitened_spectrum=whitened_spectrum,
                     bytes=transform.bytes_of(factor),
                 )
             )
@@ -169,4 +288,4 @@ def report(model: nn.Module) -> Report:
     for row in rows:
         if has_trained and row.batches == 0:
             left[row.layer] = f"{kinds[row.layer]}, which has seen no batch: frozen, unused, or used as a function"
-    return Report(rows, left)
+    return Report(rows, left, share_of(model), full)

@@ -18,17 +18,21 @@ logger = logging.getLogger("whiten_layers")
 COSTLY = 10**12  # operations of a refresh of one layer: a minute or two on a CPU core
 
 
+def share_of(model: nn.Module) -> float:
+    """Compute the whitened layers' part of a model's parameters."""
+    numbers = {id(parameter): parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)}
+    parts = {id(parameter) for layer in layers_of(model).values() for parameter in layer.parameters()}
+    return sum(number for key, number in numbers.items() if key in parts) / (sum(numbers.values()) or 1)
+
+
 def tell_share(model: nn.Module, is_all: bool) -> None:
     """Log how much of a model is whitened, and what was left and why.
 
     Less than half is a warning, if all of the model was asked for.
     """
-    numbers = {id(parameter): parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)}
-    whitened = layers_of(model)
-    parts = {id(parameter) for layer in whitened.values() for parameter in layer.parameters()}
-    share = sum(number for key, number in numbers.items() if key in parts) / (sum(numbers.values()) or 1)
-    left = reasons_left(model)
-    level = logging.WARNING if share < 0.5 and is_all and numbers else logging.INFO
+    share, whitened, left = share_of(model), layers_of(model), reasons_left(model)
+    has_parameters = any(not is_lazy(parameter) for parameter in model.parameters())
+    level = logging.WARNING if share < 0.5 and is_all and has_parameters else logging.INFO
     numbered = len(whitened), len(whitened) + len(left)
     logger.log(level, "whitened %d of %d layers, %.0f %% of the parameters", *numbered, 100 * share)
     for name, reason in left.items():
@@ -45,7 +49,7 @@ def warn_of_costly(model: nn.Module) -> None:
             widest = max(factor.running_mean.shape[1] for factor in factors)
             costly[name or "the model"] = f"{widest} features, {operations:.0e} operations"
     if costly:
-        named = _listed([f"{name} ({what})" for name, what in costly.items()])
+        named = listed([f"{name} ({what})" for name, what in costly.items()])
         cure = 'give FeatureWhitening a smaller block_size, features="kronecker", or method="recursive"'
         warnings.warn(f"a refresh of these layers takes long: {named}: {cure}", stacklevel=3)
 
@@ -54,10 +58,10 @@ def warn_of_kept(names: list[str]) -> None:
     """Warn of layers that a call leaves whitened in another way than it asks for."""
     if names:
         cure = "unwhiten(model) first to change it"
-        warnings.warn(f"whitened already, and kept as they were: {_listed(names)}: {cure}", stacklevel=3)
+        warnings.warn(f"whitened already, and kept as they were: {listed(names)}: {cure}", stacklevel=3)
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     """List the first five of some names, and say how many more there are."""
     return ", ".join([*names[:5], f"and {len(names) - 5} more"] if len(names) > 5 else names)
 
