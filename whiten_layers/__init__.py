@@ -1,5 +1,6 @@
 """Drop-in whitening layers for PyTorch: swap them in, change nothing else, converge in fewer steps."""
 
+from .advise import Advice, advise
 from .attention import WhitenedMultiheadAttention
 from .checkpoints import load_window_state_dict, plain_state_dict, window_state_dict
 from .conversion.convert_batchnorm import convert_batchnorm
@@ -34,6 +35,7 @@ from .two_stage import TwoStageNetwork
 __version__ = "0.2.0.dev0"
 
 __all__ = [
+    "Advice",
     "Chain",
     "DecorrelatedBatchNorm1d",
     "DecorrelatedBatchNorm2d",
@@ -60,6 +62,7 @@ __all__ = [
     "WhitenedConvTranspose3d",
     "WhitenedLinear",
     "WhitenedMultiheadAttention",
+    "advise",
     "convert_batchnorm",
     "estimate",
     "fold",

@@ -80,11 +80,15 @@ def _copy_without_data(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
     return copy.deepcopy(model, memo), memo
 
 
-def _copied(option: str, selection: bool | Selection, memo: dict[int, Any]) -> Any:
-    """Select the copies of modules instead of the modules."""
-    if selection is None or isinstance(selection, bool):
-        return selection
-    return [memo.get(id(one), one) for one in selectors(option, selection) or []]
+def copied_selections(options: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
+    """Take the selections out of the options of `whiten`; return them with the copies of modules in their place."""
+    copied = {}
+    for option, default in SELECTIONS.items():
+        given: bool | Selection = options.pop(option, default)
+        if given is not None and not isinstance(given, bool):
+            given = [memo.get(id(one), one) for one in selectors(option, given) or []]
+        copied[option] = given
+    return copied
 
 
 def _seconds(factor: WhiteningFactor, size: int, device: torch.device) -> float:
@@ -123,7 +127,7 @@ def estimate(model: nn.Module, transform: GradientTransform | str | None = None,
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device
     whitened, memo = _copy_without_data(model)
-    selections = {name: _copied(name, options.pop(name, default), memo) for name, default in SELECTIONS.items()}
+    selections = copied_selections(options, memo)
     convert(whitened, transform, **selections, process_group=options.pop("process_group", None), options=options)
     costs, measured = [], dict[Any, float]()
     transforms = [pair for pair in whitened.named_modules() if isinstance(pair[1], GradientTransform)]
