@@ -148,7 +148,7 @@ class Report:
             ("refreshes failed, and the last inverse stays in use", lambda row: row.failed > 0),
             ("batches with NaN or Inf were left out", lambda row: row.skipped > 0),
             (
-                "more than a third of the gradients were longer than the bound allows",
+                "shortened by `bound` in more than a third of the batches",
                 lambda row: 3 * row.bounded > row.batches,
             ),
             (
