@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import whiten_layers
 from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from .distributed.world import free_port, needs_fsdp2, run
@@ -72,6 +73,13 @@ def test_the_readme_is_short_and_shows_a_result_early():
     assert len(lines) <= 160
     early = "\n".join(lines[:80])
     assert "<!-- end -->" in early and "![" in early
+
+
+def test_the_api_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text()
+    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)$", page, flags=re.MULTILINE)}
+    alike = {f"{name[:-2]}{dims}d" for name in shown if name.endswith("2d") for dims in (1, 3)}
+    assert set(whiten_layers.__all__) <= shown | alike
 
 
 def anchors(page):

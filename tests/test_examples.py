@@ -23,7 +23,9 @@ def test_an_example_runs(name, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", [name, *ARGUMENTS[name]])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     printed = capsys.readouterr().out
-    results = [float(one) for one in re.findall(r"^(?:plain|whitened|auto|eigenbasis):? +(?:loss )?([\d.]+)", printed, re.M)]
+    results = [
+        float(one) for one in re.findall(r"^(?:plain|whitened|auto|eigenbasis):? +(?:loss )?([\d.]+)", printed, re.M)
+    ]
     assert len(results) >= 2 and all(0 < result < 10 for result in results)
     assert "whitened layers: " in printed
     if name == "resnet.py":

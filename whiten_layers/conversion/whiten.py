@@ -31,7 +31,7 @@ def whiten(
     process_group: ProcessGroup | None = None,
     **options: Any,
 ) -> M:
-    """Turn every linear and (transposed) convolutional layer of a model into its whitened twin, in place.
+    """Turn every linear and (transposed) convolutional layer, and every attention, into its whitened twin, in place.
 
     Each layer stays the same object with the same parameters, so optimizers, hooks, references, device, dtype and
     training mode are as before. A shared module is converted once. Layers that are already whitened keep their
