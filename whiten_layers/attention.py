@@ -126,7 +126,7 @@ class WhitenedMultiheadAttention(Whitened, nn.MultiheadAttention):
         sizes = (self.embed_dim, self.num_heads)
         extra = (self.bias_k, self.bias_v, self.add_zero_attn, self.dropout)
         projections: tuple[Any, ...] = (*sizes, self._project_in, None, *extra, partial(self._project_out, query), None)
-        output, weights = attend(query, key, value, *projections, training=True, **options)
+        output, weights = attend(query, key, value, *projections, training=self.training, **options)
         if is_single:
             return output.squeeze(1), None if weights is None else weights.squeeze(0)
         return output.transpose(0, 1) if is_turned else output, weights

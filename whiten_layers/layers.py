@@ -116,6 +116,7 @@ class Whitened(StatefulModule):
     Attributes:
         bound_to: what `follows_from` gave when the transform was bound to it.
         parameter_names: of the weight and the bias whose gradients are transformed.
+        in_evaluation: whether the layer is whitened in evaluation mode too, as far as its weight trains.
         is_inner: whether nothing calls the plain layer, whose parameters another reads. So only a twin of that one
             makes it worth a twin.
     """
@@ -123,6 +124,7 @@ class Whitened(StatefulModule):
     hidden_children = ("transform",)
     parameter_names: ClassVar[tuple[str, str]] = ("weight", "bias")
     is_inner: ClassVar[bool] = False
+    in_evaluation: bool = False
     transform: GradientTransform
     bound_to: tuple[Any, ...]
 
@@ -178,7 +180,7 @@ class Whitened(StatefulModule):
 
     def is_plain(self) -> bool:
         """Tell whether the layer is to be the plain one in this pass."""
-        return not (self.training and torch.is_grad_enabled())
+        return not ((self.training or self.in_evaluation) and torch.is_grad_enabled())
 
     def transformed(self, operation: Callable[..., Tensor], input: Tensor, *options: Any) -> Tensor:
         """Run the layer's operation on parameters whose gradients pass through the transform.

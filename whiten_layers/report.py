@@ -19,6 +19,7 @@ from .transforms import FeatureWhitening, GradientTransform
 
 SHOWN = 10  # rows of a summary
 SPECTRA = 5  # rows whose spectra are drawn
+UNSEEN = "frozen, unused, or used as a function"
 NEARLY_WHITE = 3  # condition number below which whitening changes little
 
 
@@ -283,9 +284,12 @@ def report(model: nn.Module, *, full: bool = False) -> Report:
                 )
             )
     left = reasons_left(model)
-    kinds = {name or "the model": type(module).__name__ for name, module in model.named_modules()}
+    modules = {name or "the model": module for name, module in model.named_modules()}
     has_trained = any(row.batches for row in rows)
     for row in rows:
         if has_trained and row.batches == 0:
-            left[row.layer] = f"{kinds[row.layer]}, which has seen no batch: frozen, unused, or used as a function"
+            module = modules[row.layer]
+            is_idle = not (module.training or module.in_evaluation)
+            why = "it is in evaluation mode: see `in_evaluation` of `whiten`" if is_idle else UNSEEN
+            left[row.layer] = f"{type(module).__name__}, which has seen no batch: {why}"
     return Report(rows, left, share_of(model), full)

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, unwhiten, whiten
+from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, report, unwhiten, whiten
 
 
 class OwnForward(nn.Conv2d):
@@ -160,3 +160,42 @@ def test_a_torchvision_network():
     model.train()(x).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     unwhiten(model).load_state_dict(plain.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_network_that_trains_in_evaluation_mode_is_whitened_if_asked_for(given):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(2)]
+    attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+    plain = nn.ModuleList([nn.Sequential(*layers), attention, nn.Linear(4, 3)]).eval()
+    model = whiten(copy.deepcopy(plain), in_evaluation=given)
+    outputs = []
+    for step in range(12):
+        x = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(step)).cumsum(2)
+        for network in (plain, model):
+            network.zero_grad()
+            hidden = network[0](x).transpose(1, 2)
+            outputs.append(network[2](network[1](hidden, hidden, hidden)[0]))  # without dropout
+            outputs[-1].square().sum().backward()
+        torch.testing.assert_close(*outputs[-2:], rtol=1e-5, atol=1e-6)
+    named = {name: parameter.grad for name, parameter in plain.named_parameters() if parameter.dim() > 1}
+    for name, gradient in named.items():
+        assert torch.allclose(model.get_parameter(name).grad, gradient, rtol=1e-3) != given, name
+    assert model[2].transform.num_batches_tracked == (12 if given else 0)
+    with torch.no_grad():
+        hidden = torch.randn(5, 7, 4)
+        torch.testing.assert_close(model[1](hidden, hidden, hidden)[0], plain[1](hidden, hidden, hidden)[0])
+    if not given:
+        model[2].train()
+        model[2](torch.randn(5, 4)).sum().backward()
+        reason = "Conv2d, which has seen no batch: it is in evaluation mode: see `in_evaluation` of `whiten`"
+        assert report(model).left["0.0"] == f"Whitened{reason}"
+    assert "in_evaluation" not in vars(unwhiten(model)[2])
+
+
+def test_what_in_evaluation_takes():
+    with pytest.raises(ValueError, match="in_evaluation='yes' is not possible: give True or False"):
+        whiten(nn.Linear(3, 2), in_evaluation="yes")
+    model = whiten(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))
+    whiten(model, include="1", in_evaluation=True)
+    assert [layer.in_evaluation for layer in model] == [False, True]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..layers import PLAIN, TWINS, attach, layers_of, twin_of, why_not
-from ..options import check_model
+from ..options import check, check_model
 from ..processes import ProcessGroup
 from ..refresh.schedule import Schedule
 from ..transforms import Chain, GradientTransform, PSIScaling
@@ -28,6 +28,7 @@ def whiten(
     include: Selection = None,
     skip: Selection = None,
     psi: bool | Selection = False,
+    in_evaluation: bool = False,
     process_group: ProcessGroup | None = None,
     **options: Any,
 ) -> M:
@@ -57,6 +58,9 @@ def whiten(
             with running statistics, while the layer is in training mode. If both are in evaluation mode, that is
             assumed to be temporary. `torch.fx` traces the pass in the model's current mode, with optional arguments at
             their defaults; hooks are ignored.
+        in_evaluation: whiten the chosen layers in evaluation mode too, as far as their weights train: for networks that
+            are trained in that mode, to freeze their normalizations. Otherwise a layer in evaluation mode is the plain
+            one.
         process_group: the processes that share statistics and the work of a refresh, if `torch.distributed` runs. None
             for those of the `DistributedDataParallel` that wraps the model, or else all.
         options: options of the transform's class, such as ``power=1``, if `transform` is a name or None.
@@ -73,7 +77,8 @@ def whiten(
         TypeError: `model` is no module; an option is unknown; or something to select by is neither name, module nor
             type.
     """
-    kept = convert(model, transform, include, skip, psi, process_group, options)
+    check("in_evaluation", in_evaluation, isinstance(in_evaluation, bool), "True or False")
+    kept = convert(model, transform, include, skip, psi, process_group, options, in_evaluation)
     if transform is not None or options or psi:
         warn_of_kept(kept)
     warn_of_costly(model)
@@ -89,6 +94,7 @@ def convert(
     psi: bool | Selection,
     process_group: ProcessGroup | None,
     options: dict[str, Any],
+    in_evaluation: bool = False,
 ) -> list[str]:
     """Do what `whiten` does, without a word.
 
@@ -97,7 +103,7 @@ def convert(
         for now.
     """
     check_model(model)
-    transform = make_transform(transform, ("include", "skip", "psi", "process_group"), **options)
+    transform = make_transform(transform, ("include", "skip", "psi", "in_evaluation", "process_group"), **options)
     if "transformers.pytorch_utils" in sys.modules:
         from .. import hugging_face  # noqa: F401 - registers its twin
     modules = model.named_modules(remove_duplicate=False)
@@ -113,6 +119,8 @@ def convert(
     for name, module in layers.items():
         if id(module) not in chosen or why_not(module):
             continue
+        if in_evaluation:
+            module.in_evaluation = True
         given = Chain(transform, PSIScaling()) if id(module) in scaled else transform
         if type(module) in PLAIN:  # perhaps just now, under a shared layer's other name
             kept += [] if are_alike(module.transform, given) else [name or "the model"]
@@ -147,6 +155,7 @@ def unwhiten(model: M) -> M:
     for module in model.modules():
         if type(module) in PLAIN:
             del module.transform, module.bound_to
+            vars(module).pop("in_evaluation", None)
             module.__class__ = PLAIN[type(module)]
     return model
 
