@@ -1,6 +1,9 @@
 """Trainers that others wrote, with a whitened model in the plain one's place and nothing else changed."""
 
+import copy
+
 import lightning
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,7 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from whiten_layers import FeatureWhitening, plain_state_dict, report, unwhiten, whiten
+from whiten_layers import FeatureWhitening, WhitenedLinear, plain_state_dict, report, unwhiten, whiten
 
 # They warn of many things, none of which is ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -125,3 +128,25 @@ def test_timms_checkpoints_are_plain_and_load_anywhere(tmp_path):
     timm.models.load_checkpoint(whiten(made()), tmp_path / "plain.pth", strict=True)
     timm.models.load_checkpoint(made(), tmp_path / "plain.pth", strict=True)
     torch.testing.assert_close(dict(loaded.state_dict()), dict(plain_state_dict(model)), rtol=0, atol=0)
+
+
+def test_pefts_adapters_are_plain_and_load_anywhere(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, num_key_value_heads=2, **sizes))
+    options = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    plain = peft.get_peft_model(copy.deepcopy(base), options)
+    model = whiten(peft.get_peft_model(copy.deepcopy(base), options))
+    tokens = torch.randint(0, 50, (2, 8))
+    for _ in range(2):
+        model(tokens, labels=tokens).loss.backward()
+    adapter = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default")
+    assert type(adapter) is WhitenedLinear and adapter.transform.num_batches_tracked == 2
+    with torch.no_grad():
+        adapter.weight.normal_()
+    plain.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "whitened", state_dict=plain_state_dict(model))
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("plain", "whitened")]
+    assert files[0].stat().st_size == files[1].stat().st_size
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "whitened")
+    torch.testing.assert_close(loaded(tokens).logits, model.eval()(tokens).logits)
