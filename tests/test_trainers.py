@@ -1,6 +1,7 @@
 """Trainers that others wrote, with a whitened model in the plain one's place and nothing else changed."""
 
 import copy
+from types import SimpleNamespace
 
 import lightning
 import peft
@@ -12,6 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from whiten_layers import FeatureWhitening, WhitenedLinear, plain_state_dict, report, unwhiten, whiten
+from whiten_layers.trainers import hugging_face as hugging_face_callbacks
+from whiten_layers.trainers import lightning as lightning_callbacks
 
 # They warn of many things, none of which is ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -102,6 +105,56 @@ def test_hugging_face(tmp_path, options):
     unwhiten(whole).save_pretrained(tmp_path / "plain")
     plain = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(plain.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+class Written(lightning.pytorch.loggers.logger.DummyLogger):
+    """A logger that keeps what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.written = []
+
+    def log_metrics(self, metrics, step=None):
+        self.written.append((step, metrics))
+
+
+def test_lightnings_callback_logs_and_saves_plain_weights(tmp_path):
+    data = DataLoader(TensorDataset(torch.randn(48, 1, 8, 8), torch.randint(4, (48,))), 16)
+    logger, model = Written(), Digits()
+    trainer = lightning.Trainer(
+        max_epochs=4, accelerator="cpu", devices=1, default_root_dir=tmp_path, logger=logger,
+        callbacks=[lightning_callbacks.WhiteningCallback(every_n_epochs=2)], enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(model, data)
+    numbers = [(step, metrics) for step, metrics in logger.written if "whitening/bytes" in metrics]
+    assert [step for step, _ in numbers] == [6, 12]
+    assert numbers[-1][1] == report(model).numbers()
+    plain = torch.load(tmp_path / "plain.pt")
+    torch.testing.assert_close(plain, dict(plain_state_dict(model)), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="every_n_epochs=0 is not possible: give an integer of at least 1"):
+        lightning_callbacks.WhiteningCallback(every_n_epochs=0)
+
+
+def test_hugging_faces_callback_logs_and_saves_plain_weights(tmp_path, caplog):
+    data = [{"input_ids": row, "labels": row[0] % 3} for row in torch.randint(30, (48, 12))]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=6, per_device_train_batch_size=8, save_steps=3, logging_steps=3, report_to=[],
+        use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    model, written = whiten(bert()), {}
+    writer = SimpleNamespace(add_scalar=lambda name, value, step: written.update({(name, step): value}))
+    callback = hugging_face_callbacks.WhiteningCallback(writer)
+    with caplog.at_level("INFO", logger="whiten_layers"):
+        transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    assert sum("whitened layers: 14" in record.getMessage() for record in caplog.records) >= 2
+    assert ("whitening/bytes", 3) in written
+    kept = written["whitening/classifier/inputs/condition", 6]
+    assert kept == report(model).numbers()["whitening/classifier/inputs/condition"]
+    loaded, info = type(model).from_pretrained(tmp_path / "checkpoint-6" / "plain", output_loading_info=True)
+    assert not any(info.values()), info
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(plain_state_dict(model)), rtol=0, atol=0)
+    assert not (tmp_path / "checkpoint-3" / "plain" / "optimizer.pt").exists()
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])

@@ -164,8 +164,8 @@ class Report:
                 lines.append(f"{what}: {listed(names)}")
         return lines
 
-    def log(self, writer: Any, step: int) -> None:
-        """Write the numbers of each layer to a `SummaryWriter` of TensorBoard, or to a run of Weights & Biases."""
+    def numbers(self) -> dict[str, float]:
+        """List the finite numbers of each row under names like "whitening/layer1.0.conv1/channels/condition"."""
         values: dict[str, float] = {"whitening/bytes": self.bytes}
         for row in self.rows:
             name = f"whitening/{row.layer}/{row.factor}"
@@ -173,6 +173,11 @@ class Report:
                 value = getattr(row, of)
                 if value is not None and math.isfinite(value):
                     values[f"{name}/{of}"] = value
+        return values
+
+    def log(self, writer: Any, step: int) -> None:
+        """Write `numbers` to a `SummaryWriter` of TensorBoard, or to a run of Weights & Biases."""
+        values = self.numbers()
         if hasattr(writer, "add_scalar"):
             for name, value in values.items():
                 writer.add_scalar(name, value, step)

@@ -1,0 +1,1 @@
+"""Callbacks for trainers that others wrote: one file for each, which imports its trainer."""
