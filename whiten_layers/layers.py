@@ -67,7 +67,9 @@ def twin_of(layer: nn.Module) -> "type[Whitened]":
 
 
 def why_not(layer: nn.Module) -> str | None:
-    """Tell why a layer that there is a twin of has nothing that can be whitened."""
+    """Tell why a layer that there is a twin of has nothing that can be whitened; None if it has."""
+    if "forward" in vars(layer) and type(layer) not in PLAIN:  # which a change of its class does not reach
+        return "whose forward was replaced, by a hook of accelerate for instance: whiten it before"
     return twin_of(layer).why_not(layer)
 
 

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import torchvision
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, report, unwhiten, whiten
@@ -199,3 +200,41 @@ def test_what_in_evaluation_takes():
     model = whiten(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))
     whiten(model, include="1", in_evaluation=True)
     assert [layer.in_evaluation for layer in model] == [False, True]
+
+
+def test_a_layer_whose_forward_was_replaced_is_left_and_one_that_gets_a_hook_later_is_not():
+    def make():
+        return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+
+    model = make()
+    add_hook_to_module(model[0], ModelHook())
+    assert whiten(model) is model and type(model[0]) is nn.Linear and type(model[1]) is WhitenedLinear
+    reason = "whose forward was replaced, by a hook of accelerate for instance: whiten it before"
+    assert report(model).left == {"0": f"Linear, {reason}"}
+    model = whiten(make())
+    add_hook_to_module(model[0], ModelHook())
+    model(torch.randn(4, 6)).sum().backward()
+    assert model[0].transform.num_batches_tracked == 1
+    assert whiten(model)[0].transform.num_batches_tracked == 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("first", ["whitening", "weight_norm"])
+def test_the_older_weight_norm_trains_whitened(first):
+    """It computes the weight in a hook, and sets it as an attribute."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    model = copy.deepcopy(plain)
+    nn.utils.weight_norm(plain[0])
+    if first == "whitening":
+        whiten(model)
+    nn.utils.weight_norm(model[0])
+    whiten(model)
+    for step in range(12):
+        x = torch.randn(20, 6, generator=torch.Generator().manual_seed(step)).cumsum(-1)
+        for network in (plain, model):
+            network.zero_grad()
+            network(x).square().sum().backward()
+    assert model[0].transform.num_batches_tracked == 12
+    assert not torch.allclose(model[0].weight_v.grad, plain[0].weight_v.grad, rtol=0.05)
+    torch.testing.assert_close(model[1].bias.grad, plain[1].bias.grad)
