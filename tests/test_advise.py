@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from whiten_layers import FeatureWhitening, advise, whiten
 
@@ -48,10 +49,15 @@ def test_too_few_rows_are_named():
 
 
 def test_a_layer_that_no_batch_reaches_is_named():
-    model = network()
-    model.unused = nn.Linear(50, 50)
-    model.forward = lambda x: model[4](model[0](x))  # type: ignore[method-assign]
-    advice = advise(model, batches(scale=SCALE), loss)
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(12, 3), nn.Linear(50, 50)
+
+        def forward(self, x):
+            return self.used(x)
+
+    advice = advise(Model(), batches(scale=SCALE), loss)
     assert advice.layers["unused"] == "no batch came to it: nothing is whitened"
     assert advice.gain < 0.25 and advice.verdict.startswith("Little to gain")
 
@@ -73,6 +79,27 @@ def test_it_leaves_no_trace(is_whitened):
     torch.testing.assert_close([p.grad for p in model.parameters()], gradients, rtol=0, atol=0)
     assert [type(module) for module in model.modules()] == kinds
     assert len(list(given)) == 25  # no more were taken than asked for
+
+
+def test_a_loaders_seed_leaves_no_trace():
+    data = DataLoader(TensorDataset(torch.randn(96, 12), torch.randint(3, (96,))), 16, shuffle=True)
+    model = network()
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    advise(model, data, loss)
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+def test_batches_that_are_not_finite_are_named():
+    advice = advise(network(), [(torch.full((8, 12), float("nan")), torch.zeros(8).long())] * 3, loss)
+    assert set(advice.layers.values()) == {"its batches were constant, or held NaN or Inf: nothing is whitened"}
+
+
+def test_scaling_at_steps_is_judged_by_steps():
+    advice = advise(network(), batches(9, scale=SCALE), loss, "eigenbasis", interval=5)
+    assert {row.refreshes for row in advice.report.rows} == {4}  # at steps 1, 2, 4 and one of five
+    assert all(row.spectrum for row in advice.report.rows)
 
 
 def test_options_and_selections_are_those_of_whiten():
@@ -102,6 +129,20 @@ def test_bad_input_is_an_error_that_says_so():
         advise(network(), batches(1), loss)
     with pytest.raises(ValueError, match=r"passes=1 is not possible: give an integer of at least 2"):
         advise(network(), batches(), loss, passes=1)
+    with pytest.raises(ValueError, match="no batch came to a whitened layer: is the model in training mode"):
+        advise(network().eval(), batches(), loss)
+    mine = network()
+    with pytest.raises(ValueError, match="and does loss call it"):
+        advise(network(), batches(), lambda model, batch: loss(mine, batch))
+    with pytest.raises(ValueError, match="this transform keeps no covariance"):
+        advise(network(), batches(), loss, "optimal_gain")
+    with pytest.raises(ValueError, match="no layer of the model can be whitened"):
+        advise(nn.BatchNorm1d(12), batches(), lambda model, batch: model(batch[0]).square().mean())
+    with pytest.raises(TypeError) as caught:
+        advise(network(), batches(), F.cross_entropy)
+    assert "loss was called with the model and a batch: give a function of a model" in caught.value.__notes__[0]
+    with pytest.raises(TypeError, match="loss is of type list: give a function of a model and a batch"):
+        advise(network(), loss, list(batches()))
     with pytest.raises(TypeError, match=r"loss returned \(64, 3\): give a function of a model and a batch"):
         advise(network(), batches(), lambda model, batch: model(batch[0]))
     with pytest.raises(TypeError, match="loss returned float"):

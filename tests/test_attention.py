@@ -110,33 +110,86 @@ CALLS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("same", ["self-attention", "one memory", "all different"])
 @pytest.mark.parametrize("made, called", CALLS.values(), ids=CALLS.keys())
-def test_output_and_gradients_are_the_plain_ones_to_the_last_bit(made, called, same):
-    called = dict(called)
-    plain = make(**{"batch_first": True, **made})
+def test_output_and_gradients_are_the_plain_ones_to_the_last_bit(made, called, same, dtype):
+    called = {
+        key: value.to(dtype) if key == "attn_mask" and value.is_floating_point() else value
+        for key, value in called.items()
+    }
+    plain = make(**{"batch_first": True, **made}).to(dtype)
     twin = whiten(copy.deepcopy(plain))
     shape = (6, WIDTH) if called.pop("sequence", False) else (4, 6, WIDTH)
     shape = (6, 4, WIDTH) if made.get("batch_first") is False else shape
     results = []
     for layer in (plain, twin):
-        query = inputs(0, *shape).requires_grad_()
-        key = query if same == "self-attention" else inputs(1, *shape).requires_grad_()
-        value = inputs(2, *shape).requires_grad_() if same == "all different" else key
+        query = inputs(0, *shape).to(dtype).requires_grad_()
+        key = query if same == "self-attention" else inputs(1, *shape).to(dtype).requires_grad_()
+        value = inputs(2, *shape).to(dtype).requires_grad_() if same == "all different" else key
         torch.manual_seed(1)
         output, weights = layer(query, key, value, **called)
         output.cumsum(-1).square().sum().backward()
         results.append([output, weights, query.grad, key.grad, value.grad])
     # PyTorch computes the projections of a single sequence apart, in products of another size
-    tolerance = 1e-12 if len(shape) == 2 else 0
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype] if len(shape) == 2 else 0
     given = ([one for one in part if one is not None] for part in results)
     torch.testing.assert_close(*given, rtol=tolerance, atol=tolerance)
     assert (results[0][1] is None) == (results[1][1] is None)
     # Until the first refresh a whitened gradient is the plain one.
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
     for ours, theirs in zip(twin.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance)
     assert twin.transform.num_batches_tracked == (same == "self-attention")
     assert twin.out_proj.transform.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("shape", [(4, 0, WIDTH), (0, 6, WIDTH), (0, WIDTH)])
+def test_nothing_to_attend_from(shape):
+    plain = make(batch_first=True)
+    twin = whiten(copy.deepcopy(plain))
+    key = inputs(0, *shape[:-2], 6, WIDTH)
+    for layer in (plain, twin):
+        assert layer(torch.zeros(shape, dtype=torch.float64), key, key, need_weights=False)[0].shape == shape
+
+
+def test_under_a_mode_and_with_a_subclass_of_tensors():
+    class Own(torch.Tensor):
+        pass
+
+    plain = make(batch_first=True)
+    twin = whiten(copy.deepcopy(plain))
+    x = inputs(0)
+    with torch.device("cpu"):
+        torch.testing.assert_close(twin(x, x, x), plain(x, x, x), rtol=0, atol=0)
+    own = x.as_subclass(Own)
+    torch.testing.assert_close(twin(own, own, own)[0], plain(own, own, own)[0], rtol=0, atol=0)
+    assert type(twin(own, own, own)[0]) is type(plain(own, own, own)[0]) is Own
+
+
+def test_what_a_script_puts_in_place_of_pytorchs_attention_is_used(monkeypatch):
+    attention, called = whiten(make(batch_first=True)), []
+    original = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *given: called.append(1) or original(*given))
+    x = inputs(0)
+    attention(x, x, x, need_weights=False)
+    assert called == [1]
+
+
+def test_hooks_and_another_class_of_the_output_do_what_they_do_in_the_plain_attention():
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    attention = whiten(make(batch_first=True))
+    called = []
+    attention.out_proj.register_forward_hook(lambda *given: called.append(1))
+    x = inputs(0)
+    trained = attention(x, x, x)[0]
+    torch.testing.assert_close(attention.eval()(x, x, x)[0], trained, rtol=1e-12, atol=1e-12)
+    assert not called  # as in PyTorch, which reads the weight
+    attention.train().out_proj.__class__ = Doubling
+    torch.testing.assert_close(attention(x, x, x)[0], trained, rtol=1e-12, atol=1e-12)
 
 
 def test_of_an_attention_to_something_else_only_the_output_is_whitened():
@@ -240,6 +293,22 @@ def test_a_compiled_pass_for_the_output_alone_does_not_count_for_the_rest():
     loss = compiled(x, x, x, need_weights=False)[0].square().mean()
     torch.autograd.grad(loss, attention.out_proj.weight)
     assert (attention.transform.num_batches_tracked, attention.out_proj.transform.num_batches_tracked) == (0, 1)
+
+
+@pytest.mark.parametrize("wrong", [(3, 6), (4, 5)])
+def test_a_padding_mask_compiled_and_of_a_wrong_shape(wrong):
+    plain = make(batch_first=True)
+    twin = whiten(copy.deepcopy(plain))
+    compiled, x = torch.compile(twin, fullgraph=True, backend="aot_eager"), inputs(0)
+    mask = torch.arange(6) > torch.tensor([[3], [4], [5], [6]])
+    expected = plain(x, x, x, key_padding_mask=mask)[0]
+    torch.testing.assert_close(compiled(x, x, x, key_padding_mask=mask)[0], expected, rtol=1e-12, atol=1e-12)
+    messages = []
+    for layer in (plain, twin):
+        with pytest.raises(AssertionError) as caught:
+            layer(x, x, x, key_padding_mask=torch.zeros(wrong) > 0)
+        messages.append(str(caught.value).splitlines()[0])
+    assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -78,8 +78,15 @@ def test_the_readme_is_short_and_shows_a_result_early():
 def test_the_api_page_has_every_public_name():
     page = (ROOT / "docs" / "api.md").read_text()
     shown = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)$", page, flags=re.MULTILINE)}
-    alike = {f"{name[:-2]}{dims}d" for name in shown if name.endswith("2d") for dims in (1, 3)}
+    alike = {f"{name[:-2]}{dims}d" for name in shown if name.endswith("1d") for dims in (2, 3)}
     assert set(whiten_layers.__all__) <= shown | alike
+
+
+@pytest.mark.parametrize("name", ["tabular", "resnet", "transformer", "ddp"])
+def test_a_tutorial_shows_its_example(name):
+    page = (ROOT / "docs" / "tutorials" / f"{name}.md").read_text()
+    assert f'\n--8<-- "examples/{name}.py"\n```' in page  # the directive that MkDocs replaces; a formatter may spoil it
+    assert (ROOT / "examples" / f"{name}.py").is_file()
 
 
 def anchors(page):

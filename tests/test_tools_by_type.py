@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import torchinfo
 from torch import nn
 from torch.ao import quantization
+from torch.distributed.fsdp._fully_shard._fsdp_init import _get_managed_modules, _get_managed_states
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,9 +46,16 @@ def test_a_walk_over_children_ends_at_the_whitened_layers(transform):
     assert [type(leaf) for leaf in leaves(unwhiten(copy.deepcopy(model)))] == [type(leaf) for leaf in leaves(network())]
     walked = leaves(model)
     assert [isinstance(leaf, type(plain)) for leaf, plain in zip(walked, leaves(network()), strict=True)] == [True] * 6
+
+
+def test_pytorch_itself_walks_over_all():
+    model = whiten(network(), FeatureWhitening(output_power=0.5))
     visited = []
     model.apply(visited.append)
-    assert len(visited) == len(list(network().modules()))
+    assert len(visited) == len(list(model.modules())) > len(list(network().modules()))
+    managed = _get_managed_modules((model,))
+    buffers = set(_get_managed_states(managed)[1])  # what FSDP2 moves to its device
+    assert buffers >= set(model.buffers())
 
 
 def test_what_is_not_walked_over_is_moved_cast_and_switched_with_the_layer():

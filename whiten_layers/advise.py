@@ -12,12 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from .conversion.whiten import convert, unwhiten
-from .estimate import copied_selections, estimate
+from .estimate import copied_selections
 from .options import check, check_model, is_count
 from .report import NEARLY_WHITE, Report, Row, aligned, report
 from .transforms import GradientTransform
 
+CALLED = "give a function of a model and a batch that returns a scalar, as lambda model, batch: …"
 CHEAP, DEAR = 1.3, 2.0  # times the plain step: what is hardly felt, and what has to be made up for by steps
+
+
+class Still(torch.optim.Optimizer):
+    """An optimizer that changes nothing: what scales gradients does so when an optimizer steps."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -61,32 +69,45 @@ def advise(
     Args:
         model: the model, whitened or not.
         batches: what the training loop iterates over; the first `passes` are taken.
-        loss: of a model and a batch: ``lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])``.
+        loss: of a model and a batch: ``lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])``. It is to
+            call the model that it is given, and to leave the batch as it is.
         transform: as for `whiten`.
         passes: batches to try, at least 2.
         **options: as for `whiten`.
 
     Raises:
-        ValueError, TypeError: as for `whiten`; there are fewer than 2 batches; the loss is no scalar tensor.
+        ValueError, TypeError: as for `whiten`; there are fewer than 2 batches; the loss is no scalar tensor; no batch
+            comes to a whitened layer, as in evaluation mode; or the transform keeps no covariance.
     """
     check_model(model)
+    check_loss(loss)
     check("passes", passes, is_count(passes) and passes > 1, "an integer of at least 2")
-    given = list(itertools.islice(batches, passes))
+    with torch.random.fork_rng([]):  # a loader draws a seed
+        given = list(itertools.islice(batches, passes))
     check("batches", f"{len(given)} of them", len(given) > 1, "at least 2")
     memo: dict[int, Any] = {}
     plain, whitened = unwhiten(copy.deepcopy(model)), unwhiten(copy.deepcopy(model, memo))
-    expected = estimate(model, transform, **options)
     selections = copied_selections(options, memo)
     convert(whitened, transform, **selections, process_group=options.pop("process_group", None), options=options)
-    seconds: list[list[float]] = [[], []]
+    seconds: dict[bool | None, list[float]] = {None: [], False: [], True: []}  # plain; without a refresh, and with one
     for batch in given:
-        for network, taken in zip((plain, whitened), seconds, strict=True):
-            taken.append(_seconds_of_a_pass(network, batch, loss))
-    # The least of the passes: those that were slower had a refresh, or were the first, or were disturbed.
-    shared = [part.update_interval for part in whitened.modules() if isinstance(part, GradientTransform)]
-    share = expected.seconds / statistics.median(shared) if shared else 0.0
-    step = (min(seconds[1]) + share) / min(seconds[0])
+        seconds[None].append(_seconds_of_a_pass(plain, batch, loss))
+        before = _refreshes(whitened)
+        taken = _seconds_of_a_pass(whitened, batch, loss)
+        seconds[_refreshes(whitened) > before].append(taken)
+    parts = [part for part in whitened.modules() if isinstance(part, GradientTransform)]
+    interval = statistics.median([part.batches_between_refreshes for part in parts] or [1])
+    # The least of each kind: those that took longer were the first, or were disturbed.
+    busy = min(seconds[True], default=0.0)
+    quiet = min(seconds[False], default=busy)
+    step = (quiet + max(0.0, busy - quiet) / interval) / min(seconds[None])
     result = report(whitened)
+    if not result.layers:
+        raise ValueError("no layer of the model can be whitened")
+    if not result.batches:
+        raise ValueError("no batch came to a whitened layer: is the model in training mode, and does loss call it?")
+    if not result.rows:
+        raise ValueError("this transform keeps no covariance, and so there is nothing to judge by")
     layers: dict[str, list[Row]] = {}
     for row in result.rows:
         layers.setdefault(row.layer, []).append(row)
@@ -102,16 +123,33 @@ def _size(layer: nn.Module) -> int:
     return sum(parameter.numel() for parameter in layer.parameters(recurse=False))
 
 
+def check_loss(loss: object) -> None:
+    """Raise a TypeError, unless a loss can be called."""
+    if not callable(loss):
+        raise TypeError(f"loss is of type {type(loss).__name__}: {CALLED}")
+
+
+def _refreshes(network: nn.Module) -> int:
+    parts = (part for part in network.modules() if isinstance(part, GradientTransform))
+    return sum(int(factor.num_refreshes) for part in parts for factor in part.factors())
+
+
 def _seconds_of_a_pass(network: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor]) -> float:
-    """Run a pass forward and backward, with random numbers that leave no trace, and time it."""
+    """Run a step that changes nothing, with random numbers that leave no trace, and time it."""
+    optimizer = Still(network.parameters(), {})
     devices = {parameter.device for parameter in network.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices), torch.enable_grad():
         start = time.perf_counter()
-        value = loss(network, batch)
+        try:
+            value = loss(network, batch)
+        except Exception as error:
+            error.add_note(f"loss was called with the model and a batch: {CALLED}")
+            raise
         if not isinstance(value, Tensor) or value.numel() != 1:
             shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"loss returned {shown}: give a function of a model and a batch that returns a scalar")
+            raise TypeError(f"loss returned {shown}: {CALLED}")
         value.backward()
+        optimizer.step()
         for device in devices:
             torch.cuda.synchronize(device)
         taken = time.perf_counter() - start
@@ -123,7 +161,8 @@ def _judged(rows: list[Row], passes: int) -> tuple[bool, str]:
     """Tell whether whitening changes something in a layer, and why, from its factors' rows."""
     worst = max(rows, key=lambda row: row.condition if row.spectrum else 0.0)
     if not worst.spectrum:
-        return False, "no batch came to it: nothing is whitened"
+        why = "its batches were constant, or held NaN or Inf" if worst.batches else "no batch came to it"
+        return False, f"{why}: nothing is whitened"
     few = min(rows, key=lambda row: row.effective_rows / row.size)
     is_few = few.effective_rows < few.size
     rare = f"{few.effective_rows / passes:.0f} rows a batch for {few.size} features"

@@ -5,6 +5,7 @@ is the one of the output. What is between them stays PyTorch's own.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,10 @@ class WhitenedOutProjection(WhitenedLinear, OutProjection):
     """`WhitenedLinear` that an attention ends with. The plain attention only reads its parameters."""
 
     is_inner = True
+
+    @staticmethod
+    def geometry(layer: Any) -> Geometry:
+        return replace(WhitenedLinear.geometry(layer), positions_first=True)
 
 
 class WhitenedMultiheadAttention(Whitened, nn.MultiheadAttention):
@@ -80,7 +85,7 @@ class WhitenedMultiheadAttention(Whitened, nn.MultiheadAttention):
     @staticmethod
     def geometry(layer: Any) -> Geometry:
         outputs, inputs = layer.in_proj_weight.shape
-        return Geometry(inputs, outputs, has_bias=layer.in_proj_bias is not None)
+        return Geometry(inputs, outputs, has_bias=layer.in_proj_bias is not None, positions_first=True)
 
     @staticmethod
     def inner_layers(layer: Any) -> list[nn.Module]:
@@ -135,14 +140,15 @@ class WhitenedMultiheadAttention(Whitened, nn.MultiheadAttention):
         """Compute ``W x + b`` for the query, the key and the value, each with its own third of W."""
         if query is not key or key is not value:
             return project_apart(query, key, value, self.in_proj_weight, self.in_proj_bias)
-        # Sequence by sequence: statistics count positions of one sequence for less than those of several.
-        projected = self.transformed(F.linear, query.transpose(0, 1))
-        return tuple(rearrange(projected, "n l (parts c) -> parts l n c", parts=3).contiguous())
+        projected = self.transformed(F.linear, query)
+        return tuple(rearrange(projected, "l n (parts c) -> parts l n c", parts=3).contiguous())
 
     def _project_out(self, query: Tensor, rows: Tensor) -> Tensor:
-        """Apply ``out_proj`` to the rows of an ``(L, N, C)``, as the query is."""
-        sequences = rows.unflatten(0, (query.shape[0], -1)).transpose(0, 1)
-        return self.out_proj(sequences).transpose(0, 1).flatten(0, 1)
+        """Apply ``out_proj`` to the rows of an ``(L, N, C)``, as the query is; without its hooks, as PyTorch does."""
+        layer: Any = self.out_proj
+        if not isinstance(layer, Whitened) or layer.is_plain():
+            return F.linear(rows, layer.weight, layer.bias)
+        return layer.transformed(F.linear, rows.unflatten(0, query.shape[:2])).flatten(0, 1)
 
 
 register(nn.MultiheadAttention, WhitenedMultiheadAttention)

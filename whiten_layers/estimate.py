@@ -17,7 +17,7 @@ from .statistics.covariance import FeatureCovariance
 from .statistics.whitening_factor import WhiteningFactor
 from .transforms import GradientTransform
 
-SELECTIONS: dict[str, Any] = {"include": None, "skip": None, "psi": False, "in_evaluation": False}  # of `whiten`
+SELECTIONS: dict[str, Any] = {"include": None, "skip": None, "psi": False, "in_evaluation": None}  # of `whiten`
 MEASURED = 512  # features of the largest matrix that is inverted to see how fast this machine is
 
 

@@ -191,7 +191,7 @@ class Whitened(StatefulModule):
         """
         weight, bias = (getattr(self, name) for name in self.parameter_names)
         if torch.compiler.is_compiling():
-            if is_exporting():
+            if is_exporting() and self.training:
                 warnings.warn(NO_EXPORT, stacklevel=2)
         elif function_transforms.is_mapped(weight):
             raise RuntimeError(NO_VMAP_OVER_PARAMETERS)  # such a weight reports requires_grad=False

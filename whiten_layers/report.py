@@ -19,7 +19,6 @@ from .transforms import FeatureWhitening, GradientTransform
 
 SHOWN = 10  # rows of a summary
 SPECTRA = 5  # rows whose spectra are drawn
-UNSEEN = "frozen, unused, or used as a function"
 NEARLY_WHITE = 3  # condition number below which whitening changes little
 
 
@@ -86,12 +85,16 @@ class Report:
     """A row per factor of each layer, and the modules left plain or never reached by a batch, with the reason.
 
     Printed, it is a summary: totals, what went wrong, and the ten rows with the largest condition numbers; or all rows,
-    if it `is_full`. `share` is the whitened layers' part of the parameters.
+    if it `is_full`. `layers` counts the whitened layers, `share` is their part of the parameters, and `batches` counts
+    those that came to any of them. `is_idle` tells whether all whitened layers are in evaluation mode, and so plain.
     """
 
     rows: list[Row]
     left: dict[str, str]
+    layers: int
     share: float
+    batches: int
+    is_idle: bool = False
     is_full: bool = False
 
     @property
@@ -106,7 +109,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         rows = [row.to_dict() for row in self.rows]
-        return {"rows": rows, "left": dict(self.left), "share": self.share, "bytes": self.bytes}
+        numbers = {"layers": self.layers, "share": self.share, "batches": self.batches, "bytes": self.bytes}
+        return {"rows": rows, "left": dict(self.left), **numbers}
 
     def __str__(self) -> str:
         rows = self.rows if self.is_full else self.known[:SHOWN]
@@ -128,14 +132,21 @@ class Report:
         return "\n".join([*text, *listed, *more])
 
     def _summary(self) -> list[str]:
-        layers = len({row.layer for row in self.rows})
-        batches, refreshes = (
-            max((getattr(row, of) for row in self.rows), default=0) for of in ("batches", "refreshes")
-        )
+        refreshes = max((row.refreshes for row in self.rows), default=0)
         share, mebibytes = f"{100 * self.share:.0f} % of the parameters", f"{self.bytes / 2**20:.1f} MiB beside them"
-        lines = [f"whitened layers: {layers} ({share}, {mebibytes}); batches: {batches}; refreshes: {refreshes}"]
+        numbers = f"batches: {self.batches}; refreshes: {refreshes}"
+        lines = [f"whitened layers: {self.layers} ({share}, {mebibytes}); {numbers}"]
+        if not self.layers:
+            return ["No layer is whitened: call whiten(model)."]
+        if not self.batches:
+            idle = " The model is in evaluation mode, where whitened layers are plain: see `in_evaluation` of `whiten`."
+            return [*lines, f"No batch has been seen yet.{idle if self.is_idle else ''}"]
         if not self.known:
-            return [*lines, *(["No batch has been seen yet."] if self.rows else [])]
+            return (
+                [*lines, "No condition number is known: all inputs were constant, or not finite."]
+                if self.rows
+                else lines
+            )
         typical = statistics.median(row.condition for row in self.known)
         if typical < NEARLY_WHITE:
             return [*lines, f"Nearly white already (condition number {typical:.3g} in the median): little to gain."]
@@ -148,10 +159,6 @@ class Report:
         kinds: list[tuple[str, Callable[[Row], bool]]] = [
             ("refreshes failed, and the last inverse stays in use", lambda row: row.failed > 0),
             ("batches with NaN or Inf were left out", lambda row: row.skipped > 0),
-            (
-                "shortened by `bound` in more than a third of the batches",
-                lambda row: 3 * row.bounded > row.batches,
-            ),
             (
                 "fewer rows than features, so whitened but little",
                 lambda row: row.spectrum != () and row.effective_rows < row.size,
@@ -190,21 +197,26 @@ class Report:
         The spectra are those of `SPECTRA` rows, from the largest condition number to the smallest: each eigenvalue
         divided by the mean of its matrix, against its place, largest first.
         """
-        from matplotlib.figure import Figure
-
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("a plot needs matplotlib: pip install matplotlib") from error
+        if not self.known:
+            raise ValueError("no batch has been seen: there is nothing to draw")
         figure = Figure(figsize=(max(6.0, 0.3 * len(self.rows)) + 5, 4.5), layout="constrained")
         axes, spectra = figure.subplots(1, 2, width_ratios=[max(6.0, 0.3 * len(self.rows)), 5])
         places = range(len(self.rows))
         axes.semilogy(places, [row.condition for row in self.rows], "o", color="tab:gray", label="covariance")
         whitened = [math.nan if row.whitened is None else row.whitened for row in self.rows]
-        axes.semilogy(places, whitened, "o", color="tab:blue", label="whitened")
+        if not all(map(math.isnan, whitened)):
+            axes.semilogy(places, whitened, "o", color="tab:blue", label="whitened")
         axes.set_xticks(list(places), [f"{row.layer} {row.factor}" for row in self.rows], rotation=90, fontsize=7)
         axes.set_ylabel("condition number")
         axes.legend()
         known = self.known
         picked = [known[round(i * (len(known) - 1) / (SPECTRA - 1))] for i in range(SPECTRA)] if known else []
         for number, row in enumerate(dict.fromkeys(picked)):
-            for spectrum, style in ((row.spectrum, "--"), (row.whitened_spectrum, "-")):
+            for spectrum, style in ((row.spectrum, "--"), (row.whitened_spectrum or (), "-")):
                 values = [value * len(spectrum) / sum(spectrum) for value in spectrum] if spectrum else []
                 label = f"{row.layer} {row.factor}" if style == "--" else None
                 spectra.loglog(range(1, len(values) + 1), values, style, color=f"C{number}", label=label)
@@ -228,14 +240,15 @@ def _spectra(factor: WhiteningFactor) -> tuple[tuple[float, ...], tuple[float, .
     Those of the second are those of ``Lᵀ P L`` with ``L Lᵀ = C + λI``.
     """
     damped = factor.damped().matrix.double().cpu()
+    if isinstance(factor, Eigenbasis):  # nothing is damped, so values below float32's rounding are known as no more
+        values = torch.linalg.eigvalsh(damped)
+        values = values.clamp(min=values.amax().item() * torch.finfo(torch.float32).eps)
+        return _worst(values, factor.blocks) if factor.running_count.any() and values.amax() > 0 else (), None
     lower, info = torch.linalg.cholesky_ex(damped)
     known = factor.group_sum(info) == 0  # a group that has seen no data, or only constants, has none
-    has_inverse = not isinstance(factor, Eigenbasis)
     if not known.any():
-        return (), () if has_inverse else None
+        return (), ()
     before = _worst(torch.linalg.eigvalsh(damped[known]), factor.blocks)
-    if not has_inverse:
-        return before, None
     lower = lower[known]
     after = torch.linalg.eigvalsh(lower.mT @ factor.precision.double().cpu()[known] @ lower)
     return before, _worst(after, factor.blocks)
@@ -245,6 +258,14 @@ def _transforms(model: nn.Module) -> Iterator[tuple[str, GradientTransform]]:
     """Yield every transform and its parts, each with the name of its layer."""
     for name, layer in layers_of(model).items():
         yield from ((name or "the model", part) for part in layer.transform.parts())
+
+
+def _why_unseen(layer: nn.Module) -> str:
+    """Say what may have kept all batches from a layer."""
+    why = "frozen, unused, used as a function, or in evaluation mode"
+    if isinstance(layer, nn.MultiheadAttention):
+        why = f"query, key and value are not one tensor; or it is {why}"
+    return f"{type(layer).__name__}, which has seen no batch: {why}"
 
 
 @torch.no_grad()
@@ -260,10 +281,14 @@ def report(model: nn.Module, *, full: bool = False) -> Report:
 
     Raises:
         TypeError: `model` is no module.
+        ValueError: its whitening is on the meta device.
     """
     check_model(model)
+    transforms = list(_transforms(model))
+    if any(buffer.is_meta for _, transform in transforms for buffer in transform.buffers()):
+        raise ValueError("the model is on the meta device: there is nothing to report before it is filled")
     rows = []
-    for name, transform in _transforms(model):
+    for name, transform in transforms:
         whitening = transform if isinstance(transform, FeatureWhitening) else None
         norms = whitening and whitening.norms
         for factor_name, factor in transform.named_factors():
@@ -289,12 +314,9 @@ def report(model: nn.Module, *, full: bool = False) -> Report:
                 )
             )
     left = reasons_left(model)
-    modules = {name or "the model": module for name, module in model.named_modules()}
-    has_trained = any(row.batches for row in rows)
-    for row in rows:
-        if has_trained and row.batches == 0:
-            module = modules[row.layer]
-            is_idle = not (module.training or module.in_evaluation)
-            why = "it is in evaluation mode: see `in_evaluation` of `whiten`" if is_idle else UNSEEN
-            left[row.layer] = f"{type(module).__name__}, which has seen no batch: {why}"
-    return Report(rows, left, share_of(model), full)
+    layers = {name or "the model": layer for name, layer in layers_of(model).items()}
+    batches = max((int(transform.num_batches_tracked) for _, transform in transforms), default=0)
+    unseen = {row.layer for row in rows if batches and row.batches == 0}
+    left |= {name: _why_unseen(layer) for name, layer in layers.items() if name in unseen}
+    is_idle = not any(layer.training or layer.in_evaluation for layer in layers.values())
+    return Report(rows, left, len(layers), share_of(model), batches, is_idle, full)

@@ -187,19 +187,38 @@ def test_a_network_that_trains_in_evaluation_mode_is_whitened_if_asked_for(given
         hidden = torch.randn(5, 7, 4)
         torch.testing.assert_close(model[1](hidden, hidden, hidden)[0], plain[1](hidden, hidden, hidden)[0])
     if not given:
+        assert "The model is in evaluation mode, where whitened layers are plain" in str(report(model))
         model[2].train()
         model[2](torch.randn(5, 4)).sum().backward()
-        reason = "Conv2d, which has seen no batch: it is in evaluation mode: see `in_evaluation` of `whiten`"
-        assert report(model).left["0.0"] == f"Whitened{reason}"
+        reason = "which has seen no batch: frozen, unused, used as a function, or in evaluation mode"
+        assert report(model).left["0.0"] == f"WhitenedConv2d, {reason}"
+        assert report(model).left["1"].startswith("WhitenedMultiheadAttention, which has seen no batch: query, key and")
     assert "in_evaluation" not in vars(unwhiten(model)[2])
 
 
 def test_what_in_evaluation_takes():
-    with pytest.raises(ValueError, match="in_evaluation='yes' is not possible: give True or False"):
+    with pytest.raises(ValueError, match="in_evaluation='yes' is not possible: give True, False or None"):
         whiten(nn.Linear(3, 2), in_evaluation="yes")
     model = whiten(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))
     whiten(model, include="1", in_evaluation=True)
     assert [layer.in_evaluation for layer in model] == [False, True]
+    assert [layer.in_evaluation for layer in whiten(model)] == [False, True]
+    assert [layer.in_evaluation for layer in whiten(model, in_evaluation=False)] == [False, False]
+
+
+def test_a_norm_that_stays_in_evaluation_mode_cancels_no_scale():
+    def make():
+        return nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3)).eval()
+
+    assert len(whiten(make(), psi=True)[0].transform.parts()) == 3
+    with pytest.raises(ValueError, match="psi=True finds no layer"):
+        whiten(make(), psi=True, in_evaluation=True)
+
+
+def test_tracing_alone_in_evaluation_mode_is_the_same_error_as_in_training():
+    layer = whiten(nn.Linear(3, 3).eval(), in_evaluation=True)
+    with pytest.raises(RuntimeError, match=r"torch\.fx cannot trace a WhitenedLinear alone in training mode"):
+        torch.fx.symbolic_trace(layer)
 
 
 def test_a_layer_whose_forward_was_replaced_is_left_and_one_that_gets_a_hook_later_is_not():

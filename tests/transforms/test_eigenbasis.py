@@ -452,3 +452,13 @@ def test_it_is_far_ahead_of_adamw_at_adamws_best_rate():
             best.append(min(losses))
         ratios.append(best[1] / best[0])
     assert sorted(ratios)[2] < 0.5
+
+
+def test_the_state_of_the_default_loads_with_a_warning():
+    torch.manual_seed(0)
+    other, model = whiten(nn.Linear(4, 3)), whiten(nn.Linear(4, 3), "eigenbasis")
+    other(torch.randn(8, 4)).sum().backward()
+    with pytest.warns(UserWarning, match="made with other options"):
+        model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model.weight, other.weight, rtol=0, atol=0)
+    assert model.transform.num_steps == 0 and not model.transform.variance.any()

@@ -1,7 +1,8 @@
 """Access to the inside of `nn.Module`: notice of tensors that move or are loaded, and the parts of a module."""
 
+import sys
 from collections.abc import Collection, Iterator
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,8 @@ class StatefulModule(nn.Module):
     """
 
     hidden_children: ClassVar[tuple[str, ...]] = ()
-    """Names of child modules that `children` leaves out: tools that count operations, draw summaries or initialise take
-    a module without children for a layer, and look into one that has some. `named_children` has them all."""
+    """Names of child modules that `children` shows to PyTorch alone: other tools, which count operations or draw
+    summaries, take a module without children for a layer, and look into one that has some."""
 
     keeps_its_tensors: ClassVar[bool] = False
     """Tells whether a load copies into the module's own tensors even with ``assign=True``. An assigned tensor would
@@ -50,10 +51,11 @@ class StatefulModule(nn.Module):
             RuntimeError: in training mode, it traces this module alone, or a part that has hooks.
         """
         name, is_whole = type(self).__name__, getattr(input.tracer, "root", None) is self
-        if is_whole and self.training:
+        trains = self.training or getattr(self, "in_evaluation", False)
+        if is_whole and trains:
             raise RuntimeError(f"torch.fx cannot trace a {name} alone in training mode: trace a model that has it")
         has_hooks = has_forward_hooks(self)  # called here already, with proxies, and not once more by the layer
-        if has_hooks and self.training:
+        if has_hooks and trains:
             raise RuntimeError(f"torch.fx cannot trace a {name} that has forward hooks in training mode: remove them")
         return not (is_whole or has_hooks)
 
@@ -86,22 +88,13 @@ class StatefulModule(nn.Module):
         return super()._replicate_for_data_parallel()
 
     def children(self) -> Iterator[nn.Module]:
-        return (child for name, child in self.named_children() if name not in self.hidden_children)
-
-    def _hidden(self) -> Iterator[nn.Module]:
-        return (child for name, child in self.named_children() if name in self.hidden_children)
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        for child in self._hidden():
-            child.train(mode)
-        return self
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        hidden = () if caller.partition(".")[0] == "torch" else self.hidden_children
+        return (child for name, child in self.named_children() if name not in hidden)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         before = self.before_moving()
         super()._apply(fn, recurse)
-        for child in self._hidden() if recurse else ():
-            child._apply(fn)
         self.after_moving(before)
         return self
 

@@ -21,7 +21,7 @@ COSTLY = 10**12  # operations of a refresh of one layer: a minute or two on a CP
 def share_of(model: nn.Module) -> float:
     """Compute the whitened layers' part of a model's parameters."""
     numbers = {id(parameter): parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)}
-    parts = {id(parameter) for layer in layers_of(model).values() for parameter in layer.parameters()}
+    parts = {id(parameter) for layer in layers_of(model).values() for parameter in layer.trained_parameters()}
     return sum(number for key, number in numbers.items() if key in parts) / (sum(numbers.values()) or 1)
 
 

@@ -28,7 +28,7 @@ def whiten(
     include: Selection = None,
     skip: Selection = None,
     psi: bool | Selection = False,
-    in_evaluation: bool = False,
+    in_evaluation: bool | None = None,
     process_group: ProcessGroup | None = None,
     **options: Any,
 ) -> M:
@@ -56,11 +56,11 @@ def whiten(
             another dimension, and True is wrong if both dimensions have the same size. Other whitening norms do not
             count, since their output changes with the channels' scales. Nor does a frozen norm: one in evaluation mode,
             with running statistics, while the layer is in training mode. If both are in evaluation mode, that is
-            assumed to be temporary. `torch.fx` traces the pass in the model's current mode, with optional arguments at
-            their defaults; hooks are ignored.
+            assumed to be temporary, unless `in_evaluation` is True. `torch.fx` traces the pass in the model's current
+            mode, with optional arguments at their defaults; hooks are ignored.
         in_evaluation: whiten the chosen layers in evaluation mode too, as far as their weights train: for networks that
-            are trained in that mode, to freeze their normalizations. Otherwise a layer in evaluation mode is the plain
-            one.
+            are trained in that mode, to freeze their normalizations. By default a layer in evaluation mode is the plain
+            one; None leaves it as it is in a layer that is whitened already.
         process_group: the processes that share statistics and the work of a refresh, if `torch.distributed` runs. None
             for those of the `DistributedDataParallel` that wraps the model, or else all.
         options: options of the transform's class, such as ``power=1``, if `transform` is a name or None.
@@ -77,7 +77,7 @@ def whiten(
         TypeError: `model` is no module; an option is unknown; or something to select by is neither name, module nor
             type.
     """
-    check("in_evaluation", in_evaluation, isinstance(in_evaluation, bool), "True or False")
+    check("in_evaluation", in_evaluation, in_evaluation in (None, True, False), "True, False or None")
     kept = convert(model, transform, include, skip, psi, process_group, options, in_evaluation)
     if transform is not None or options or psi:
         warn_of_kept(kept)
@@ -94,7 +94,7 @@ def convert(
     psi: bool | Selection,
     process_group: ProcessGroup | None,
     options: dict[str, Any],
-    in_evaluation: bool = False,
+    in_evaluation: bool | None = None,
 ) -> list[str]:
     """Do what `whiten` does, without a word.
 
@@ -114,13 +114,13 @@ def convert(
     outer = [module for module in layers.values() if id(module) in chosen and not why_not(module)]
     called = {id(inner) for module in outer for inner in twin_of(module).inner_layers(module)}
     chosen -= {id(module) for module in layers.values() if twin_of(module).is_inner} - called
-    scaled = _scaled(model, layers, psi)
+    scaled = _scaled(model, layers, psi, bool(in_evaluation))
     has_converted, kept = False, []
     for name, module in layers.items():
         if id(module) not in chosen or why_not(module):
             continue
-        if in_evaluation:
-            module.in_evaluation = True
+        if in_evaluation is not None:
+            module.in_evaluation = in_evaluation
         given = Chain(transform, PSIScaling()) if id(module) in scaled else transform
         if type(module) in PLAIN:  # perhaps just now, under a shared layer's other name
             kept += [] if are_alike(module.transform, given) else [name or "the model"]
@@ -160,7 +160,7 @@ def unwhiten(model: M) -> M:
     return model
 
 
-def _scaled(model: nn.Module, layers: dict[str, Any], psi: bool | Selection) -> set[int]:
+def _scaled(model: nn.Module, layers: dict[str, Any], psi: bool | Selection, in_evaluation: bool) -> set[int]:
     """Return the ids of the layers that are named, or of those in front of a norm that cancels their scale."""
     if not isinstance(psi, bool):
         return selected("psi", selectors("psi", psi) or [], model, layers, WHAT)
@@ -168,7 +168,7 @@ def _scaled(model: nn.Module, layers: dict[str, Any], psi: bool | Selection) -> 
         return set()
     cure = "name the layers, as in psi=['layer1.*']"
     try:
-        names = scale_invariant(model, (*TWINS, *PLAIN))
+        names = scale_invariant(model, (*TWINS, *PLAIN), in_evaluation)
     except ValueError as error:
         raise ValueError(f"psi=True is not possible, since {error}: {cure}") from error
     if not names:

@@ -42,6 +42,7 @@ class Geometry:
     has_bias: bool = False
     upsampling: tuple[int, ...] = ()  # transposed convolution: step of the spread input
     inputs_first: bool = False  # the weight is (C, S, *kernel), not (S, C, *kernel)
+    positions_first: bool = False  # inputs and outputs are (L, N, ·), a sequence's positions before the sequences
 
     @cached_property
     def taps(self) -> int:

@@ -142,6 +142,11 @@ class GradientTransform(WideBuffers, ABC):
     def reset_state(self) -> None:
         """Set the state to what `bind` made, forgetting every batch. Implementations call `reset_counters`."""
 
+    @property
+    def batches_between_refreshes(self) -> int:
+        """The batches from one refresh to the next, when training has gone on for a while."""
+        return self.update_interval
+
     def parts(self) -> "list[GradientTransform]":
         """List the transform itself and those that it is made of."""
         return [module for module in self.modules() if isinstance(module, GradientTransform)]

@@ -176,6 +176,8 @@ class CovarianceTransform(GradientTransform):
 
     def _rows(self, tensor: Tensor, batch: int) -> tuple[Tensor, int]:
         """Sample rows of an input's or output's channels, group by group; return them and the number of samples."""
+        if self.geometry.positions_first and tensor.dim() > 2:
+            tensor = tensor.transpose(-3, -2)  # positions of one sequence tell less than those of several
         samples = count_samples(tensor, self.geometry.spatial_dims, self.max_rows)
         return self.positions(tensor, self.max_rows, batch // self.statistics_interval), samples
 

@@ -62,6 +62,7 @@ class EigenbasisScaling(CovarianceTransform):
     """
 
     scales_at_step = True
+    newer_state = ("variance", "num_steps")
     inputs: Eigenbasis
     channels: Eigenbasis
     taps: Eigenbasis
@@ -148,6 +149,10 @@ class EigenbasisScaling(CovarianceTransform):
                 "weight, or the weight is flattened or parametrized",
                 stacklevel=2,
             )
+
+    @property
+    def batches_between_refreshes(self) -> int:
+        return self.interval
 
     @torch.no_grad()
     def scale_at_step(self, grad_weight: Tensor) -> Tensor:
