@@ -125,10 +125,8 @@ def gain_model(
 class TwoStageNetwork:
     """Network with one hidden layer for regression: ``fit(X, Y)``, then ``predict(X)``.
 
-    =========  ==============================  =========  ==================================
-    OWO-BP     ``direction="bp"``              OIG-BP     ``direction="bp", gains=True``
-    OWO-HWO    ``direction="hwo"``             OIG-HWO    ``direction="hwo", gains=True``
-    =========  ==============================  =========  ==================================
+    - OWO-BP: ``direction="bp"``; OIG-BP: ``direction="bp", gains=True``.
+    - OWO-HWO: ``direction="hwo"``; OIG-HWO: ``direction="hwo", gains=True``.
 
     See the module's docstring for the formulas. Standardise the inputs: the hidden weights start from standard normal
     ones, scaled such that every unit's n has a standard deviation of 1 on the training inputs.
