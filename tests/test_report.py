@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -154,3 +155,30 @@ def test_numbers_are_logged(writer):
     assert written.written["whitening/bytes", 0] == report(model).bytes
     assert ("whitening/1/inputs/condition", 0) not in written.written
     assert all(math.isfinite(value) for value in written.written.values())
+
+
+def test_what_cannot_be_told_is_said():
+    assert str(report(nn.Linear(3, 2))).splitlines()[0] == "No layer is whitened: call whiten(model)."
+    layer = whiten(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="no batch has been seen: there is nothing to draw"):
+        report(layer).plot("report.png")
+    for _ in range(2):
+        layer(torch.zeros(4, 3)).sum().backward()
+    lines = str(report(layer)).splitlines()
+    assert "batches: 2" in lines[0] and lines[1] == (
+        "No condition number is known: all inputs were constant, or not finite."
+    )
+    assert "whitened layers: 1" in str(report(whiten(nn.Linear(3, 2), "optimal_gain")))
+    with pytest.raises(ValueError, match="the model is on the meta device: there is nothing to report"):
+        report(layer.to("meta"))
+
+
+def test_a_plot_without_its_library_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match="a plot needs matplotlib: pip install matplotlib"):
+        report(trained(whiten(nn.Linear(6, 2)))).plot(tmp_path / "report.png")
+
+
+def test_a_plot_of_eigenbases_has_no_whitened_values(tmp_path):
+    report(trained(whiten(nn.Linear(6, 2), "eigenbasis"))).plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
