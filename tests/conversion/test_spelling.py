@@ -204,7 +204,7 @@ def test_layers_that_are_not_initialised_are_left():
             lambda: nn.Sequential(nn.Embedding(100, 4), nn.Linear(4, 4)),
             {},
             logging.WARNING,
-            "whitened 1 of 2 layers, 5 % of the parameters",
+            "whitened 1 of 2 layers, 5 % of the parameters; report(model).left says why",
         ),
         (nn.ReLU, {}, logging.INFO, "whitened 0 of 0 layers, 0 % of the parameters"),
     ],

@@ -34,7 +34,8 @@ def tell_share(model: nn.Module, is_all: bool) -> None:
     has_parameters = any(not is_lazy(parameter) for parameter in model.parameters())
     level = logging.WARNING if share < 0.5 and is_all and has_parameters else logging.INFO
     numbered = len(whitened), len(whitened) + len(left)
-    logger.log(level, "whitened %d of %d layers, %.0f %% of the parameters", *numbered, 100 * share)
+    why = "; report(model).left says why" if level == logging.WARNING and left else ""
+    logger.log(level, "whitened %d of %d layers, %.0f %% of the parameters%s", *numbered, 100 * share, why)
     for name, reason in left.items():
         logger.info("left %s: %s", name, reason)
 
