@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .conversion.messages import share_of
 from .conversion.whiten import convert, unwhiten
 from .estimate import copied_selections
+from .layers import layers_of
 from .options import check, check_model, is_count
 from .report import NEARLY_WHITE, Report, Row, aligned, report
 from .transforms import GradientTransform
@@ -30,7 +32,7 @@ class Still(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class Advice:
-    """What a few passes have shown, a verdict for each layer, and one for the model.
+    """Result of `advise`: a verdict on the model, one on each layer, and the numbers behind them.
 
     Attributes:
         verdict: one or two sentences.
@@ -89,13 +91,14 @@ def advise(
     plain, whitened = unwhiten(copy.deepcopy(model)), unwhiten(copy.deepcopy(model, memo))
     selections = copied_selections(options, memo)
     convert(whitened, transform, **selections, process_group=options.pop("process_group", None), options=options)
+    own_layers = {name or "the model": layer for name, layer in layers_of(whitened).items()}
+    parts = [part for layer in own_layers.values() for part in layer.transform.parts()]
     seconds: dict[bool | None, list[float]] = {None: [], False: [], True: []}  # plain; without a refresh, and with one
     for batch in given:
         seconds[None].append(_seconds_of_a_pass(plain, batch, loss))
-        before = _refreshes(whitened)
+        before = _refreshes(parts)
         taken = _seconds_of_a_pass(whitened, batch, loss)
-        seconds[_refreshes(whitened) > before].append(taken)
-    parts = [part for part in whitened.modules() if isinstance(part, GradientTransform)]
+        seconds[_refreshes(parts) > before].append(taken)
     interval = statistics.median([part.batches_between_refreshes for part in parts] or [1])
     # The least of each kind: those that took longer were the first, or were disturbed.
     busy = min(seconds[True], default=0.0)
@@ -112,15 +115,10 @@ def advise(
     for row in result.rows:
         layers.setdefault(row.layer, []).append(row)
     sentences = {name: _judged(rows, len(given)) for name, rows in layers.items()}
-    sizes = {name or "the model": module for name, module in whitened.named_modules()}
-    changing = sum(_size(sizes[name]) for name, (changes, _) in sentences.items() if changes)
-    gain = changing / (sum(parameter.numel() for parameter in whitened.parameters()) or 1)
+    changing = [own_layers[name] for name, (changes, _) in sentences.items() if changes]
+    gain = share_of(whitened, changing)
     told = {name: sentence for name, (_, sentence) in sentences.items()}
     return Advice(verdict_of(gain, step, result.bytes), told, gain, step, result.bytes, result)
-
-
-def _size(layer: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in layer.parameters(recurse=False))
 
 
 def check_loss(loss: object) -> None:
@@ -129,8 +127,7 @@ def check_loss(loss: object) -> None:
         raise TypeError(f"loss is of type {type(loss).__name__}: {CALLED}")
 
 
-def _refreshes(network: nn.Module) -> int:
-    parts = (part for part in network.modules() if isinstance(part, GradientTransform))
+def _refreshes(parts: Iterable[GradientTransform]) -> int:
     return sum(int(factor.num_refreshes) for part in parts for factor in part.factors())
 
 

@@ -319,4 +319,4 @@ def report(model: nn.Module, *, full: bool = False) -> Report:
     unseen = {row.layer for row in rows if batches and row.batches == 0}
     left |= {name: _why_unseen(layer) for name, layer in layers.items() if name in unseen}
     is_idle = not any(layer.training or layer.in_evaluation for layer in layers.values())
-    return Report(rows, left, len(layers), share_of(model), batches, is_idle, full)
+    return Report(rows, left, len(layers), share_of(model, layers.values()), batches, is_idle, full)

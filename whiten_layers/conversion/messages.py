@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -18,10 +19,10 @@ logger = logging.getLogger("whiten_layers")
 COSTLY = 10**12  # operations of a refresh of one layer: a minute or two on a CPU core
 
 
-def share_of(model: nn.Module) -> float:
-    """Compute the whitened layers' part of a model's parameters."""
+def share_of(model: nn.Module, layers: Iterable[Any]) -> float:
+    """Compute the part of a model's parameters that some of its whitened layers have."""
     numbers = {id(parameter): parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)}
-    parts = {id(parameter) for layer in layers_of(model).values() for parameter in layer.trained_parameters()}
+    parts = {id(parameter) for layer in layers for parameter in layer.trained_parameters()}
     return sum(number for key, number in numbers.items() if key in parts) / (sum(numbers.values()) or 1)
 
 
@@ -30,7 +31,8 @@ def tell_share(model: nn.Module, is_all: bool) -> None:
 
     Less than half is a warning, if all of the model was asked for.
     """
-    share, whitened, left = share_of(model), layers_of(model), reasons_left(model)
+    whitened, left = layers_of(model), reasons_left(model)
+    share = share_of(model, whitened.values())
     has_parameters = any(not is_lazy(parameter) for parameter in model.parameters())
     level = logging.WARNING if share < 0.5 and is_all and has_parameters else logging.INFO
     numbered = len(whitened), len(whitened) + len(left)

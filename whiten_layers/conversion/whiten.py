@@ -77,7 +77,8 @@ def whiten(
         TypeError: `model` is no module; an option is unknown; or something to select by is neither name, module nor
             type.
     """
-    check("in_evaluation", in_evaluation, in_evaluation in (None, True, False), "True, False or None")
+    is_switch = in_evaluation is None or isinstance(in_evaluation, bool)
+    check("in_evaluation", in_evaluation, is_switch, "True, False or None")
     kept = convert(model, transform, include, skip, psi, process_group, options, in_evaluation)
     if transform is not None or options or psi:
         warn_of_kept(kept)
