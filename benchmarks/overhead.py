@@ -3,8 +3,9 @@
 Steps of the plain and of the whitened network are timed in turn, on the same batch, so that all see
 the machine as it is at that moment; compiled and not, if asked for, in the same run. A cycle of the whitened network's
 schedule holds steps that update statistics or refresh inverses and steps that do neither: the time of a step is a mean
-over whole cycles, and the ratio printed is the median over such stretches. On a CUDA device each network's peak memory
-is taken before, while it alone trains.
+over whole cycles, and the ratio printed is the median over such stretches. A breakdown times, in the same run, networks
+that leave out the refreshes, and the statistics too: what they take less is what those cost. On a CUDA device each
+network's peak memory is taken before, while it alone trains.
 """
 
 import copy
@@ -25,16 +26,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from whiten_layers import FeatureWhitening, GradientTransform, OptimalInputGain, whiten
+from whiten_layers.layers import layers_of
+from whiten_layers.refresh.schedule import refresh_interval
 
 from .convergence import PLAIN
 from .environment import describe, device_name
 from .options import PositiveInt, Switch, Wrong, choice, read, reject, value
 from .output import Column, cells, show, write
+from .safety_tasks import Transformer, mlp
 from .timing import steady_allocator
 from .training import OPTIMIZERS
 from .transforms import TransformOptions, settings_of
 
 PROGRAM = "python -m benchmarks.overhead"
+OTHERS = ("mlp", "transformer")  # networks that read no images
 MODES = {"no": ["eager"], "yes": ["compiled"], "both": ["eager", "compiled"]}
 # The largest distance of two first gradients, relative to their norm. The forward passes of both networks are the same
 # to the last bit, so that only the sums of backward round differently: by 2⁻⁹ of bfloat16 in each of a hundred layers,
@@ -56,13 +61,17 @@ def known_device(text: str) -> str | Wrong:
 class Options:
     """The options of the benchmark."""
 
-    model: Annotated[str, choice(PLAIN)] = "resnet20"
+    # A network for images; or three linear layers of 64, 128 and 128 features; or a transformer of four blocks of width
+    # 256 that reads 64 characters.
+    model: Annotated[str, choice([*PLAIN, *OTHERS])] = "resnet20"
     batch_size: PositiveInt = 128
     size: PositiveInt = 32  # height and width of the images
     device: Annotated[str, value("device", known_device)] = "cpu"  # cpu, cuda or cuda:N
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 is autocast's
     channels_last: Switch = False  # the memory format of images and weights
     compile: Literal["no", "yes", "both"] = "no"  # torch.compile, or with and without in one run
+    batches: PositiveInt = 1000  # that count as having come when the timing begins: refreshes become rarer
+    breakdown: Switch = False  # time networks that only transform, and that never refresh, too
     stretches: PositiveInt = 9  # stretches of whole cycles to take the median of
     system_allocator: Switch = False  # leave memory allocation as the system has it
     out: Path = Path("results/overhead")  # folder for results.json
@@ -72,6 +81,37 @@ class Options:
     def layout(self) -> torch.memory_format:
         """The memory format of tensors of four dimensions."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+NEVER = 2**31  # an interval; before it, things are due at powers of two
+PARTS = {
+    "whitened": (),
+    "transform and statistics": ("update_interval",),
+    "transform": ("update_interval", "statistics_interval"),
+}
+
+
+def stop(network: nn.Module, intervals: tuple[str, ...], batches: int) -> None:
+    """Let a network's layers be where they are after so many batches, and leave out what has one of these intervals."""
+    for layer in layers_of(network).values():
+        batch = NEVER // 2 + 1 if intervals else batches
+        layer.transform.schedule.batch = batch
+        for part in observing(layer.transform):
+            part.attendance.observed = batch
+            for name in intervals:
+                setattr(part, name, NEVER)
+
+
+def task_of(options: Options) -> tuple[nn.Module, Tensor, Tensor]:
+    """Make a network, and a batch of inputs and labels for it."""
+    if options.model == "mlp":
+        return mlp(64, 128, 128, 10), torch.randn(options.batch_size, 64), torch.randint(10, (options.batch_size,))
+    if options.model == "transformer":
+        codes = torch.randint(128, (options.batch_size, 64))
+        return Transformer(context=64, width=256, depth=4), codes, codes.roll(-1, 1)
+    network = getattr(whiten_layers.models, options.model)()
+    images = torch.randn(options.batch_size, 3, options.size, options.size)
+    return network, images, torch.randint(network.fc.out_features, (options.batch_size,))
 
 
 def synchronize(device: torch.device) -> None:
@@ -147,19 +187,19 @@ def prepare(
     """
     batch = images, labels, options.precision
     # At first statistics are taken of every batch, which costs more than later.
-    window = max(math.ceil(1 / (1 - part.decay)) + part.update_interval for part in observing(transform))
+    window = max(math.ceil(1 / (1 - part.decay)) + cycle for part in observing(transform))
     steps: dict[str, Callable[[], float]] = {}
     peaks: dict[str, int] = {}
     if images.is_cuda:  # cuBLAS takes its workspaces at the first product, and keeps them for all
         gradients(copy.deepcopy(network).to(images.device).to(memory_format=options.layout), *batch)
     for mode in MODES[options.compile]:
         expected = None
-        for kind in ("plain", "whitened"):
+        for kind in ("plain", *(PARTS if options.breakdown else ["whitened"])):
             name = f"{kind} {mode}"
             if images.is_cuda:
                 others = torch.cuda.memory_allocated(images.device) - images.nbytes - labels.nbytes
             copied = copy.deepcopy(network).to(images.device).to(memory_format=options.layout)
-            if kind == "whitened":
+            if kind != "plain":
                 whiten(copied, transform)
             if mode == "compiled":
                 copied.compile(fullgraph=True)
@@ -171,6 +211,7 @@ def prepare(
             steps[name] = stepper(copied, *batch)
             for _ in tqdm(range(window), desc=name, unit="step", leave=False, dynamic_ncols=True):
                 steps[name]()
+            stop(copied, PARTS.get(kind, ()), options.batches)
             if images.is_cuda:
                 torch.cuda.reset_peak_memory_stats(images.device)
                 for _ in range(cycle):
@@ -188,12 +229,14 @@ def main(arguments: list[str] | None = None) -> int:
         reject(PROGRAM, str(error))
     steady = not options.system_allocator and steady_allocator()
     torch.manual_seed(0)
-    network = getattr(whiten_layers.models, options.model)()
-    classes = network.fc.out_features
-    images = torch.randn(options.batch_size, 3, options.size, options.size)
-    images = images.to(options.device, memory_format=options.layout)
-    labels = torch.randint(classes, (options.batch_size,)).to(options.device)
-    intervals = [(part.update_interval, part.statistics_interval) for part in observing(transform)]
+    network, images, labels = task_of(options)
+    is_image = images.dim() == 4
+    images = images.to(options.device, memory_format=options.layout if is_image else torch.preserve_format)
+    labels = labels.to(options.device)
+    intervals = [
+        (refresh_interval(options.batches, part.update_interval), part.statistics_interval)
+        for part in observing(transform)
+    ]
     cycle = math.lcm(*(interval for both in intervals for interval in both))
     print(describe())
     steps, peaks = prepare(network, images, labels, transform, cycle, options)
@@ -205,25 +248,29 @@ def main(arguments: list[str] | None = None) -> int:
     def stretches(name: str) -> list[float]:
         return [statistics.mean(seconds[name][i : i + cycle]) for i in range(0, len(seconds[name]), cycle)]
 
-    ratios = {
-        mode: [w / p for w, p in zip(stretches(f"whitened {mode}"), stretches(f"plain {mode}"), strict=True)]
-        for mode in MODES[options.compile]
-    }
+    def ratios_of(kind: str, mode: str) -> list[float]:
+        pairs = zip(stretches(f"{kind} {mode}"), stretches(f"plain {mode}"), strict=True)
+        return [own / plain for own, plain in pairs]
+
+    ratios = {mode: ratios_of("whitened", mode) for mode in MODES[options.compile]}
     hardware = device_name(images.device)
-    title = f"{options.model}, {classes} classes, batch {options.batch_size}, {options.size}×{options.size}, "
+    shape = f", {options.size}×{options.size}" if is_image else ""
+    title = f"{options.model}, batch {options.batch_size}{shape}, "
     title += f"{options.precision}{', channels_last' if options.channels_last else ''}, {hardware}, "
-    title += "; ".join(part.extra_repr() for part in observing(transform))
+    title += "; ".join(part.extra_repr() for part in observing(transform)) + f", from batch {options.batches} on"
     title += "\nmemory kept between steps" if steady else "\nmemory as the system allocates it"
     medians = {name: statistics.median(stretches(name)) for name in steps}
-    ratios_of = {
-        f"whitened {mode}": f"{statistics.median(all_ratios):.3f} ({min(all_ratios):.3f} to {max(all_ratios):.3f})"
-        for mode, all_ratios in ratios.items()
-    }
+
+    def times_plain(name: str) -> str:
+        kind, _, mode = name.rpartition(" ")
+        found = ratios_of(kind, mode)
+        return "" if kind == "plain" else f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+
     columns: list[Column] = [
         ("", str),
-        ("ms a step", lambda name: f"{1e3 * medians[name]:.1f}"),
-        ("images a second", lambda name: f"{options.batch_size / medians[name]:.1f}"),
-        ("times plain", lambda name: ratios_of.get(name, "")),
+        ("ms a step", lambda name: f"{1e3 * medians[name]:.4g}"),
+        ("samples a second", lambda name: f"{options.batch_size / medians[name]:.1f}"),
+        ("times plain", times_plain),
         ("peak MiB", lambda name: f"{peaks[name] / 2**20:.0f}" if name in peaks else "not measured"),
     ]
     result: dict[str, Any] = {}
@@ -231,8 +278,9 @@ def main(arguments: list[str] | None = None) -> int:
     for mode, all_ratios in ratios.items():
         middle = f"ratio {mode} {statistics.median(all_ratios):.3f} (median of {len(all_ratios)} stretches of"
         print(f"{middle} {cycle} steps, {min(all_ratios):.3f} to {max(all_ratios):.3f})")
-    given = {name: getattr(options, name) for name in ("model", "precision", "channels_last", "batch_size", "size")}
-    result |= {"transform": settings_of(transform), **given, "device": hardware, "classes": classes}
+    names = ("model", "precision", "channels_last", "batch_size", "size", "batches")
+    given = {name: getattr(options, name) for name in names}
+    result |= {"transform": settings_of(transform), **given, "device": hardware}
     result |= {"steady_allocator": steady, "seconds": seconds, "ratios": ratios, "peak_bytes": peaks}
     return write(options, result)
 

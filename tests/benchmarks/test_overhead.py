@@ -8,7 +8,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from benchmarks import overhead
-from whiten_layers import WhitenedConv2d
+from whiten_layers import WhitenedConv2d, whiten
+from whiten_layers.refresh.schedule import last_refresh
+from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 from . import results
 
@@ -23,10 +25,49 @@ def run(folder, *arguments):
 def test_it_compares_in_one_run(tmp_path, capsys):
     result = run(tmp_path, "--size", "8", "--stretches", "2")
     output = capsys.readouterr().out
-    assert "ratio eager" in output and "images a second" in output and "not measured" in output  # memory, on a CPU
+    assert "ratio eager" in output and "samples a second" in output and "not measured" in output  # memory, on a CPU
     assert len(result["ratios"]["eager"]) == 2 and not result["peak_bytes"]
     steps = {name: len(seconds) for name, seconds in result["seconds"].items()}
     assert steps == {"plain eager": 4, "whitened eager": 4}
+
+
+def test_a_breakdown_leaves_out_one_part_after_the_other(tmp_path):
+    result = run(tmp_path, "--size", "8", "--stretches", "1", "--breakdown")
+    kinds = ("plain", "whitened", "transform and statistics", "transform")
+    assert list(result["seconds"]) == [f"{kind} eager" for kind in kinds]
+    seen = {}
+    for kind, left_out in overhead.PARTS.items():
+        layer = whiten(nn.Sequential(nn.Linear(3, 2)))[0]
+        overhead.stop(layer, left_out, batches=1000)
+        for _ in range(100):
+            layer(torch.randn(5, 3)).sum().backward()
+        factor = layer.transform.inputs
+        seen[kind] = factor.num_refreshes > 0, factor.num_refreshes > 0 or factor.window is not None
+    assert seen == {"whitened": (True, True), "transform and statistics": (False, True), "transform": (False, False)}
+
+
+@pytest.mark.parametrize("model", overhead.OTHERS)
+def test_networks_that_read_no_images(model, tmp_path):
+    result = run(tmp_path, "--model", model, "--stretches", "1", "--channels-last")
+    assert list(result["seconds"]) == ["plain eager", "whitened eager"] and result["model"] == model
+
+
+PLACES = [(1, 14), (101, 111), (1, 44), (2001, 2041)]  # the first batch, and the one after the last
+
+
+def test_refreshes_come_as_rarely_as_after_so_many_batches(tmp_path, monkeypatch):
+    refreshed = []
+    monkeypatch.setattr(WhiteningFactor, "commit", lambda self, result: refreshed.append(self))
+    small = ["--batch-size", "2", "--size", "8", "--stretches", "1", "--decay", "0.5", "--out", str(tmp_path)]
+    counts = []
+    for batches in ("100", "2000"):
+        refreshed.clear()
+        assert overhead.main([*small, "--batches", batches]) == 0
+        steps = len(results(tmp_path)["seconds"]["whitened eager"])
+        counts.append((steps, refreshed.count(refreshed[0])))
+    # A gradient is compared with the plain one, and two batches more than a cycle warm the network up.
+    due = [sum(last_refresh(batch, "auto") == batch for batch in range(first, last)) for first, last in PLACES]
+    assert counts == [(10, due[0] + due[1]), (40, due[2] + due[3])]
 
 
 def test_a_network_for_imagenet_in_bfloat16_and_channels_last(tmp_path, monkeypatch):
@@ -45,7 +86,7 @@ def test_a_network_for_imagenet_in_bfloat16_and_channels_last(tmp_path, monkeypa
     small = ["--model", "resnet18", "--size", "32", "--stretches", "1", "--block-size", "32"]
     result = run(tmp_path, *small, "--precision", "bf16", "--channels-last")
     assert seen == [(layer, torch.bfloat16, True, True) for layer in (nn.Conv2d, WhitenedConv2d)]
-    assert result["precision"] == "bf16" and result["channels_last"] and result["classes"] == 1000
+    assert result["precision"] == "bf16" and result["channels_last"]
 
 
 @pytest.mark.filterwarnings("ignore")  # the compilers of some versions warn of themselves
