@@ -31,7 +31,7 @@ from ._torch.engine import version_of, wants_gradient, will_run
 from ._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from ._torch.modules import holds_parameter
 from ._torch.operations import NOT_IN_CUDA_GRAPHS, keep_order, leave_unbound
-from ._torch.precision import without_autocast
+from ._torch.precision import autocast_dtype, without_autocast
 from .transforms.base import GradientTransform, Samples
 from .transforms.handles import TRANSFORMS
 
@@ -130,14 +130,16 @@ def _transform_gradient(
         raise RuntimeError(
             "is_grads_batched=True (or vectorize=True) is not possible through a whitened layer: use torch.func"
         )
-    with without_autocast(input.device):
-        constant = None if weight is None else weight.detach()
-        # Only a transform that sets `samples_up_to` need take them.
-        samples = {} if grad_output is None else {"samples": Samples(input, grad_output)}
-        grad_bias = gradients[1] if len(gradients) > 1 else None
-        mapped = transform.transform(gradients[0], grad_bias, constant, **samples)
-        results = [gradient for gradient in mapped if gradient is not None]
-        _observe(transform, input, gradients[0])
+    if autocast_dtype(input.device) is not None:
+        with without_autocast(input.device):
+            return _transform_gradient(gradients, input, weight, transform, grad_output)
+    constant = None if weight is None else weight.detach()
+    # Only a transform that sets `samples_up_to` need take them.
+    samples = {} if grad_output is None else {"samples": Samples(input, grad_output)}
+    grad_bias = gradients[1] if len(gradients) > 1 else None
+    mapped = transform.transform(gradients[0], grad_bias, constant, **samples)
+    results = [gradient for gradient in mapped if gradient is not None]
+    _observe(transform, input, gradients[0])
     return results
 
 
@@ -148,9 +150,8 @@ def _observe_output(grad_output: Tensor, transform: GradientTransform) -> None:
 
 def _observe(transform: GradientTransform, input: Tensor, grad_weight: Tensor) -> None:
     input = _dense(input)
-    if not function_transforms.are_active():
-        with torch.no_grad():
-            transform.observe(input, grad_weight)
+    if not function_transforms.are_active() and not torch.is_grad_enabled():  # as in most passes
+        transform.observe(input, grad_weight)
         return
     dims = grad_weight.dim()
 

@@ -189,8 +189,10 @@ class Whitened(StatefulModule):
 
         Each parameter is read once, as in the plain layer, since a parametrization recomputes it at every read.
         """
-        weight, bias = (getattr(self, name) for name in self.parameter_names)
-        if torch.compiler.is_compiling():
+        name, other = self.parameter_names
+        weight, bias = getattr(self, name), getattr(self, other)
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling:
             if is_exporting() and self.training:
                 warnings.warn(NO_EXPORT, stacklevel=2)
         elif function_transforms.is_mapped(weight):
@@ -199,7 +201,7 @@ class Whitened(StatefulModule):
             return operation(input, weight, bias, *options)
         self._follow_changes(weight, bias)
         transform = self.transform
-        if not torch.compiler.is_compiling() and not transform.is_watching:  # a guard on it would compile anew
+        if not is_compiling and not transform.is_watching:  # a guard on it would compile anew
             return operation(input, weight, bias, *options)
         input = _cast(input)
         # Without a bias, or with a frozen one, nothing can absorb a shift of the inputs.
@@ -208,7 +210,7 @@ class Whitened(StatefulModule):
         # Detached: otherwise autograd would see a path to the input's gradient, and compute the weight's for it.
         parameters = TransformGradient.apply(input.detach(), transform.handle, transform.reads_weight, *parameters)
         output = operation(input, *(parameters if shifted else (*parameters, bias)), *options)
-        if not torch.compiler.is_compiling() and 0 < output.numel() <= transform.samples_up_to:
+        if not is_compiling and 0 < output.numel() <= transform.samples_up_to:
             keep_output_gradient(output, input, parameters[0])
         if transform.observes_output:
             output = observe_output(output, transform.handle, parameters[0])

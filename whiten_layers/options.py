@@ -22,12 +22,22 @@ def is_count(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
-def check_statistics(decay: object, update_interval: object, statistics_interval: object, max_rows: object) -> None:
-    """Check the options common to all transforms with running statistics."""
+def check_statistics(
+    decay: object,
+    update_interval: object,
+    statistics_interval: object,
+    max_rows: object,
+    *,
+    automatic: bool = False,
+) -> None:
+    """Check the options common to all transforms with running statistics, of which two may be "auto" in some."""
+    auto = ("auto",) if automatic else ()
     check("decay", decay, is_real(decay) and 0 <= decay < 1, "a number in [0, 1)")  # type: ignore[operator]
-    for name, value in [("update_interval", update_interval), ("statistics_interval", statistics_interval)]:
-        check(name, value, is_count(value), "an integer of at least 1")
-    check("max_rows", max_rows, max_rows is None or is_count(max_rows), "an integer of at least 1, or None")
+    is_interval, choices = is_count(update_interval) or update_interval in auto, "an integer of at least 1"
+    check("update_interval", update_interval, is_interval, choices + (", or 'auto'" if automatic else ""))
+    check("statistics_interval", statistics_interval, is_count(statistics_interval), "an integer of at least 1")
+    is_limit = max_rows is None or is_count(max_rows) or max_rows in auto
+    check("max_rows", max_rows, is_limit, choices + (", 'auto'" if automatic else "") + ", or None")
 
 
 def check_model(model: object) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from whiten_layers import FeatureWhitening, GradientTransform, WhitenedLinear, whiten
-from whiten_layers.refresh.schedule import is_due, last_due
+from whiten_layers.refresh.schedule import is_due, last_due, last_refresh, refresh_interval
 
 
 def test_what_is_due_comes_early_and_then_at_the_interval():
@@ -24,6 +24,38 @@ def test_what_is_due_comes_early_and_then_at_the_interval():
         assert [last_due(batch, interval) for batch in range(5000)] == [
             max([d for d in due if d <= batch], default=0) for batch in range(5000)
         ]
+
+
+def test_refreshes_become_rarer_in_a_long_training():
+    due = [batch for batch in range(1, 5000) if last_refresh(batch, "auto") == batch]
+    assert [batch for batch in due if batch < 500] == [batch for batch in range(1, 500) if is_due(batch, 10)]
+    for start, end, interval in ((500, 1000, 20), (1000, 5000, 40)):
+        assert sum(start <= batch < end for batch in due) == (end - start) // interval
+        assert refresh_interval(start, "auto") == refresh_interval(end - 1, "auto") == interval
+    assert max(b - a for a, b in itertools.pairwise(due)) < 80
+    assert [last_refresh(batch, "auto") for batch in range(5000)] == [
+        max([d for d in due if d <= batch], default=0) for batch in range(5000)
+    ]
+    assert [last_refresh(batch, 10) for batch in range(5000)] == [last_due(batch, 10) for batch in range(5000)]
+
+
+def test_norms_are_renewed_as_often_as_ever():
+    """Gradients that become longer and stay so, as of a scaled loss, are held back only until the limit follows."""
+    layer = whiten(nn.Sequential(nn.Linear(3, 2)))[0]
+    layer.transform.schedule.batch = 2000
+    inverses, limits = [], []
+    for batch in range(2001, 2121):
+        before = layer.transform.inputs.num_refreshes.clone(), layer.transform.norms.limit.clone()
+        layer(torch.randn(5, 3)).square().sum().backward()
+        if layer.transform.inputs.num_refreshes != before[0]:
+            inverses.append(batch)
+        if layer.transform.norms.limit != before[1]:
+            limits.append(batch)
+    assert limits == [batch for batch in range(2001, 2121) if is_due(batch, 10)] and len(limits) == 12
+    assert (
+        inverses == [batch for batch in range(2001, 2121) if last_refresh(batch, "auto") == batch]
+        and len(inverses) == 3
+    )
 
 
 @pytest.mark.parametrize("interval", [4, 5, 6, 9, 10, 12, 50])

@@ -1,11 +1,14 @@
 """Rows, patches and tap autocovariances against position-by-position references."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import nn
 
 from whiten_layers.layers import TWINS
+from whiten_layers.statistics import patches
 from whiten_layers.statistics.patches import channel_rows, linear_rows, patch_rows, tap_autocovariance
 
 from .. import reference
@@ -94,6 +97,29 @@ def test_sampled_positions_are_positions_and_few(shape, max_rows):
         assert {tuple(row) for row in torch.cat(list(rows), -1).tolist()} <= every
 
 
+@pytest.mark.parametrize("sizes", [(1,), (40,), (8, 8), (5, 7), (32, 32), (4, 3, 6)])
+@pytest.mark.parametrize("images, max_rows", [(1, 1), (3, 2), (16, 64), (100, 33)])
+def test_every_position_is_sampled_as_often_as_any_other(sizes, images, max_rows):
+    number = math.prod(sizes)
+    places = torch.arange(images * number).view(images, 1, *sizes)
+    seen = torch.zeros(images, number)
+    for phase in range(number):
+        rows = channel_rows(places, 1, len(sizes), max_rows, phase).flatten()
+        assert len(rows.unique()) == len(rows) == min(images * number, max_rows // images * images or max_rows)
+        seen.view(-1)[rows] += 1
+    assert seen.sum(0).unique().numel() == 1
+    if max_rows >= images:
+        assert seen.sum(1).unique().numel() == 1
+
+
+def test_the_positions_of_one_batch_lie_all_over_the_images():
+    places = torch.arange(1024).view(1, 1, 32, 32).expand(64, 1, 32, 32)
+    for phase in range(1024):
+        row = channel_rows(places, 1, 2, 64, phase).flatten()
+        quarters = torch.bincount(row // 512 * 2 + row % 32 // 16, minlength=4)
+        assert quarters.min() >= 12 and quarters.max() <= 20  # of 64 positions, 16 if they lay evenly
+
+
 def test_sampling_thins_space_before_the_batch():
     x = torch.arange(32.0).view(32, 1, 1, 1).expand(32, 2, 16, 16)
     assert channel_rows(x, 1, 2, max_rows=64).unique().numel() == 32
@@ -111,6 +137,18 @@ def test_picked_patches_are_the_unfolded_ones_in_any_layout(case, layout):
     elif x.dim() > geometry.spatial_dims + 1 and layout == "one image for all":
         x = x[:1].expand(x.shape)
     torch.testing.assert_close(patch_rows(x, geometry, 10**9), patch_rows(x, geometry), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("max_rows", [1, 9, 60, 10**9])
+def test_places_that_are_kept_are_those_worked_out_anew(max_rows, monkeypatch):
+    for case in CONVOLUTIONS:
+        layer, x = case.make_plain(), case.make_input()
+        geometry = case.whitened.geometry(layer)
+        kept = [patch_rows(x, geometry, max_rows, phase) for phase in range(4)]
+        with monkeypatch.context() as patched:
+            patched.setattr(patches, "LARGEST_TABLE", 0)
+            anew = [patch_rows(x, geometry, max_rows, phase) for phase in range(4)]
+        torch.testing.assert_close(anew, kept, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("max_rows", [1, 9, 60])

@@ -1,6 +1,7 @@
 """FeatureWhitening: its options, its schedule, the Kronecker form, the scalar k."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedConvTranspose2d, WhitenedLinear, whiten
 from whiten_layers.refresh.schedule import is_due
+from whiten_layers.transforms.covariances import default_rows
 
 
 def test_grouped_is_one_layer_a_group():
@@ -98,6 +100,22 @@ def test_sampled_statistics_approach_those_of_all_rows():
     for name in ("channels", "taps"):
         few, every = (getattr(layer.transform, name).running_covariance for layer in layers)
         assert (few - every).norm() / every.norm() < 0.15
+
+
+@pytest.mark.parametrize("features, decay, rows", [(16, 0.99, 64), (256, 0.99, 82), (288, 0.99, 93), (288, 0.9, 512)])
+def test_a_memory_holds_32_rows_of_each_feature(features, decay, rows):
+    assert [default_rows(batch, features, decay) for batch in (1, 20, 21, 1000)] == [512, 512, rows, rows]
+    assert rows in (64, 512) or rows / (1 - decay) >= 32 * features
+
+
+def test_fewer_rows_are_sampled_once_many_are_known():
+    layer = WhitenedConv2d(4, 3, 3, bias=False, transform=FeatureWhitening(update_interval=1))
+    counts = []
+    for _ in range(24):
+        layer(torch.randn(40, 4, 12, 12)).sum().backward()
+        counts.append(layer.transform.inputs.running_count.item())
+    rows = [now - 0.99 * before for before, now in itertools.pairwise([0, *counts])]
+    assert rows == pytest.approx([480] * 20 + [40] * 4, rel=1e-4)  # 12 and one of each image; counts are float32
 
 
 def test_a_layer_keeps_to_its_intervals():
@@ -205,7 +223,7 @@ def test_exact_is_the_papers_form_and_takes_options():
             {"method": "newton_schulz", "power": 0.25},
             "power=0.25 is not possible: give power=0.5 or power=1, as 'newton_schulz' needs it, or method auto",
         ),
-        ({"max_rows": True}, "max_rows=True is not possible: give an integer of at least 1, or None"),
+        ({"max_rows": True}, "max_rows=True is not possible: give an integer of at least 1, 'auto', or None"),
     ],
 )
 def test_a_wrong_option_is_named_with_its_value_and_the_choices(options, message):

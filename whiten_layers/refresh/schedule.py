@@ -17,17 +17,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Protocol, Self
+from functools import lru_cache
+from typing import Any, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
 from .._torch.engine import call_at_end_of_pass, current_pass, is_nested_pass
 from ..processes import Processes, ProcessGroup
 from ..state import safe_to_load
-from ..statistics.covariance import FeatureCovariance
+from ..statistics.covariance import FeatureCovariance, SolvedStatistics
 from .update import DueTransform, refresh_transforms
 
 
+@lru_cache  # every layer asks at every step
 def last_due(batch: int, interval: int) -> int:
     """Return the last batch, up to this one, at which something with this interval was due; 0 for none.
 
@@ -43,6 +45,24 @@ def last_due(batch: int, interval: int) -> int:
     return due if due <= batch else last_due(stretch * interval - 1, interval)
 
 
+def last_refresh(batch: int, interval: int | Literal["auto"]) -> int:
+    """Return the last batch, up to this one, after which a refresh with this interval was due; 0 for none."""
+    if interval != "auto":
+        return last_due(batch, interval)
+    for start, rarer in reversed(RARER):
+        if batch >= start:
+            due = last_due(batch, rarer)
+            if due >= start:
+                return due
+            batch = start - 1
+    return 0
+
+
+def refresh_interval(batch: int, interval: int | Literal["auto"]) -> int:
+    """Return how many batches there are from one refresh to the next, on the mean, when so many have come."""
+    return next(rarer for start, rarer in reversed(RARER) if batch >= start) if interval == "auto" else interval
+
+
 def _scatter(number: int) -> int:
     """Turn a number into one of 32 bits that looks random (the finaliser of MurmurHash3, by Austin Appleby)."""
     for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13), (1, 16)):
@@ -53,6 +73,12 @@ def _scatter(number: int) -> int:
 def is_due(batch: int, interval: int) -> bool:
     """Tell whether something that happens every `interval` batches is due after the `batch`-th, counted from 1."""
     return last_due(batch, interval) == batch
+
+
+# Batches from which on refreshes come so many batches apart, with the interval "auto": the statistics of a memory of a
+# hundred batches are a hundred batches old on the mean, so that twenty more make little difference.
+RARER = ((0, 10), (500, 20), (1000, 40))
+LONG = RARER[-1][0]  # batches after which nothing becomes rarer
 
 
 class Arrival(Enum):
@@ -85,7 +111,7 @@ class Scheduled(Protocol):
     handle: Tensor  # a number by which transforms have the same order on every process
     schedule: "Schedule"
     attendance: Attendance
-    update_interval: int
+    update_interval: int | Literal["auto"]
     statistics_interval: int
 
     def children(self) -> Iterator[nn.Module]:
@@ -95,6 +121,20 @@ class Scheduled(Protocol):
 def running_statistics(transform: Scheduled) -> list[FeatureCovariance]:
     """List the children of a transform that a refresh renews."""
     return [child for child in transform.children() if isinstance(child, FeatureCovariance)]
+
+
+def refreshed_at(batch: int, transform: Scheduled) -> dict[int, list[FeatureCovariance]]:
+    """Find the children of a transform that the refresh after a batch renews, by the batches since their last one.
+
+    Those from which no matrix is inverted cost little, and with the interval "auto" become no rarer.
+    """
+    due = defaultdict(list)
+    for statistics in running_statistics(transform):
+        stays = transform.update_interval == "auto" and isinstance(statistics, SolvedStatistics)
+        interval = RARER[0][1] if stays else transform.update_interval
+        if last_refresh(batch, interval) == batch:
+            due[batch - last_refresh(batch - 1, interval)].append(statistics)
+    return due
 
 
 _arriving = threading.Lock()  # layers of a model that is spread over several devices come in several threads
@@ -142,6 +182,9 @@ class Schedule:
             announced: whether it is the gradient of the layer's output that has come, ahead of the weight's.
         """
         attendance = member.attendance
+        if self._open_pass is not None and self._open_pass == (number := current_pass()):  # all layers but the first
+            attendance.batch, attendance.engine_pass, attendance.is_announced = self.batch, number, False
+            return self.batch
         with _arriving:
             arrival, number = self._arrival(attendance)
             if arrival is Arrival.IN_NEW_PASS and number is not None:
@@ -176,7 +219,7 @@ class Schedule:
 
     def end_batch(self, member: Scheduled) -> None:
         """Note that a layer has observed its batch. Its refresh, if due, follows at the end of the pass, or at once."""
-        if not is_due(self.batch, member.update_interval):
+        if not self._refresh_is_due(member):
             return
         number = current_pass()
         if number is None:
@@ -189,7 +232,13 @@ class Schedule:
         """End a pass and return the members whose refresh is due; of a nested pass, only those that it reached."""
         is_known, self._open_pass = self._open_pass is not None, None
         together = [one for one in self.members() if is_known or one.attendance.engine_pass == number]
-        return [one for one in together if is_due(self.batch, one.update_interval)]
+        return [one for one in together if self._refresh_is_due(one)]
+
+    def _refresh_is_due(self, member: Scheduled) -> bool:
+        interval = member.update_interval
+        return last_refresh(self.batch, interval) == self.batch or (
+            interval == "auto" and is_due(self.batch, RARER[0][1])
+        )
 
     def reset(self, member: Scheduled) -> None:
         """Count from the start again, when a layer's state is reset."""
@@ -227,9 +276,8 @@ def _refresh(members: Sequence[Scheduled]) -> None:
     """Refresh transforms together, those of one group of processes at a time, in the same order on every process."""
     together: dict[ProcessGroup | None, list[DueTransform]] = defaultdict(list)
     for member in sorted(members, key=lambda member: int(member.handle)):
-        statistics, batch = running_statistics(member), member.schedule.batch
-        if statistics:  # else nothing follows from them, and processes need not meet
-            elapsed = batch - last_due(batch - 1, member.update_interval)
+        batch = member.schedule.batch
+        for elapsed, statistics in refreshed_at(batch, member).items():  # without any processes need not meet
             name = member.name or f"a {type(member).__name__} without a name"
             due = DueTransform(name, batch, elapsed, statistics)
             together[member.schedule.processes.group()].append(due)

@@ -1,16 +1,16 @@
 """Rows of features that a layer sees: sampled positions, patches, and the autocovariance of a kernel's taps.
 
 A linear layer sees the rows of its input; a convolution sees a patch of its input at every output position. Statistics
-need only a sample of those rows, so everything here takes ``max_rows`` and a ``phase``. Rows are taken at even steps
-through the batch and through space. The phase (the number of the batch) shifts the first row, so a run needs no random
-numbers and can be repeated.
+need only a sample of those rows, so everything here takes ``max_rows`` and a ``phase``. Rows are spread evenly over the
+batch and over space. The phase (the number of the batch) moves them on, so a run needs no random numbers and can be
+repeated.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from ..state import safe_to_load
 from .covariance import effective_rows
 
 MIN_IMAGES = 32  # of a batch that has as many, in `tap_autocovariance`
+LARGEST_TABLE = 2**17  # places that are kept for the next batch: 1 MiB
 
 
 @safe_to_load
@@ -86,20 +87,36 @@ class Geometry:
         return (matrix.transpose(1, 2) if self.inputs_first else matrix).reshape(like.shape)
 
 
-def _even_steps(batch: int, sizes: Sequence[int], max_rows: int | None, phase: int) -> tuple[slice, tuple[slice, ...]]:
-    """Choose slices of the batch and of each spatial dimension that leave at most `max_rows` positions.
+@lru_cache
+def _coprime(least: int, number: int) -> int:
+    """Return an integer that has no common divisor with a number: its multiples, modulo the number, come to each."""
+    return next(step for step in itertools.count(least) if math.gcd(step, number) == 1)
 
-    Space is thinned before the batch, since two images tell more than two positions of one image.
+
+def _sampled_positions(
+    images: int, positions: int, max_rows: int | None, phase: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Choose at most `max_rows` positions in images, as many in each: ``(n,)`` images and ``(n, each)`` positions.
+
+    Space is thinned before the batch, since two images tell more than two positions of one image. Every image has
+    positions of its own, and the batches of as many phases as there are positions come to each position equally often.
     """
-    if max_rows is None:
-        return slice(None), tuple(slice(None) for _ in sizes)
-    every = max(1, math.ceil(batch / max_rows))
-    images, step, longest = math.ceil(batch / every), 1, max(sizes, default=1)
-    while step < longest and images * math.prod(math.ceil(size / step) for size in sizes) > max_rows:
-        step += 1
-    steps = [max(1, min(step, size)) for size in sizes]
-    starts = [phase // math.prod(steps[:i]) % steps[i] for i in range(len(steps))]
-    return slice(phase % every, None, every), tuple(map(slice, starts, itertools.repeat(None), steps))
+    chosen, each = images, positions
+    if max_rows is not None and images * positions > max_rows:
+        chosen = min(images, max_rows)
+        each = max_rows // chosen
+    which, where = torch.arange(chosen, device=device), torch.arange(chosen * each, device=device)
+    if chosen < images:
+        which = (which * images // chosen + phase) % images
+    if each < positions:
+        # Each row is the golden section of all positions farther than the one before, and each batch goes on from near
+        # there: so few positions lie evenly too.
+        first = phase * _coprime(chosen * each + 1, positions)
+        golden = _coprime(round(positions * (math.sqrt(5) - 1) / 2), positions)
+        where = (where + first % positions) * golden % positions
+    else:
+        where = where % positions
+    return which, where.view(chosen, each)
 
 
 def _batched(input: Tensor, spatial_dims: int) -> Tensor:
@@ -122,7 +139,7 @@ def count_samples(input: Tensor, spatial_dims: int, max_rows: int | None = None)
     """Count the independent samples that sampled rows of an input come from: images, sequences, or single rows."""
     if spatial_dims:
         number = _batched(input, spatial_dims).shape[0]
-        return number if max_rows is None else math.ceil(number / math.ceil(number / max_rows))
+        return number if max_rows is None else min(number, max_rows)
     return input.shape[0] if input.dim() > 1 else 1
 
 
@@ -140,8 +157,10 @@ def linear_rows(input: Tensor, max_rows: int | None = None, phase: int = 0) -> T
 def channel_rows(input: Tensor, groups: int, spatial_dims: int, max_rows: int | None = None, phase: int = 0) -> Tensor:
     """Take the channels at sampled positions: ``(N, groups·C, *space) -> (groups, rows, C)``."""
     input = _batched(input, spatial_dims)
-    images, space = _even_steps(input.shape[0], input.shape[2:], max_rows, phase)
-    return rearrange(input[(images, slice(None), *space)], "n (g c) ... -> g (n ...) c", g=groups)
+    if max_rows is None:
+        return rearrange(input, "n (g c) ... -> g (n ...) c", g=groups)
+    ones, channels = (1,) * spatial_dims, input.shape[1] // groups
+    return _picked_patches(input, Geometry(channels, 1, groups, ones, ones, ones), max_rows, phase)
 
 
 def from_channel_rows(rows: Tensor, like: Tensor, spatial_dims: int) -> Tensor:
@@ -183,38 +202,57 @@ def patch_rows(input: Tensor, geometry: Geometry, max_rows: int | None = None, p
     return rearrange(window, "n (g c) ... taps -> g (n ...) (c taps)", g=geometry.groups)
 
 
-def _picked_patches(input: Tensor, geometry: Geometry, max_rows: int, phase: int) -> Tensor:
-    """Pick the numbers of few patches one by one: padding the whole input would take longer than all the rest."""
-    dims, strides, sizes = geometry.spatial_dims, input.stride(), input.shape
-    outputs = output_sizes(geometry, sizes[2:])
-    images, space = _even_steps(sizes[0], outputs, max_rows, phase)
+def _places(
+    geometry: Geometry, sizes: Sequence[int], strides: Sequence[int], positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Work out where output positions ``(n,)`` read an image, and whether that is outside of it: both ``(n, taps)``.
 
-    def count(number: int) -> Tensor:
-        return torch.arange(number, device=input.device)
-
-    # In memory, of each position's taps from the first number of an image's channel: (positions…, taps…)
-    offsets, outside = count(1).view([1] * 2 * dims), torch.zeros((), dtype=torch.bool, device=input.device)
-    for axis in range(dims):
+    Places are counted in memory, from the first number of the image's channel. Outside is the padding, and what lies
+    between the positions of a transposed convolution's input.
+    """
+    dims, outputs = geometry.spatial_dims, output_sizes(geometry, sizes)
+    places, outside = positions.new_zeros(()), torch.zeros((), dtype=torch.bool, device=positions.device)
+    for axis in reversed(range(dims)):
+        here, positions = positions % outputs[axis], positions // outputs[axis]
         before = geometry.padding[2 * (dims - 1 - axis)] if geometry.padding else 0
         step = geometry.upsampling[axis] if geometry.upsampling else 1
-        taps = count(geometry.kernel_size[axis])
+        taps = torch.arange(geometry.kernel_size[axis], device=positions.device)
         taps = taps.flip(0) if geometry.upsampling else taps  # the kernel is flipped
-        starts = count(outputs[axis])[space[axis]] * geometry.stride[axis] - before
-        places = starts.unsqueeze(1) + taps * geometry.dilation[axis]
-        inside = places.div(step, rounding_mode="floor").clamp(0, sizes[axis + 2] - 1)
-        shape = [1] * 2 * dims
-        shape[axis], shape[dims + axis] = places.shape
-        offsets = offsets + (inside * strides[axis + 2]).view(shape)
-        outside = outside | (inside * step != places).view(shape)  # padding, or between the input's positions
-    offsets = offsets.reshape(1, 1, -1, 1, geometry.taps)
-    channels = (count(sizes[1]) * strides[1]).view(geometry.groups, 1, 1, -1, 1)
-    index = (count(sizes[0])[images] * strides[0]).view(1, -1, 1, 1, 1) + (offsets + channels)
+        reads = (here * geometry.stride[axis] - before).unsqueeze(1) + taps * geometry.dilation[axis]
+        inside = (reads // step).clamp(0, sizes[axis] - 1)
+        shape = [len(reads), *[1] * axis, reads.shape[1], *[1] * (dims - 1 - axis)]
+        places = places + (inside * strides[axis]).view(shape)
+        outside = outside | (inside * step != reads).view(shape)
+    return places.flatten(1), outside.flatten(1)
+
+
+@lru_cache
+def _all_places(
+    geometry: Geometry, sizes: Sequence[int], strides: Sequence[int], number: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Work out `_places` of all positions: at every step a layer reads images of the same sizes."""
+    return _places(geometry, sizes, strides, torch.arange(number, device=device))
+
+
+def _picked_patches(input: Tensor, geometry: Geometry, max_rows: int, phase: int) -> Tensor:
+    """Pick the numbers of few patches one by one: padding the whole input would take longer than all the rest."""
+    strides, sizes, device = input.stride(), input.shape, input.device
+    number, taps = math.prod(output_sizes(geometry, sizes[2:])), geometry.taps
+    images, positions = _sampled_positions(sizes[0], number, max_rows, phase, device)
+    if number * taps <= LARGEST_TABLE:
+        tables = _all_places(geometry, sizes[2:], strides[2:], number, device)
+        places, outside = (table[positions.flatten()] for table in tables)
+    else:
+        places, outside = _places(geometry, sizes[2:], strides[2:], positions.flatten())
+    starts = (images * strides[0]).repeat_interleave(positions.shape[1])
+    channels = (torch.arange(sizes[1], device=device) * strides[1]).view(geometry.groups, 1, -1, 1)
+    index = (places + starts.unsqueeze(1)).unsqueeze(1) + channels
     last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     memory = input.as_strided((last + 1,), (1,), input.storage_offset())
     rows = memory.index_select(0, index.flatten()).view(index.shape)
     if any(geometry.padding) or geometry.upsampling:
-        rows.masked_fill_(outside.reshape(offsets.shape), 0)
-    return rows.flatten(3).flatten(1, 2)
+        rows.masked_fill_(outside.unsqueeze(1), 0)
+    return rows.flatten(2)
 
 
 @cache

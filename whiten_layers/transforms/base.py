@@ -4,13 +4,13 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from .._torch.modules import WideBuffers
-from ..refresh.schedule import Attendance, Schedule
+from ..refresh.schedule import LONG, Attendance, Schedule, refresh_interval
 from ..state import COUNT, warn_of_loading
 from ..statistics.covariance import FeatureCovariance
 from ..statistics.patches import Geometry
@@ -61,7 +61,7 @@ class GradientTransform(WideBuffers, ABC):
     like all state: scripts average, scale and halve whole state dicts.
     """
 
-    update_interval: int = 10
+    update_interval: int | Literal["auto"] = 10
     statistics_interval: int = 10
     observes_output: bool = False
     reads_weight: bool = False
@@ -145,7 +145,7 @@ class GradientTransform(WideBuffers, ABC):
     @property
     def batches_between_refreshes(self) -> int:
         """The batches from one refresh to the next, when training has gone on for a while."""
-        return self.update_interval
+        return refresh_interval(LONG, self.update_interval)
 
     def parts(self) -> "list[GradientTransform]":
         """List the transform itself and those that it is made of."""

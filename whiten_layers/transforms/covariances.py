@@ -18,6 +18,9 @@ Side = Literal["inputs", "channels", "taps", "outputs"]
 FEATURES = ("kronecker", "patch", "auto")
 LARGEST_PATCH = 300  # features that "auto" whitens together: 32 channels at 9 taps
 LARGEST_BLOCK = 256  # channels: no larger block was better, and an inverse of 256 features takes milliseconds
+MOST_ROWS, FEWEST_ROWS = 512, 64  # of a batch, with max_rows="auto"
+EARLY_BATCHES = 20  # in which as many rows are taken as ever: with 512 of each, 34 for each of 300 features
+ROWS_PER_FEATURE = 32  # that a memory holds then; more of them bring nothing, see benchmarks/results/NOTES.md
 CUBES = 2**28  # largest channels · block², to which the operations of a layer's inverses are proportional
 
 
@@ -41,6 +44,16 @@ def has_small_patches(geometry: Geometry) -> bool:
     """
     size = geometry.in_channels * geometry.taps
     return size <= LARGEST_PATCH and geometry.groups * size**3 <= CUBES
+
+
+def default_rows(batch: int, features: int, decay: float) -> int:
+    """Return how many rows of the `batch`-th batch, counted from 1, tell enough of features that vary together.
+
+    At first as many as are cheap; then as many as keep `ROWS_PER_FEATURE` in a memory of ``1 / (1 − decay)`` batches.
+    """
+    if batch <= EARLY_BATCHES:
+        return MOST_ROWS
+    return min(MOST_ROWS, max(FEWEST_ROWS, math.ceil(ROWS_PER_FEATURE * features * (1 - decay))))
 
 
 @safe_to_load
@@ -75,15 +88,15 @@ class CovarianceTransform(GradientTransform):
         features: str,
         decay: float,
         center: bool | None,
-        update_interval: int,
+        update_interval: int | Literal["auto"],
         statistics_interval: int,
-        max_rows: int | None,
+        max_rows: int | Literal["auto"] | None,
         block_size: int | Literal["auto"] | None,
     ) -> None:
         super().__init__()
         check("features", features, features in FEATURES, f"one of {', '.join(FEATURES)}")
         check("center", center, center is None or isinstance(center, bool), "True, False or None")
-        check_statistics(decay, update_interval, statistics_interval, max_rows)
+        check_statistics(decay, update_interval, statistics_interval, max_rows, automatic=True)
         is_limit = block_size is None or block_size == "auto" or is_count(block_size)
         check("block_size", block_size, is_limit, "an integer of at least 1, 'auto', or None")
         self.observes_input, self.observes_output = observes_input, observes_output
@@ -143,7 +156,7 @@ class CovarianceTransform(GradientTransform):
         batch = self.schedule.begin_batch(self, announced=True)
         if grad_output.numel() > 0 and self.schedule.statistics_are_due(self):
             # Kept until `observe` knows whether the batch is valid.
-            rows, samples = self._rows(grad_output, batch)
+            rows, samples = self._rows(grad_output, batch, self.outputs)
             self._batch.output_rows = rows.clone(), samples  # a compiled graph may reuse the memory
 
     def observe(self, input: Tensor, grad_weight: Tensor) -> None:
@@ -174,25 +187,33 @@ class CovarianceTransform(GradientTransform):
             return linear_rows(tensor, max_rows, phase)
         return channel_rows(tensor, self.geometry.groups, dims, max_rows, phase)
 
-    def _rows(self, tensor: Tensor, batch: int) -> tuple[Tensor, int]:
-        """Sample rows of an input's or output's channels, group by group; return them and the number of samples."""
+    def _max_rows(self, batch: int, factor: WhiteningFactor) -> int | None:
+        """Return how many rows of a batch a factor is given at most."""
+        if self.max_rows == "auto":
+            return default_rows(batch, factor.running_mean.shape[1], self.decay)
+        return self.max_rows
+
+    def _rows(self, tensor: Tensor, batch: int, factor: WhiteningFactor) -> tuple[Tensor, int]:
+        """Sample rows of an input's or output's channels for a factor; return them and the number of samples."""
         if self.geometry.positions_first and tensor.dim() > 2:
             tensor = tensor.transpose(-3, -2)  # positions of one sequence tell less than those of several
-        samples = count_samples(tensor, self.geometry.spatial_dims, self.max_rows)
-        return self.positions(tensor, self.max_rows, batch // self.statistics_interval), samples
+        most = self._max_rows(batch, factor)
+        samples = count_samples(tensor, self.geometry.spatial_dims, most)
+        return self.positions(tensor, most, batch // self.statistics_interval), samples
 
     def _observe_factors(self, input: Tensor, batch: int, valid: Tensor | bool) -> Tensor | bool:
         """Add a batch to the statistics if it is valid; return whether it is."""
         if self.observes_input and self.separable:
-            valid = self.channels.observe_rows(*self._rows(input, batch), valid)
+            valid = self.channels.observe_rows(*self._rows(input, batch, self.channels), valid)
             if self.taps.window is None:  # so small a matrix needs one batch a window
                 self._observe_taps(input, batch, torch.as_tensor(valid))
         elif self.observes_input and self.geometry.spatial_dims:
-            rows = patch_rows(input, self.geometry, self.max_rows, batch // self.statistics_interval)
-            samples = count_samples(input, self.geometry.spatial_dims, self.max_rows)
+            most = self._max_rows(batch, self.inputs)
+            rows = patch_rows(input, self.geometry, most, batch // self.statistics_interval)
+            samples = count_samples(input, self.geometry.spatial_dims, most)
             valid = self.inputs.observe_rows(rows, samples, valid)
         elif self.observes_input:
-            valid = self.inputs.observe_rows(*self._rows(input, batch), valid)
+            valid = self.inputs.observe_rows(*self._rows(input, batch, self.inputs), valid)
         if self._batch.output_rows is not None:
             self.outputs.observe_rows(*self._batch.output_rows, valid)
         if self._batch.measured is not None:
@@ -207,6 +228,7 @@ class CovarianceTransform(GradientTransform):
             valid = valid & (channels.running_count.view(self.geometry.groups, -1).amax(1) > 0)
         else:
             mean = input.new_zeros(self.geometry.groups, self.geometry.in_channels)
-        positions, effective, covariance = tap_autocovariance(input, self.geometry, mean, self.max_rows, phase)
+        most = MOST_ROWS if self.max_rows == "auto" else self.max_rows
+        positions, effective, covariance = tap_autocovariance(input, self.geometry, mean, most, phase)
         number = covariance.new_full((len(covariance),), positions)
         self.taps.observe(Moments(number, effective, torch.zeros_like(self.taps.mean), covariance), valid)

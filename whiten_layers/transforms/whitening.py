@@ -73,10 +73,13 @@ class FeatureWhitening(CovarianceTransform):
             place where the map is not linear. Each micro-batch, each process and each call of the layer is bounded for
             itself. None for no bound.
         update_interval: batches between two refreshes of P, on the mean: one of every so many batches, at a place that
-            is in step with no loop. Before that many, P is refreshed after 1, 2, 4, 8, …
+            is in step with no loop. Before that many, P is refreshed after 1, 2, 4, 8, … "auto": 10, from batch 500 on
+            20, from batch 1,000 on 40.
         statistics_interval: the same for the batches that are observed. A layer that such a batch does not reach
             observes the next one that does.
-        max_rows: rows (positions, for a convolution) sampled from each observed batch; None for all.
+        max_rows: rows (positions, for a convolution) sampled from each observed batch; None for all. "auto": 512 of
+            each of the first 20 batches, then as many as make 32 for each feature in ``1 / (1 − decay)`` batches, but
+            64 to 512.
         block_size: largest number of channels (of a linear layer: features) that are whitened together; None for all,
             "auto" for 256, or fewer where a layer has more than 4,096 channels (see `default_block_size`). They are
             split in order into equal parts, and the covariance becomes block-diagonal. With "patch" features a
@@ -109,9 +112,9 @@ class FeatureWhitening(CovarianceTransform):
         rescale: bool = True,
         shrink: bool = True,
         bound: float | None = 1.2,
-        update_interval: int = 10,
+        update_interval: int | Literal["auto"] = "auto",
         statistics_interval: int = 1,
-        max_rows: int | None = 512,
+        max_rows: int | Literal["auto"] | None = "auto",
         block_size: int | Literal["auto"] | None = "auto",
         rank: int = 16,
     ) -> None:
@@ -202,8 +205,10 @@ class FeatureWhitening(CovarianceTransform):
         self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None, samples: Samples | None = None
     ) -> tuple[Tensor, Tensor | None]:
         geometry = self.geometry
-        dtype = torch.promote_types(grad_weight.dtype, torch.float32)
-        matrix = geometry.matrix(grad_weight).to(dtype)
+        matrix, dtype = geometry.matrix(grad_weight), grad_weight.dtype
+        if dtype not in (torch.float32, torch.float64):
+            dtype = torch.float32
+            matrix = matrix.to(dtype)
         shape = matrix.shape
         bias = None if grad_bias is None else grad_bias.reshape(shape[:2]).to(dtype)
 
