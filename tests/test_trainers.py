@@ -183,6 +183,38 @@ def test_timms_checkpoints_are_plain_and_load_anywhere(tmp_path):
     torch.testing.assert_close(dict(loaded.state_dict()), dict(plain_state_dict(model)), rtol=0, atol=0)
 
 
+def test_timms_own_checkpoint_resumes_bit_for_bit(tmp_path):
+    import timm
+    from timm.utils import CheckpointSaver, ModelEmaV3
+
+    def made():
+        torch.manual_seed(0)
+        model = whiten(timm.create_model("resnet10t", num_classes=3), update_interval=4, statistics_interval=4)
+        return model, torch.optim.AdamW(model.parameters(), 1e-3), ModelEmaV3(model, decay=0.9)
+
+    def train(model, optimizer, average, batches):
+        for batch in batches:
+            generator = torch.Generator().manual_seed(batch)
+            optimizer.zero_grad()
+            images = torch.randn(4, 3, 32, 32, generator=generator)
+            F.cross_entropy(model(images), torch.tensor([0, 1, 2, 0])).backward()
+            optimizer.step()
+            average.update(model)
+
+    whole = made()
+    train(*whole, range(10))
+    first = made()
+    train(*first, range(5))
+    saver = CheckpointSaver(first[0], first[1], model_ema=first[2], checkpoint_dir=tmp_path, recovery_dir=tmp_path)
+    saver.save_checkpoint(epoch=0, metric=0.0)
+    resumed = made()
+    assert timm.models.resume_checkpoint(resumed[0], tmp_path / "last.pth.tar", resumed[1]) == 1
+    timm.models.load_checkpoint(resumed[2].module, tmp_path / "last.pth.tar", use_ema=True)
+    train(*resumed, range(5, 10))
+    for one, other in ((resumed[0], whole[0]), (resumed[2].module, whole[2].module)):
+        torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+
+
 def test_pefts_adapters_are_plain_and_load_anywhere(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
