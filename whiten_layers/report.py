@@ -52,6 +52,7 @@ class Row:
     refreshes: int
     failed: int
     restarted: int
+    rescued: int
     bounded: int
     effective_rows: float
     component: float
@@ -115,7 +116,9 @@ class Report:
     def __str__(self) -> str:
         rows = self.rows if self.is_full else self.known[:SHOWN]
         heads = ["layer", "factor", "size", "rows", "component", "condition", "whitened"]
-        counts = ["batches", "skipped", "bounded", "refreshes", "failed", "restarted"] if self.is_full else []
+        counts = (
+            ["batches", "skipped", "bounded", "refreshes", "failed", "restarted", "rescued"] if self.is_full else []
+        )
         lines = [[*heads, *counts, *(["KiB"] if self.is_full else [])]]
         for row in rows:
             known = (row.component, row.condition, row.whitened)
@@ -158,6 +161,7 @@ class Report:
         """Say what went wrong, and in which layers, a line for each kind."""
         kinds: list[tuple[str, Callable[[Row], bool]]] = [
             ("refreshes failed, and the last inverse stays in use", lambda row: row.failed > 0),
+            ("refreshes took float64 or more damping", lambda row: row.rescued > 0),
             ("batches with NaN or Inf were left out", lambda row: row.skipped > 0),
             (
                 "fewer rows than features, so whitened but little",
@@ -305,6 +309,7 @@ def report(model: nn.Module, *, full: bool = False) -> Report:
                     refreshes=int(factor.num_refreshes),
                     failed=int(factor.num_refreshes_failed),
                     restarted=int(factor.num_refreshes_restarted),
+                    rescued=int(factor.num_refreshes_rescued),
                     bounded=int(whitening.num_batches_bounded) if whitening else 0,
                     effective_rows=factor.running_effective_count.min().item(),
                     component=norms.usual_component().item() if norms else 1.0,

@@ -2,11 +2,13 @@
 
 import threading
 
+import pytest
 import torch
 from torch import nn
 
-from whiten_layers import FeatureWhitening, WhitenedLinear, whiten
+from whiten_layers import FeatureWhitening, WhitenedLinear, report, whiten
 from whiten_layers.inverse import METHODS
+from whiten_layers.refresh.update import refresh_factors
 from whiten_layers.statistics.covariance import moments
 
 
@@ -76,3 +78,49 @@ def test_two_models_train_in_two_threads_as_in_one():
     for a, b in zip(expected, models, strict=True):
         torch.testing.assert_close(a.weight.grad, b.weight.grad, rtol=0, atol=0)
         torch.testing.assert_close(dict(a.named_buffers()), dict(b.named_buffers()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method, power", [("eigh", 0.5), ("eigh", 1.0), ("cholesky", 1.0), ("newton_schulz", 0.5)])
+def test_features_that_are_all_alike_are_inverted_in_float64_if_not_in_float32(method, power):
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        transform = FeatureWhitening(method, power=power, shrink=False, block_size=None)
+        layer = WhitenedLinear(512, 3, dtype=dtype, transform=transform)
+        rows = torch.randn(2048, 1, generator=torch.Generator().manual_seed(0)).to(dtype).expand(2048, 512)
+        layer(rows).sum().backward()
+        factor = layer.transform.inputs
+        assert factor.num_refreshes == 1 and factor.num_refreshes_failed == 0
+        results.append(factor)
+    narrow, wide = results
+    assert wide.num_refreshes_rescued == 0
+    if method == "eigh":  # the others know of no limit, and are off by the rounding of 512 in 0.03
+        assert narrow.num_refreshes_rescued == 1
+        torch.testing.assert_close(narrow.precision.double(), wide.precision, rtol=1e-3, atol=1e-3)
+
+
+def test_an_indefinite_covariance_is_damped_more_and_a_hopeless_one_keeps_the_last_inverse(caplog):
+    model = whiten(nn.Sequential(nn.Linear(4, 3)), shrink=False)
+    layer, factor = model[0], model[0].transform.inputs
+    layer(torch.randn(500, 4)).sum().backward()
+    before = factor.precision.clone()
+    for correlation, rescued, failed in ((1.2, 1, 0), (3.0, 2, 0), (50.0, 2, 1)):
+        # As an average of state dicts may have left it
+        factor.running_covariance.copy_(torch.eye(4))
+        factor.running_covariance[0, 0, 1] = factor.running_covariance[0, 1, 0] = correlation
+        factor.running_mean.zero_()
+        refresh_factors([factor], names={factor: "0"})
+        assert (factor.num_refreshes_rescued, factor.num_refreshes_failed) == (rescued, failed)
+        assert factor.precision.isfinite().all() and torch.linalg.eigvalsh(factor.precision).min() > 0
+        before, last = factor.precision.clone(), before
+    assert torch.equal(before, last)  # the hopeless one changed nothing
+    assert "rescued" in str(report(model, full=True)) and "more damping: 0" in str(report(model))
+    messages = [record.getMessage() for record in caplog.records if "covariance of 0" in record.getMessage()]
+    assert len(messages) == 1 and "damping=" in messages[0]
+
+
+def test_a_checkpoint_that_does_not_count_rescues_loads():
+    model = whiten(nn.Sequential(nn.Linear(4, 3)))
+    model(torch.randn(50, 4)).sum().backward()
+    state = {key: value for key, value in model.state_dict().items() if "rescued" not in key}
+    assert len(state) < len(model.state_dict())
+    whiten(nn.Sequential(nn.Linear(4, 3))).load_state_dict(state, strict=True)

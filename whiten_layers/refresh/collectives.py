@@ -158,7 +158,7 @@ def exchange(
 
 
 def _packed(factor: WhiteningFactor, result: RefreshResult) -> list[Tensor]:
-    flags = [flag.to(result.scale.dtype) for flag in (result.valid, result.restarted)]
+    flags = [flag.to(result.scale.dtype) for flag in (result.attempt, result.restarted)]
     directions = [] if result.directions is None else [result.directions]
     precision = triangle(result.precision) if factor.is_symmetric else result.precision
     return [*flags, result.scale, precision, *directions]
@@ -175,9 +175,9 @@ def packed_shapes(factor: WhiteningFactor) -> list[Tensor]:
 
 
 def _unpacked(factor: WhiteningFactor, parts: list[Tensor]) -> RefreshResult:
-    valid, restarted, scale, precision, *directions = parts
+    attempt, restarted, scale, precision, *directions = parts
     precision = symmetric(precision) if factor.is_symmetric else precision
-    return RefreshResult(valid.bool(), restarted.bool(), scale, precision, *directions)
+    return RefreshResult(attempt.int(), restarted.bool(), scale, precision, *directions)
 
 
 # A symmetric matrix of M = m + n features, n = m or m + 1, falls into A (m, m), B (m, n), D (n, n). The upper triangle

@@ -5,7 +5,7 @@ results are written in place. Processes that train one model do it together, eac
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from ..processes import ProcessGroup
 from ..statistics.covariance import FeatureCovariance, SolvedStatistics
 from ..statistics.whitening_factor import Damped, RefreshResult, WhiteningFactor
 from . import collectives
+from .rescue import rescued
 
 
 class DueTransform(NamedTuple):
@@ -50,7 +51,8 @@ def refresh_transforms(due: Iterable[DueTransform], group: ProcessGroup | None =
         for transform, one in pairs:
             if one.close_window(transform.elapsed) or one.is_approximate:
                 renewed.append(one)
-        refresh_factors([one for one in renewed if isinstance(one, WhiteningFactor)], group)
+        names = {one: transform.name for transform, one in pairs if isinstance(one, WhiteningFactor)}
+        refresh_factors([one for one in renewed if isinstance(one, WhiteningFactor)], group, names)
         for one in renewed:
             if isinstance(one, SolvedStatistics):
                 one.solve_in_place()
@@ -67,17 +69,22 @@ def _label(transform: DueTransform, statistics: FeatureCovariance) -> str:
 
 
 @torch.no_grad()
-def refresh_factors(factors: Sequence[WhiteningFactor], group: ProcessGroup | None = None) -> None:
+def refresh_factors(
+    factors: Sequence[WhiteningFactor],
+    group: ProcessGroup | None = None,
+    names: Mapping[WhiteningFactor, str] | None = None,
+) -> None:
     """Compute every factor's precision from its running covariance, in a group of processes each its share.
 
-    Products are only as precise as the current settings say: see `full_precision`.
+    Products are only as precise as the current settings say: see `full_precision`. Messages have the layers' `names`.
     """
+    names = names or {factor: f"a layer of {factor.features} features" for factor in factors}
     if group is None:
-        for factor, result in invert(factors):
+        for factor, result in rescued(dict(invert(factors)), names).items():
             factor.commit(result)
         return
     owners = dict(zip(factors, collectives.share([cost(one) for one in factors], group.size()), strict=True))
-    own = dict(invert([factor for factor in factors if owners[factor] == group.rank()]))
+    own = rescued(dict(invert([factor for factor in factors if owners[factor] == group.rank()])), names)
     for factor, result in collectives.exchange(own, owners, group):
         factor.commit(result)
 

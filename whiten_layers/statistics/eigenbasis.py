@@ -34,8 +34,8 @@ class Eigenbasis(WhiteningFactor):
         super().__init__(groups, channels, taps, **fixed, **options)
         self.method = "eigenbasis"
 
-    def damped(self) -> Damped:
-        matrix, diagonal, variance = super().damped()
+    def damped(self, times: float = 1, dtype: torch.dtype | None = None) -> Damped:
+        matrix, diagonal, variance = super().damped(times, dtype)
         if self._padding:  # eigenvectors come in the order of their values: what fills up a block stays last
             last = matrix.diagonal(dim1=-2, dim2=-1)[self.blocks - 1 :: self.blocks, -self._padding :]
             last.add_(2 * self.features)  # the trace is the number of features
@@ -44,7 +44,7 @@ class Eigenbasis(WhiteningFactor):
     def scale_inverse(self, inverse: Inverse, damped: Damped) -> RefreshResult:
         vectors = inverse.matrix
         valid = torch.isfinite(self.group_sum(vectors.sum((-2, -1))))
-        return RefreshResult(valid, torch.zeros_like(valid), torch.ones_like(self.scale), vectors)
+        return RefreshResult(valid.int(), torch.zeros_like(valid), torch.ones_like(self.scale), vectors)
 
     def rotate(self, rows: Tensor) -> Tensor:
         """Express rows ``(groups, n, features)`` in the basis."""

@@ -23,6 +23,9 @@ def shrinkage(covariance: Tensor, rows: Tensor, features: Tensor | int) -> Tenso
     return torch.where(weight < 1, weight, 1).clamp(min=0)  # 1 also where the covariance is m I, or zero
 
 
+COUNTS = ("num_refreshes", "num_refreshes_failed", "num_refreshes_restarted", "num_refreshes_rescued")
+
+
 class Damped(NamedTuple):
     """``C/m + λI`` (n, M, M) of a `WhiteningFactor`, the diagonal (n, M) of C/m, and m (n,)."""
 
@@ -34,14 +37,20 @@ class Damped(NamedTuple):
 class RefreshResult(NamedTuple):
     """New values for n matrices of a `WhiteningFactor`, to be used where they are `valid` (n,); see its buffers.
 
-    ``restarted`` (n,) tells which iterations had to restart.
+    ``attempt`` (n,) numbers the attempt that succeeded, from 1; 0 for none. ``restarted`` (n,) tells which iterations
+    had to restart.
     """
 
-    valid: Tensor
+    attempt: Tensor
     restarted: Tensor
     scale: Tensor
     precision: Tensor
     directions: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """Which matrices have a result, ``(n,)``."""
+        return self.attempt > 0
 
 
 class WhiteningFactor(FeatureCovariance):
@@ -65,8 +74,8 @@ class WhiteningFactor(FeatureCovariance):
 
     Buffers, beside the statistics: ``precision`` (groups·blocks, M, M), ``scale`` (groups·blocks,), the k inside it,
     ``mean`` (groups·blocks, M), ``directions`` (groups·blocks, M, rank) of the recursive method, and
-    ``num_refreshes``, ``num_refreshes_failed`` and ``num_refreshes_restarted`` (). Until a matrix's first refresh its
-    precision is the identity, its mean and its scale are zero.
+    ``num_refreshes``, ``num_refreshes_failed``, ``num_refreshes_restarted`` and ``num_refreshes_rescued`` (). Until a
+    matrix's first refresh its precision is the identity, its mean and its scale are zero.
     """
 
     nonnegative = (*FeatureCovariance.nonnegative, "precision", "scale")
@@ -78,6 +87,7 @@ class WhiteningFactor(FeatureCovariance):
     num_refreshes: Tensor
     num_refreshes_failed: Tensor
     num_refreshes_restarted: Tensor
+    num_refreshes_rescued: Tensor
 
     def __init__(
         self,
@@ -113,7 +123,7 @@ class WhiteningFactor(FeatureCovariance):
         self.is_approximate = self.inversion.is_approximate
         directions = covariance.new_zeros(matrices, size, self.rank) if self.is_approximate else None
         self.register_buffer("directions", directions)
-        for name in ("num_refreshes", "num_refreshes_failed", "num_refreshes_restarted"):
+        for name in COUNTS:
             self.register_buffer(name, torch.zeros((), device=device, dtype=COUNT))
 
     @property
@@ -137,8 +147,8 @@ class WhiteningFactor(FeatureCovariance):
         """Mask the features that do not just fill up a block: ``(groups·blocks, M)``, 1 or 0."""
         return self.split(self.running_mean.new_ones(self.groups, 1, self.features)).squeeze(1)
 
-    def estimate(self) -> tuple[Tensor, Tensor]:
-        """Estimate the covariance, or the second moment, of all rows from those that were seen.
+    def estimate(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Estimate the covariance, or the second moment, of all rows from those that were seen, in a wider `dtype`.
 
         Of what n effective rows seem to tell, a part is chance: `shrinkage` tells how much of the covariance, and
         ``tr(C) / n`` is how much of the squared length of the mean (James & Stein 1961). With `shrink` that part is
@@ -147,7 +157,8 @@ class WhiteningFactor(FeatureCovariance):
         Returns:
             C divided by the mean variance m of its group's features; and m, ``(groups·blocks,)``.
         """
-        covariance, mean, rows = self.running_covariance, self.running_mean, self.running_effective_count
+        known = self.running_covariance, self.running_mean, self.running_effective_count
+        covariance, mean, rows = known if dtype is None else [part.to(dtype) for part in known]
         kept = self.kept()
         trace, even = covariance.diagonal(dim1=-2, dim2=-1).sum(-1), torch.zeros_like(rows)
         certain = torch.ones_like(rows)
@@ -168,12 +179,15 @@ class WhiteningFactor(FeatureCovariance):
         covariance.diagonal(dim1=-2, dim2=-1).add_((even / variance / kept.sum(1)).unsqueeze(1) * kept)
         return covariance, variance
 
-    def damped(self) -> Damped:
-        """Compute ``C/m + λI``, of mean variance 1 + λ, which is also the variance of features that fill up a block."""
-        covariance, variance = self.estimate()
+    def damped(self, times: float = 1, dtype: torch.dtype | None = None) -> Damped:
+        """Compute ``C/m + λI``, of mean variance 1 + λ, which is also the variance of features that fill up a block.
+
+        λ is the damping, or so many times that; the result may have a wider `dtype` than the statistics.
+        """
+        covariance, variance = self.estimate(dtype)
         diagonal = covariance.diagonal(dim1=-2, dim2=-1)
         undamped = diagonal.clone()
-        diagonal.add_(self.damping)
+        diagonal.add_(times * self.damping)
         if self._padding:
             diagonal[self.blocks - 1 :: self.blocks, -self._padding :] += 1
         return Damped(covariance, undamped, variance)
@@ -203,7 +217,7 @@ class WhiteningFactor(FeatureCovariance):
                 scale = scale * self.features / (trace + self.damping * self.group_sum(diagonal))
         valid = torch.isfinite(self.group_sum(scale * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)))
         restarted = torch.zeros_like(valid) if inverse.restarted is None else inverse.restarted
-        return RefreshResult(valid, restarted, scale, matrix.mul_(scale[:, None, None]), inverse.directions)
+        return RefreshResult(valid.int(), restarted, scale, matrix.mul_(scale[:, None, None]), inverse.directions)
 
     def commit(self, result: RefreshResult) -> None:
         """Write what is valid of a result into the buffers, in place; the other groups stay as they are."""
@@ -220,6 +234,12 @@ class WhiteningFactor(FeatureCovariance):
         # A group that has seen nothing yet has nothing to fail at.
         self.num_refreshes_failed.add_((~valid & (self.running_count > 0)).any())
         self.num_refreshes_restarted.add_(result.restarted.any())
+        self.num_refreshes_rescued.add_((result.attempt > 1).any())
+
+    def before_loading(self, state_dict: dict, prefix: str) -> None:
+        super().before_loading(state_dict, prefix)
+        if f"{prefix}num_refreshes" in state_dict:  # a checkpoint of a version that did not try again
+            state_dict.setdefault(f"{prefix}num_refreshes_rescued", torch.zeros_like(self.num_refreshes_rescued))
 
     def extra_repr(self) -> str:
         sizes = {"groups": self.groups, "blocks": self.blocks}
