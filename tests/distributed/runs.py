@@ -17,8 +17,9 @@ SAMPLES = 8
 # How a batch is dealt out: unevenly, and with nothing for one of four.
 CUTS = {1: (0, 8), 2: (0, 3, 8), 4: (0, 0, 3, 4, 8)}
 
-# Without what each process measures of its own part of a batch: then they do what one does with the whole.
-ALIKE: dict[str, Any] = {"shrink": False, "rescale": False, "bound": None}
+# Without what each process measures of its own part of a batch, and without the rows that each samples of it: then they
+# do what one does with the whole.
+ALIKE: dict[str, Any] = {"shrink": False, "rescale": False, "bound": None, "max_rows": None}
 TRANSFORMS: dict[str, dict[str, Any]] = {
     "default": {},
     # A window that is open when a checkpoint is saved is lost; so none is.

@@ -421,6 +421,8 @@ class FeatureCovariance(WideBuffers):
         signed = [known[name] for name in self.nonnegative if name in known]
         signed = [part.diagonal(dim1=-2, dim2=-1) if part.dim() == 3 else part for part in signed]
         is_finite = all(bool(torch.isfinite(part).all()) for part in known.values())
+        mean = known.get("running_mean")
+        is_finite &= mean is None or bool(torch.isfinite(mean.square().sum()))  # so is a covariance about another
         return is_finite and all(bool((part >= 0).all()) for part in signed)
 
     def before_loading(self, state_dict: dict, prefix: str) -> None:

@@ -28,6 +28,11 @@ class Samples(NamedTuple):
     grad_output: Tensor
 
 
+def _is_like(value: Any, own: Any) -> bool:
+    """Tell whether what a checkpoint holds can be copied into a tensor: numbers of its shape, and real ones."""
+    return isinstance(value, Tensor) and value.shape == own.shape and not value.is_complex()
+
+
 class GradientTransform(WideBuffers, ABC):
     """Linear map of a layer's weight and bias gradients, and the statistics it is computed from.
 
@@ -219,7 +224,7 @@ class GradientTransform(WideBuffers, ABC):
         others = {key.rpartition(".")[0] for key in given if key not in own}
         for name, part in parts.items():
             shared = {key: given[key] for key in part if key in given}
-            fits = bool(shared) and all(value.shape == part[key].shape for key, value in shared.items())
+            fits = bool(shared) and all(_is_like(value, part[key]) for key, value in shared.items())
             if given and not fits and not all(key.startswith(self.newer_state) for key in part):
                 others.add(name)
             statistics = self.get_submodule(name)
