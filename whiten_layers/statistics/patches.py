@@ -21,7 +21,7 @@ from ..state import safe_to_load
 from .covariance import effective_rows
 
 MIN_IMAGES = 32  # of a batch that has as many, in `tap_autocovariance`
-LARGEST_TABLE = 2**17  # places that are kept for the next batch: 1 MiB
+LARGEST_TABLE, TABLES = 2**15, 64  # places that are kept for the next batch, and of how many layers: 19 MiB at most
 
 
 @safe_to_load
@@ -226,7 +226,7 @@ def _places(
     return places.flatten(1), outside.flatten(1)
 
 
-@lru_cache
+@lru_cache(TABLES)
 def _all_places(
     geometry: Geometry, sizes: Sequence[int], strides: Sequence[int], number: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
