@@ -27,11 +27,13 @@ def rescued(
 ) -> dict[WhiteningFactor, RefreshResult]:
     """Try again, rung by rung, to invert what failed; return every factor's result, and log which needed it, once each.
 
-    Groups that have seen nothing have nothing to be inverted. Waits for the device, to learn whether anything failed.
+    Groups that have seen nothing have nothing to be inverted. On the CPU alone: elsewhere a refresh would have to wait
+    for the device, to learn whether anything failed.
     """
     found = {}
     for factor, result in results.items():
-        for rung, times in enumerate(RUNGS):
+        failed = result.attempt == 0
+        for rung, times in enumerate(RUNGS if failed.is_cpu else ()):
             failed = (result.attempt == 0) & (factor.running_count > 0)
             if not failed.any():
                 break
