@@ -91,10 +91,10 @@ PARTS = {
 }
 
 
-def stop(network: nn.Module, intervals: tuple[str, ...], batches: int) -> None:
+def leave_out(network: nn.Module, intervals: tuple[str, ...], batches: int) -> None:
     """Let a network's layers be where they are after so many batches, and leave out what has one of these intervals."""
+    batch = NEVER // 2 + 1 if intervals else batches
     for layer in layers_of(network).values():
-        batch = NEVER // 2 + 1 if intervals else batches
         layer.transform.schedule.batch = batch
         for part in observing(layer.transform):
             part.attendance.observed = batch
@@ -211,7 +211,7 @@ def prepare(
             steps[name] = stepper(copied, *batch)
             for _ in tqdm(range(window), desc=name, unit="step", leave=False, dynamic_ncols=True):
                 steps[name]()
-            stop(copied, PARTS.get(kind, ()), options.batches)
+            leave_out(copied, PARTS.get(kind, ()), options.batches)
             if images.is_cuda:
                 torch.cuda.reset_peak_memory_stats(images.device)
                 for _ in range(cycle):

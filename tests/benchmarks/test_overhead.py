@@ -38,7 +38,7 @@ def test_a_breakdown_leaves_out_one_part_after_the_other(tmp_path):
     seen = {}
     for kind, left_out in overhead.PARTS.items():
         layer = whiten(nn.Sequential(nn.Linear(3, 2)))[0]
-        overhead.stop(layer, left_out, batches=1000)
+        overhead.leave_out(layer, left_out, batches=1000)
         for _ in range(100):
             layer(torch.randn(5, 3)).sum().backward()
         factor = layer.transform.inputs

@@ -1,4 +1,4 @@
-"""What a refresh tries where an inverse fails: float64, then more damping, and then the last inverse that worked.
+"""Retries of an inverse that failed: in float64, then with more damping; if nothing helps, the last one stays in use.
 
 In float32 a covariance can be singular to rounding although it is damped: that of 512 features which are all alike has
 one eigenvalue of 512 and others of 0.03, below the rounding of the largest. In float64 the same inverse is had. Where a
@@ -27,24 +27,28 @@ def rescued(
 ) -> dict[WhiteningFactor, RefreshResult]:
     """Try again, rung by rung, to invert what failed; return every factor's result, and log which needed it, once each.
 
-    Groups that have seen nothing have nothing to be inverted. On the CPU alone: elsewhere a refresh would have to wait
-    for the device, to learn whether anything failed.
+    Groups that have seen nothing have nothing to be inverted. It tries on the CPU alone: elsewhere a refresh would
+    have to wait for the device, to learn whether anything failed.
     """
-    found = {}
-    for factor, result in results.items():
-        failed = result.attempt == 0
-        for rung, times in enumerate(RUNGS if failed.is_cpu else ()):
-            failed = (result.attempt == 0) & (factor.running_count > 0)
+    found = dict(results)
+    for factor, first in results.items():
+        failed = _failed(factor, first)
+        if not (failed.is_cpu and failed.any()):
+            continue
+        for rung, times in enumerate(RUNGS):
+            found[factor] = _merged(found[factor], _again(factor, times), failed, rung + 2)
+            failed = _failed(factor, found[factor])
             if not failed.any():
                 break
-            result = _merged(result, _again(factor, times), failed, rung + 2)
-        else:
-            failed = (result.attempt == 0) & (factor.running_count > 0)
-        if result is not results[factor] and factor not in _warned:
+        if factor not in _warned:
             _warned.add(factor)
             _warn(names[factor], bool(failed.any()))
-        found[factor] = result
     return found
+
+
+def _failed(factor: WhiteningFactor, result: RefreshResult) -> Tensor:
+    """Tell which matrices have no result although rows of them are known, ``(n,)``."""
+    return (result.attempt == 0) & (factor.running_count > 0)
 
 
 def _again(factor: WhiteningFactor, times: float) -> RefreshResult:

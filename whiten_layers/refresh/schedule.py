@@ -28,6 +28,13 @@ from ..state import safe_to_load
 from ..statistics.covariance import FeatureCovariance, SolvedStatistics
 from .update import DueTransform, refresh_transforms
 
+Interval = int | Literal["auto"]
+# Batches from which on refreshes come so many batches apart, with the interval "auto": the statistics of a memory of a
+# hundred batches are a hundred batches old on the mean, so that twenty more make little difference.
+RARER = ((0, 10), (500, 20), (1000, 40))
+OFTEN = RARER[0][1]  # what is cheap to renew becomes no rarer
+LONG = RARER[-1][0]  # batches after which nothing becomes rarer
+
 
 @lru_cache  # every layer asks at every step
 def last_due(batch: int, interval: int) -> int:
@@ -45,7 +52,7 @@ def last_due(batch: int, interval: int) -> int:
     return due if due <= batch else last_due(stretch * interval - 1, interval)
 
 
-def last_refresh(batch: int, interval: int | Literal["auto"]) -> int:
+def last_refresh(batch: int, interval: Interval) -> int:
     """Return the last batch, up to this one, after which a refresh with this interval was due; 0 for none."""
     if interval != "auto":
         return last_due(batch, interval)
@@ -58,7 +65,7 @@ def last_refresh(batch: int, interval: int | Literal["auto"]) -> int:
     return 0
 
 
-def refresh_interval(batch: int, interval: int | Literal["auto"]) -> int:
+def refresh_interval(batch: int, interval: Interval) -> int:
     """Return how many batches there are from one refresh to the next, on the mean, when so many have come."""
     return next(rarer for start, rarer in reversed(RARER) if batch >= start) if interval == "auto" else interval
 
@@ -73,12 +80,6 @@ def _scatter(number: int) -> int:
 def is_due(batch: int, interval: int) -> bool:
     """Tell whether something that happens every `interval` batches is due after the `batch`-th, counted from 1."""
     return last_due(batch, interval) == batch
-
-
-# Batches from which on refreshes come so many batches apart, with the interval "auto": the statistics of a memory of a
-# hundred batches are a hundred batches old on the mean, so that twenty more make little difference.
-RARER = ((0, 10), (500, 20), (1000, 40))
-LONG = RARER[-1][0]  # batches after which nothing becomes rarer
 
 
 class Arrival(Enum):
@@ -111,7 +112,7 @@ class Scheduled(Protocol):
     handle: Tensor  # a number by which transforms have the same order on every process
     schedule: "Schedule"
     attendance: Attendance
-    update_interval: int | Literal["auto"]
+    update_interval: Interval
     statistics_interval: int
 
     def children(self) -> Iterator[nn.Module]:
@@ -131,7 +132,7 @@ def refreshed_at(batch: int, transform: Scheduled) -> dict[int, list[FeatureCova
     due = defaultdict(list)
     for statistics in running_statistics(transform):
         stays = transform.update_interval == "auto" and isinstance(statistics, SolvedStatistics)
-        interval = RARER[0][1] if stays else transform.update_interval
+        interval = OFTEN if stays else transform.update_interval
         if last_refresh(batch, interval) == batch:
             due[batch - last_refresh(batch - 1, interval)].append(statistics)
     return due
@@ -236,9 +237,7 @@ class Schedule:
 
     def _refresh_is_due(self, member: Scheduled) -> bool:
         interval = member.update_interval
-        return last_refresh(self.batch, interval) == self.batch or (
-            interval == "auto" and is_due(self.batch, RARER[0][1])
-        )
+        return last_refresh(self.batch, interval) == self.batch or (interval == "auto" and is_due(self.batch, OFTEN))
 
     def reset(self, member: Scheduled) -> None:
         """Count from the start again, when a layer's state is reset."""

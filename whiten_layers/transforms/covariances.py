@@ -193,13 +193,13 @@ class CovarianceTransform(GradientTransform):
             return default_rows(batch, factor.running_mean.shape[1], self.decay)
         return self.max_rows
 
-    def _rows(self, tensor: Tensor, batch: int, factor: WhiteningFactor) -> tuple[Tensor, int]:
-        """Sample rows of an input's or output's channels for a factor; return them and the number of samples."""
+    def _rows(self, tensor: Tensor, batch: int, factor: WhiteningFactor, patches: bool = False) -> tuple[Tensor, int]:
+        """Sample rows of channels, or of whole patches, for a factor; return them and the number of samples."""
         if self.geometry.positions_first and tensor.dim() > 2:
             tensor = tensor.transpose(-3, -2)  # positions of one sequence tell less than those of several
-        most = self._max_rows(batch, factor)
-        samples = count_samples(tensor, self.geometry.spatial_dims, most)
-        return self.positions(tensor, most, batch // self.statistics_interval), samples
+        most, phase = self._max_rows(batch, factor), batch // self.statistics_interval
+        rows = patch_rows(tensor, self.geometry, most, phase) if patches else self.positions(tensor, most, phase)
+        return rows, count_samples(tensor, self.geometry.spatial_dims, most)
 
     def _observe_factors(self, input: Tensor, batch: int, valid: Tensor | bool) -> Tensor | bool:
         """Add a batch to the statistics if it is valid; return whether it is."""
@@ -207,13 +207,9 @@ class CovarianceTransform(GradientTransform):
             valid = self.channels.observe_rows(*self._rows(input, batch, self.channels), valid)
             if self.taps.window is None:  # so small a matrix needs one batch a window
                 self._observe_taps(input, batch, torch.as_tensor(valid))
-        elif self.observes_input and self.geometry.spatial_dims:
-            most = self._max_rows(batch, self.inputs)
-            rows = patch_rows(input, self.geometry, most, batch // self.statistics_interval)
-            samples = count_samples(input, self.geometry.spatial_dims, most)
-            valid = self.inputs.observe_rows(rows, samples, valid)
         elif self.observes_input:
-            valid = self.inputs.observe_rows(*self._rows(input, batch, self.inputs), valid)
+            patches = self.geometry.spatial_dims > 0
+            valid = self.inputs.observe_rows(*self._rows(input, batch, self.inputs, patches), valid)
         if self._batch.output_rows is not None:
             self.outputs.observe_rows(*self._batch.output_rows, valid)
         if self._batch.measured is not None:
