@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -90,6 +90,21 @@ def test_a_case_of_the_table(case, options, method):
     conforms(case.make_plain(), inputs, {"damping": 0.1, "decay": 0.9, **options}, method)
 
 
+def is_computed_rightly(plain: nn.Module, inputs: list[torch.Tensor]) -> bool:
+    """Tell whether PyTorch's layer agrees with itself in float64, to the rounding of its type.
+
+    In bfloat16 the CPU's Conv3d with a kernel of (1, 2, 3) and a stride of (1, 1, 2) does not (torch 2.14): it reads
+    memory that is not the input's, and returns something else each time.
+    """
+    exact, size = copy.deepcopy(plain).double(), copy.deepcopy(plain).double()
+    for parameter in size.parameters():
+        parameter.data.abs_()
+    rounding = 4 * torch.finfo(plain.weight.dtype).eps
+    return all(
+        bool(((plain(x).double() - exact(x.double())).abs() <= rounding * size(x.double().abs())).all()) for x in inputs
+    )
+
+
 @settings(deadline=None, max_examples=300)
 @given(
     example=layers(),
@@ -106,4 +121,5 @@ def test_a_case_of_the_table(case, options, method):
 def test_a_random_configuration(example, dtype, **options):
     plain, x = example
     inputs = [(x + noise * torch.randn_like(x)).to(dtype) for noise in (0.0, 0.5, 1.0)]
+    assume(is_computed_rightly(plain.to(dtype), inputs))
     conforms(plain.to(dtype), inputs, options)
