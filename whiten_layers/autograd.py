@@ -29,8 +29,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from ._torch import function_transforms
 from ._torch.engine import version_of, wants_gradient, will_run
 from ._torch.function_transforms import call_on_plain_tensors, sum_over_samples
-from ._torch.modules import holds_parameter
-from ._torch.operations import NOT_IN_CUDA_GRAPHS, keep_order, leave_unbound
+from ._torch.modules import holds_parameter, own_parameter
+from ._torch.operations import NOT_IN_CUDA_GRAPHS, keep_order
 from ._torch.precision import autocast_dtype, without_autocast
 from .transforms.base import GradientTransform, Samples
 from .transforms.handles import TRANSFORMS
@@ -39,6 +39,8 @@ NO_VMAP_OVER_PARAMETERS = (
     "vmap over the parameters of a whitened layer in training mode is not possible, since its statistics are those of "
     "one layer: unwhiten the model, put it in evaluation mode, or loop over the parameters"
 )
+
+Subject = GradientTransform | Tensor  # the transform, or while compiling its handle
 
 _layers: WeakKeyDictionary[GradientTransform, ref[nn.Module]] = WeakKeyDictionary()
 
@@ -62,10 +64,11 @@ def _trains_layer(transform: GradientTransform) -> bool:
     layer: Any = _layers.get(transform, lambda: None)()
     if layer is None or getattr(layer, "transform", None) is not transform or function_transforms.are_active():
         return True
-    name = layer.parameter_names[0]
+    name, other = layer.parameter_names
     is_own = holds_parameter(layer, name) or is_parametrized(layer, name)
+    bypasses = None if transform.maps_bias else own_parameter(layer, other)
     return not is_own or wants_gradient(
-        parameter for parameter in layer.trained_parameters() if parameter.requires_grad
+        parameter for parameter in layer.trained_parameters() if parameter.requires_grad and parameter is not bypasses
     )
 
 
@@ -138,9 +141,8 @@ def _transform_gradient(
     samples = {} if grad_output is None else {"samples": Samples(input, grad_output)}
     grad_bias = gradients[1] if len(gradients) > 1 else None
     mapped = transform.transform(gradients[0], grad_bias, constant, **samples)
-    results = [gradient for gradient in mapped if gradient is not None]
     _observe(transform, input, gradients[0])
-    return results
+    return [gradient for gradient in mapped if gradient is not None]
 
 
 def _observe_output(grad_output: Tensor, transform: GradientTransform) -> None:
@@ -209,7 +211,7 @@ keep_order(_observe_output_op)
 
 
 class TransformGradient(torch.autograd.Function):
-    """Identity ``(input, handle, reads_weight, weight[, bias]) -> (weight[, bias])`` with a transform in backward.
+    """Identity ``(input, subject, reads_weight, weight[, bias]) -> (weight[, bias])`` with a transform in backward.
 
     Saves the input, and the weight if the transform reads it. The operation that follows saves the same input, unless
     it makes its own copy. The map treats the weight as a constant: a second derivative is the mapped derivative of the
@@ -217,14 +219,11 @@ class TransformGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(input: Tensor, handle: Tensor, reads_weight: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, input: Tensor, subject: Subject, reads_weight: bool, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        _set_up(ctx, input, subject, reads_weight, parameters[0])
         return tuple(parameter.view_as(parameter) for parameter in parameters)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        input, handle, ctx.reads_weight, weight = inputs[:4]
-        ctx.kept = None, []  # see `keep_output_gradient`
-        _keep(ctx, handle, input, *((weight,) if ctx.reads_weight else ()))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple:  # type: ignore[override]
@@ -237,33 +236,59 @@ class TransformGradient(torch.autograd.Function):
             transformed = _transform_gradient(list(gradients), input, weight, ctx.transform, grad_output)
         return None, None, None, *transformed
 
+
+def _set_up(ctx: Any, input: Tensor, subject: Subject, reads_weight: bool, weight: Tensor) -> None:
+    ctx.reads_weight, ctx.kept = reads_weight, (None, [])  # see `keep_output_gradient`
+    _keep(ctx, subject, input, *((weight,) if reads_weight else ()))
+
+
+class TransformGradientFunctional(torch.autograd.Function):
+    """`TransformGradient` for `torch.func`, whose Functions take some 75 µs more for each call."""
+
+    @staticmethod
+    def forward(input: Tensor, subject: Subject, reads_weight: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _set_up(ctx, *inputs[:4])
+
+    backward = TransformGradient.backward
+
     @staticmethod
     def vmap(  # type: ignore[override]
-        info: Any, in_dims: tuple, input: Tensor, handle: Tensor, reads_weight: bool, *parameters: Tensor
+        info: Any, in_dims: tuple, input: Tensor, subject: Subject, reads_weight: bool, *parameters: Tensor
     ) -> tuple:
         if any(dim is not None for dim in in_dims[3:]):
             raise RuntimeError(NO_VMAP_OVER_PARAMETERS)
         if in_dims[0] is not None:
             input = input.movedim(in_dims[0], 0)
-        return TransformGradient.apply(input, handle, reads_weight, *parameters), (None,) * len(parameters)
+        parameters = TransformGradientFunctional.apply(input, subject, reads_weight, *parameters)
+        return parameters, (None,) * len(parameters)
+
+
+def transform_gradients(
+    input: Tensor, subject: Subject, reads_weight: bool, parameters: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Apply `TransformGradient`, or its functional form under a function transform."""
+    function = TransformGradientFunctional if function_transforms.are_active() else TransformGradient
+    # Detached: otherwise autograd would see a path to the input's gradient, and compute the weight's for it.
+    return function.apply(input.detach(), subject, reads_weight, *parameters)
 
 
 class ObserveOutput(torch.autograd.Function):
-    """Identity ``(output, handle, nodes) -> output`` that shows the gradient of the output to a transform.
+    """Identity ``(output, subject, nodes) -> output`` that shows the gradient of the output to a transform.
 
     The nodes are those of `TransformGradient`, whose output gave this one.
     """
 
     @staticmethod
-    def forward(output: Tensor, handle: Tensor, nodes: WeakSet | None) -> Tensor:
-        return output
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def forward(ctx: Any, output: Tensor, subject: Subject, nodes: WeakSet | None) -> Tensor:
         # Not a view, so that an activation may modify the layer's output in place.
-        ctx.mark_dirty(inputs[0])
-        ctx.nodes = inputs[2]
-        _keep(ctx, inputs[1])
+        ctx.mark_dirty(output)
+        ctx.nodes = nodes
+        _keep(ctx, subject)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
@@ -280,7 +305,7 @@ class ObserveOutputFunctional(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(output: Tensor, handle: Tensor, nodes: WeakSet | None) -> Tensor:
+    def forward(output: Tensor, subject: Subject, nodes: WeakSet | None) -> Tensor:
         return output.clone()
 
     @staticmethod
@@ -299,11 +324,7 @@ class ObserveOutputFunctional(torch.autograd.Function):
         return tangent.clone()
 
 
-for _function in (TransformGradient.forward, ObserveOutput.forward):
-    leave_unbound(_function)
-
-
-def observe_output(output: Tensor, handle: Tensor, weight: Tensor) -> Tensor:
+def observe_output(output: Tensor, subject: Subject, weight: Tensor) -> Tensor:
     """Apply `ObserveOutput`, or its functional form where in-place Functions are not supported.
 
     The weight is the one that `TransformGradient` returned. Its nodes are known weakly: the node of one function
@@ -311,17 +332,17 @@ def observe_output(output: Tensor, handle: Tensor, weight: Tensor) -> Tensor:
     """
     nodes = None if torch.compiler.is_compiling() else WeakSet(function_transforms.nodes_of(weight))
     if function_transforms.are_active() or function_transforms.is_forward_mode():
-        return ObserveOutputFunctional.apply(output, handle, nodes)
-    return ObserveOutput.apply(output, handle, nodes)
+        return ObserveOutputFunctional.apply(output, subject, nodes)
+    return ObserveOutput.apply(output, subject, nodes)
 
 
-def _keep(ctx: Any, handle: Tensor, *tensors: Tensor) -> None:
-    """Save tensors; while compiling also the handle, otherwise the transform itself, which then outlives its model."""
-    if torch.compiler.is_compiling():
-        ctx.save_for_backward(*tensors, handle)
+def _keep(ctx: Any, subject: Subject, *tensors: Tensor) -> None:
+    """Save tensors, and the transform's handle; or keep the transform itself, which then outlives its model."""
+    if isinstance(subject, Tensor):
+        ctx.save_for_backward(*tensors, subject)
     else:
         ctx.save_for_backward(*tensors)
-        ctx.transform = _transform_of(handle)
+        ctx.transform = subject
 
 
 def _handle(ctx: Any, saved: Sequence[Tensor]) -> Tensor:

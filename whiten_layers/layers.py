@@ -20,7 +20,7 @@ from ._torch.convolutions import AnyConvolution, AnyTransposedConvolution, outpu
 from ._torch.modules import StatefulModule, own_parameter
 from ._torch.operations import is_exporting
 from ._torch.precision import autocast_dtype
-from .autograd import NO_VMAP_OVER_PARAMETERS, TransformGradient, keep_output_gradient, note_layer, observe_output
+from .autograd import NO_VMAP_OVER_PARAMETERS, keep_output_gradient, note_layer, observe_output, transform_gradients
 from .statistics.patches import Geometry
 from .transforms import Chain, GradientTransform
 from .transforms.named import make_transform
@@ -203,17 +203,15 @@ class Whitened(StatefulModule):
         transform = self.transform
         if not is_compiling and not transform.is_watching:  # a guard on it would compile anew
             return operation(input, weight, bias, *options)
-        input = _cast(input)
+        input, subject = _cast(input), transform.handle if is_compiling else transform
         # Without a bias, or with a frozen one, nothing can absorb a shift of the inputs.
-        shifted = bias is not None and bias.requires_grad
-        parameters = (weight, bias) if shifted else (weight,)
-        # Detached: otherwise autograd would see a path to the input's gradient, and compute the weight's for it.
-        parameters = TransformGradient.apply(input.detach(), transform.handle, transform.reads_weight, *parameters)
-        output = operation(input, *(parameters if shifted else (*parameters, bias)), *options)
+        given = (weight, bias) if transform.maps_bias and bias is not None and bias.requires_grad else (weight,)
+        parameters = transform_gradients(input, subject, transform.reads_weight, given)
+        output = operation(input, *(parameters if len(parameters) > 1 else (*parameters, bias)), *options)
         if not is_compiling and 0 < output.numel() <= transform.samples_up_to:
             keep_output_gradient(output, input, parameters[0])
         if transform.observes_output:
-            output = observe_output(output, transform.handle, parameters[0])
+            output = observe_output(output, subject, parameters[0])
         return output
 
     def before_replicating(self) -> None:

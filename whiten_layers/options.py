@@ -33,9 +33,9 @@ def check_statistics(
     """Check the options common to all transforms with running statistics, of which two may be "auto" in some."""
     auto = ("auto",) if automatic else ()
     check("decay", decay, is_real(decay) and 0 <= decay < 1, "a number in [0, 1)")  # type: ignore[operator]
-    is_interval, choices = is_count(update_interval) or update_interval in auto, "an integer of at least 1"
-    check("update_interval", update_interval, is_interval, choices + (", or 'auto'" if automatic else ""))
-    check("statistics_interval", statistics_interval, is_count(statistics_interval), "an integer of at least 1")
+    choices = "an integer of at least 1"
+    for name, interval in [("update_interval", update_interval), ("statistics_interval", statistics_interval)]:
+        check(name, interval, is_count(interval) or interval in auto, choices + (", or 'auto'" if automatic else ""))
     is_limit = max_rows is None or is_count(max_rows) or max_rows in auto
     check("max_rows", max_rows, is_limit, choices + (", 'auto'" if automatic else "") + ", or None")
 

@@ -10,7 +10,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from whiten_layers import FeatureWhitening, GradientTransform, WhitenedLinear, whiten
-from whiten_layers.refresh.schedule import is_due, last_due, last_refresh, refresh_interval
+from whiten_layers.refresh.schedule import (
+    is_due,
+    last_due,
+    last_observed,
+    last_refresh,
+    observation_interval,
+    refresh_interval,
+)
+from whiten_layers.refresh.update import cost
+from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
 
 def test_what_is_due_comes_early_and_then_at_the_interval():
@@ -27,35 +36,78 @@ def test_what_is_due_comes_early_and_then_at_the_interval():
 
 
 def test_refreshes_become_rarer_in_a_long_training():
-    due = [batch for batch in range(1, 5000) if last_refresh(batch, "auto") == batch]
-    assert [batch for batch in due if batch < 500] == [batch for batch in range(1, 500) if is_due(batch, 10)]
-    for start, end, interval in ((500, 1000, 20), (1000, 5000, 40)):
+    often = [batch for batch in range(1, 5000) if is_due(batch, 10)]
+    turns = [[batch for batch in range(1, 5000) if last_refresh(batch, "auto", turn) == batch] for turn in range(4)]
+    for turn, due in enumerate(turns):
+        assert [batch for batch in due if batch < 500] == [batch for batch in often if batch < 500]
+        for start, end, interval in ((500, 1000, 20), (1000, 5000, 40)):
+            assert sum(start <= batch < end for batch in due) == (end - start) // interval
+            assert refresh_interval(start, "auto") == refresh_interval(end - 1, "auto") == interval
+        assert max(b - a for a, b in itertools.pairwise(due)) < 50
+        assert [last_refresh(batch, "auto", turn) for batch in range(5000)] == [
+            max([d for d in due if d <= batch], default=0) for batch in range(5000)
+        ]
+    late = [batch for due in turns for batch in due if batch >= 1000]
+    assert sorted(late) == [batch for batch in often if batch >= 1000]
+    assert [last_refresh(batch, 10, 3) for batch in range(5000)] == [last_due(batch, 10) for batch in range(5000)]
+
+
+def test_inverses_take_turns_once_they_are_rare(monkeypatch):
+    """No step refreshes much more than its part, so that none is much slower than the others."""
+    sizes = (64, 32, 32, 64, 32, 64, 32, 64, 16)
+    model = whiten(nn.ModuleList([nn.Linear(size, 2) for size in sizes]))
+    factors = [layer.transform.inputs for layer in model]
+    model[0].transform.schedule.batch = 2000
+    copied = copy.deepcopy(model)
+    committed, seen = [], []
+    monkeypatch.setattr(WhiteningFactor, "commit", lambda self, result: committed.append(self))
+    for both in (model, copied):
+        batches = []
+        for _ in range(2001, 2041):
+            committed.clear()
+            sum(layer(torch.randn(8, layer.in_features)).sum() for layer in both).backward()
+            batches.append(list(committed))
+        places = {layer.transform.inputs: place for place, layer in enumerate(both)}
+        seen.append([[places[factor] for factor in batch] for batch in batches])
+    assert seen[0] == seen[1]
+    assert sorted(place for batch in seen[0] for place in batch) == list(range(len(sizes)))
+    costs = list(map(cost, factors))
+    assert max(sum(costs[place] for place in batch) for batch in seen[0]) <= sum(costs) / 4 + max(costs)
+
+
+def test_fewer_batches_are_observed_in_a_long_training():
+    due = [batch for batch in range(1, 5000) if last_observed(batch, "auto") == batch]
+    assert due[:500] == list(range(1, 501))
+    for start, end, interval in ((500, 1000, 2), (1000, 5000, 4)):
         assert sum(start <= batch < end for batch in due) == (end - start) // interval
-        assert refresh_interval(start, "auto") == refresh_interval(end - 1, "auto") == interval
-    assert max(b - a for a, b in itertools.pairwise(due)) < 80
-    assert [last_refresh(batch, "auto") for batch in range(5000)] == [
+        assert observation_interval(start, "auto") == observation_interval(end - 1, "auto") == interval
+    assert [last_observed(batch, "auto") for batch in range(5000)] == [
         max([d for d in due if d <= batch], default=0) for batch in range(5000)
     ]
-    assert [last_refresh(batch, 10) for batch in range(5000)] == [last_due(batch, 10) for batch in range(5000)]
+    assert [last_observed(batch, 3) for batch in range(5000)] == [last_due(batch, 3) for batch in range(5000)]
 
 
-def test_norms_are_renewed_as_often_as_ever():
+def test_norms_are_measured_and_renewed_as_often_as_ever(monkeypatch):
     """Gradients that become longer and stay so, as of a scaled loss, are held back only until the limit follows."""
     layer = whiten(nn.Sequential(nn.Linear(3, 2)))[0]
     layer.transform.schedule.batch = 2000
-    inverses, limits = [], []
-    for batch in range(2001, 2121):
+    now, seen = [2000], {"inputs": [], "norms": []}
+    for name, method in (("inputs", "observe_rows"), ("norms", "observe_gradient")):
+        child, batches = getattr(layer.transform, name), seen[name]
+        original = getattr(child, method)
+        monkeypatch.setattr(child, method, lambda *a, o=original, b=batches: (b.append(now[0]), o(*a))[1])
+    inverses, limits, batches = [], [], range(2001, 2121)
+    for now[0] in batches:
         before = layer.transform.inputs.num_refreshes.clone(), layer.transform.norms.limit.clone()
         layer(torch.randn(5, 3)).square().sum().backward()
         if layer.transform.inputs.num_refreshes != before[0]:
-            inverses.append(batch)
+            inverses.append(now[0])
         if layer.transform.norms.limit != before[1]:
-            limits.append(batch)
-    assert limits == [batch for batch in range(2001, 2121) if is_due(batch, 10)] and len(limits) == 12
-    assert (
-        inverses == [batch for batch in range(2001, 2121) if last_refresh(batch, "auto") == batch]
-        and len(inverses) == 3
-    )
+            limits.append(now[0])
+    assert seen["norms"] == list(batches)
+    assert seen["inputs"] == [batch for batch in batches if last_observed(batch, "auto") == batch]
+    assert limits == [batch for batch in batches if is_due(batch, 10)] and len(limits) == 12
+    assert inverses == [batch for batch in batches if last_refresh(batch, "auto") == batch] and len(inverses) == 3
 
 
 @pytest.mark.parametrize("interval", [4, 5, 6, 9, 10, 12, 50])

@@ -1,6 +1,7 @@
 """The component along the plain gradient is kept, as measured; the bound; the bias under every optimizer."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, report, whiten
+from whiten_layers.statistics.gradient_norms import GradientNorms, Measurement
+from whiten_layers.transforms.bound import _shortened_by_numbers, _shortened_by_tensors
 
 
 def measured(layer, make_input, steps):
@@ -206,6 +209,56 @@ def test_a_gradient_whose_norm_is_out_of_range_stays_finite():
         layer.zero_grad()
         layer(torch.randn(64, 16)).backward(scale * torch.randn(64, 4))
     assert layer.weight.grad.isfinite().all()
+
+
+NUMBERS = (0.0, 1e-30, 1e-4, 0.5, 1.0, 1.3, 40.0, 1e20, math.inf, math.nan)
+
+
+@pytest.mark.parametrize("mix", [True, False])
+def test_numbers_and_tensors_bound_alike(mix):
+    """Where numbers can be read without waiting the same formula is computed by Python."""
+    plain, mapped = torch.randn(2, 5, 7)
+    for norm, cosine, mapped_norm, limit, start in itertools.product(NUMBERS, (-1.0, 0.3, 1.0), *[NUMBERS] * 3):
+        numbers = norm, cosine * norm * mapped_norm, mapped_norm, limit, start
+        if not (math.isfinite(limit) and math.isfinite(start)):
+            continue  # these follow from numbers that are in range
+        by_numbers = _shortened_by_numbers(plain, mapped, *numbers, mix)
+        by_tensors = _shortened_by_tensors(plain, mapped, *torch.tensor(numbers).double(), mix)
+        torch.testing.assert_close(by_numbers, by_tensors.float(), msg=lambda text, n=numbers: f"{n}: {text}")
+
+
+def norms_of(bound, rescale, gradients):
+    norms = GradientNorms(bound=bound, rescale=rescale, decay=0.99, dtype=torch.float64)
+    for window in gradients:
+        for gradient, valid in window:
+            norms.observe_gradient(Measurement(gradient, gradient.flip(0) * 1.5), valid)
+        yield norms
+
+
+@pytest.mark.parametrize("flags", ["known", "tensors"])
+def test_norms_of_many_layers_are_renewed_together_as_each_alone(flags):
+    torch.manual_seed(0)
+    as_flag = torch.tensor if flags == "tensors" else bool
+    lengths = [[(3, 1), (5, 1)], [(3, 1), (0, 1)], [(3, 1), (5, 0)], [(1, 1), (2, 1)], [(3, 1e30), (4, 1)]]
+    gradients = [
+        [[(torch.rand(6, dtype=torch.float64) * scale, as_flag(i != 1)) for i in range(n)] for n, scale in windows]
+        for windows in lengths
+    ]
+    options = [(1.2, True), (1.2, True), (1.2, True), (None, True), (1.2, True)]
+    alone, together = (
+        [norms_of(*both, windows) for both, windows in zip(options, gradients, strict=True)] for _ in range(2)
+    )
+    for _ in range(2):
+        each, all_ = ([next(norms) for norms in kind] for kind in (alone, together))
+        for one in each:
+            GradientNorms.renew([one], 10)
+        GradientNorms.renew(all_, 10)
+        for one, other in zip(each, all_, strict=True):
+            assert one.window is None and other.window is None
+            assert all(map(torch.isfinite, (one.limit, one.correction, one.mixed_from)))
+            for name, buffer in one.named_buffers():
+                torch.testing.assert_close(other.get_buffer(name), buffer, msg=lambda text, n=name: f"{n}: {text}")
+    assert len({float(one.limit) for one in each}) > 3 and len({float(one.correction) for one in each}) > 3
 
 
 def test_a_long_gradient_does_not_raise_the_bound_and_what_stays_long_does():

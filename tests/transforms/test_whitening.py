@@ -102,10 +102,13 @@ def test_sampled_statistics_approach_those_of_all_rows():
         assert (few - every).norm() / every.norm() < 0.15
 
 
-@pytest.mark.parametrize("features, decay, rows", [(16, 0.99, 64), (256, 0.99, 82), (288, 0.99, 93), (288, 0.9, 512)])
-def test_a_memory_holds_32_rows_of_each_feature(features, decay, rows):
-    assert [default_rows(batch, features, decay) for batch in (1, 20, 21, 1000)] == [512, 512, rows, rows]
-    assert rows in (64, 512) or rows / (1 - decay) >= 32 * features
+@pytest.mark.parametrize(
+    "features, decay, interval, rows",
+    [(16, 0.99, 1, 64), (256, 0.99, 1, 82), (288, 0.99, 1, 93), (288, 0.9, 1, 512), (256, 0.99, 4, 328)],
+)
+def test_a_memory_holds_32_rows_of_each_feature(features, decay, interval, rows):
+    assert [default_rows(batch, features, decay, interval) for batch in (1, 20, 21, 1000)] == [512, 512, rows, rows]
+    assert rows in (64, 512) or rows / (1 - decay) / interval >= 32 * features
 
 
 def test_fewer_rows_are_sampled_once_many_are_known():

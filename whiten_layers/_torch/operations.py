@@ -1,8 +1,6 @@
-"""Custom operations and Functions: marks that the installed version of PyTorch may know, and quicker calls."""
+"""Custom operations' marks, which the installed version of PyTorch may know, and a call that is quicker than many."""
 
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -26,26 +24,6 @@ def keep_order(operation: Any) -> None:
         operation.register_effect(torch.library.EffectType.ORDERED)
 
 
-def leave_unbound(function: Callable[..., Any]) -> None:
-    """Spare calls of the ``forward`` of an autograd Function, which gets all arguments by position, some 75 µs.
-
-    `Function.apply` binds its arguments to the signature of ``forward``, in case some have defaults. It takes 50 µs to
-    find the signature, and 25 µs to bind to it.
-    """
-    signature = _Positional(list(inspect.signature(function).parameters.values()))
-    setattr(function, "__signature__", signature)  # noqa: B010
-
-
-class _Positional(inspect.Signature):
-    def bind(self, *args: Any, **kwargs: Any) -> Any:
-        return super().bind(*args, **kwargs) if kwargs else _Bound(args, {})
-
-
-class _Bound(NamedTuple):
-    """The part of an `inspect.BoundArguments` that `Function.apply` reads."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def apply_defaults(self) -> None:
-        """Do nothing: there are no defaults."""
+def copy_each(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy tensors into others of the same shapes, all in one call."""
+    torch._foreach_copy_(targets, sources)

@@ -26,14 +26,16 @@ from .._torch.engine import call_at_end_of_pass, current_pass, is_nested_pass
 from ..processes import Processes, ProcessGroup
 from ..state import safe_to_load
 from ..statistics.covariance import FeatureCovariance, SolvedStatistics
-from .update import DueTransform, refresh_transforms
+from ..statistics.whitening_factor import WhiteningFactor
+from .collectives import share
+from .update import DueTransform, cost, refresh_transforms
 
 Interval = int | Literal["auto"]
-# Batches from which on refreshes come so many batches apart, with the interval "auto": the statistics of a memory of a
-# hundred batches are a hundred batches old on the mean, so that twenty more make little difference.
-RARER = ((0, 10), (500, 20), (1000, 40))
-OFTEN = RARER[0][1]  # what is cheap to renew becomes no rarer
-LONG = RARER[-1][0]  # batches after which nothing becomes rarer
+REFRESHES, STATISTICS = 10, 1  # batches from one to the next, at first, with the interval "auto"
+# Batches from which on both come so many times as rarely: the statistics of a memory of a hundred batches are a hundred
+# batches old on the mean, so that thirty more make little difference, and enough rows are known by then.
+RARER = ((0, 1), (500, 2), (1000, 4))
+LONG, TURNS = RARER[-1]  # batches after which nothing becomes rarer
 
 
 @lru_cache  # every layer asks at every step
@@ -52,22 +54,43 @@ def last_due(batch: int, interval: int) -> int:
     return due if due <= batch else last_due(stretch * interval - 1, interval)
 
 
-def last_refresh(batch: int, interval: Interval) -> int:
-    """Return the last batch, up to this one, after which a refresh with this interval was due; 0 for none."""
+def _times_as_rarely(batch: int) -> int:
+    return next(times for start, times in reversed(RARER) if batch >= start)
+
+
+@lru_cache
+def last_refresh(batch: int, interval: Interval, turn: int = 0) -> int:
+    """Return the last batch, up to this one, after which a refresh with this interval was due; 0 for none.
+
+    With "auto" something is refreshed every ten batches throughout. Where a layer's refreshes are rarer, layers take
+    turns, so that no step is much slower than others. `turn` is the layer's, 0 to 3.
+    """
     if interval != "auto":
         return last_due(batch, interval)
-    for start, rarer in reversed(RARER):
-        if batch >= start:
-            due = last_due(batch, rarer)
-            if due >= start:
-                return due
-            batch = start - 1
-    return 0
+    due = last_due(batch, REFRESHES)
+    while (due // REFRESHES - turn) % _times_as_rarely(due):
+        due = last_due(due - 1, REFRESHES)
+    return due
+
+
+@lru_cache
+def last_observed(batch: int, interval: Interval) -> int:
+    """Return the last batch, up to this one, that statistics with this interval are taken of; 0 for none."""
+    if interval != "auto":
+        return last_due(batch, interval)
+    start, times = next((start, times) for start, times in reversed(RARER) if batch >= start)
+    due = last_due(batch, STATISTICS * times)
+    return due if due >= start else last_observed(start - 1, interval)
 
 
 def refresh_interval(batch: int, interval: Interval) -> int:
     """Return how many batches there are from one refresh to the next, on the mean, when so many have come."""
-    return next(rarer for start, rarer in reversed(RARER) if batch >= start) if interval == "auto" else interval
+    return REFRESHES * _times_as_rarely(batch) if interval == "auto" else interval
+
+
+def observation_interval(batch: int, interval: Interval) -> int:
+    """Return how many batches there are from one that is observed to the next, on the mean, when so many have come."""
+    return STATISTICS * _times_as_rarely(batch) if interval == "auto" else interval
 
 
 def _scatter(number: int) -> int:
@@ -113,7 +136,7 @@ class Scheduled(Protocol):
     schedule: "Schedule"
     attendance: Attendance
     update_interval: Interval
-    statistics_interval: int
+    statistics_interval: Interval
 
     def children(self) -> Iterator[nn.Module]:
         """Iterate over the transform's child modules, among them its statistics."""
@@ -124,7 +147,7 @@ def running_statistics(transform: Scheduled) -> list[FeatureCovariance]:
     return [child for child in transform.children() if isinstance(child, FeatureCovariance)]
 
 
-def refreshed_at(batch: int, transform: Scheduled) -> dict[int, list[FeatureCovariance]]:
+def refreshed_at(batch: int, transform: Scheduled, turn: int) -> dict[int, list[FeatureCovariance]]:
     """Find the children of a transform that the refresh after a batch renews, by the batches since their last one.
 
     Those from which no matrix is inverted cost little, and with the interval "auto" become no rarer.
@@ -132,9 +155,9 @@ def refreshed_at(batch: int, transform: Scheduled) -> dict[int, list[FeatureCova
     due = defaultdict(list)
     for statistics in running_statistics(transform):
         stays = transform.update_interval == "auto" and isinstance(statistics, SolvedStatistics)
-        interval = OFTEN if stays else transform.update_interval
-        if last_refresh(batch, interval) == batch:
-            due[batch - last_refresh(batch - 1, interval)].append(statistics)
+        interval = REFRESHES if stays else transform.update_interval
+        if last_refresh(batch, interval, turn) == batch:
+            due[batch - last_refresh(batch - 1, interval, turn)].append(statistics)
     return due
 
 
@@ -175,6 +198,15 @@ class Schedule:
         """List the transforms that joined, in no order."""
         return list(self._members)
 
+    def turns(self) -> dict[Scheduled, int]:
+        """Deal out the members' inverses to turns, each of which takes about as long; the same on every process."""
+        members = sorted(self.members(), key=lambda member: int(member.handle))
+        costs = [
+            sum(cost(factor) for factor in running_statistics(member) if isinstance(factor, WhiteningFactor))
+            for member in members
+        ]
+        return dict(zip(members, share(costs, TURNS), strict=True))
+
     def begin_batch(self, member: Scheduled, announced: bool = False) -> int:
         """Note that a batch has come to a layer, and return the batch's number.
 
@@ -214,13 +246,16 @@ class Schedule:
         """
         attendance = member.attendance
         # Later than now: the number was set back, by the reset or the checkpoint of a layer that shares it.
-        if not last_due(self.batch, member.statistics_interval) <= attendance.observed <= self.batch:
+        if not last_observed(self.batch, member.statistics_interval) <= attendance.observed <= self.batch:
             attendance.observed = self.batch
         return attendance.observed == self.batch
 
     def end_batch(self, member: Scheduled) -> None:
         """Note that a layer has observed its batch. Its refresh, if due, follows at the end of the pass, or at once."""
-        if not self._refresh_is_due(member):
+        number = member.attendance.engine_pass
+        if number is not None and number == self._open_pass:  # all that is due follows when it ends, as in most passes
+            return
+        if not self._refresh_is_due(member.update_interval):
             return
         number = current_pass()
         if number is None:
@@ -233,11 +268,12 @@ class Schedule:
         """End a pass and return the members whose refresh is due; of a nested pass, only those that it reached."""
         is_known, self._open_pass = self._open_pass is not None, None
         together = [one for one in self.members() if is_known or one.attendance.engine_pass == number]
-        return [one for one in together if self._refresh_is_due(one)]
+        due = {interval: self._refresh_is_due(interval) for interval in {one.update_interval for one in together}}
+        return [one for one in together if due[one.update_interval]]
 
-    def _refresh_is_due(self, member: Scheduled) -> bool:
-        interval = member.update_interval
-        return last_refresh(self.batch, interval) == self.batch or (interval == "auto" and is_due(self.batch, OFTEN))
+    def _refresh_is_due(self, interval: Interval) -> bool:
+        """Tell whether anything with this interval is renewed after the current batch; see `refreshed_at`."""
+        return is_due(self.batch, REFRESHES if interval == "auto" else interval)
 
     def reset(self, member: Scheduled) -> None:
         """Count from the start again, when a layer's state is reset."""
@@ -274,9 +310,10 @@ def _end_pass(number: int) -> None:
 def _refresh(members: Sequence[Scheduled]) -> None:
     """Refresh transforms together, those of one group of processes at a time, in the same order on every process."""
     together: dict[ProcessGroup | None, list[DueTransform]] = defaultdict(list)
+    turns = {schedule: schedule.turns() for schedule in {member.schedule for member in members}}
     for member in sorted(members, key=lambda member: int(member.handle)):
-        batch = member.schedule.batch
-        for elapsed, statistics in refreshed_at(batch, member).items():  # without any processes need not meet
+        batch, turn = member.schedule.batch, turns[member.schedule][member]
+        for elapsed, statistics in refreshed_at(batch, member, turn).items():  # without any processes need not meet
             name = member.name or f"a {type(member).__name__} without a name"
             due = DueTransform(name, batch, elapsed, statistics)
             together[member.schedule.processes.group()].append(due)

@@ -44,18 +44,18 @@ def refresh_transforms(due: Iterable[DueTransform], group: ProcessGroup | None =
         pairs = [pair for pair, flag in zip(pairs, is_wanted, strict=True) if flag]
         collectives.merge_windows([one for _, one in pairs], group)
     devices = {one.running_mean.device for _, one in pairs}
-    renewed: list[FeatureCovariance] = []
+    names, solved = dict[WhiteningFactor, str](), defaultdict[tuple[type[SolvedStatistics], int], list](list)
     with full_precision(), ExitStack() as stack:
         for device in devices:
             stack.enter_context(without_autocast(device))
         for transform, one in pairs:
-            if one.close_window(transform.elapsed) or one.is_approximate:
-                renewed.append(one)
-        names = {one: transform.name for transform, one in pairs if isinstance(one, WhiteningFactor)}
-        refresh_factors([one for one in renewed if isinstance(one, WhiteningFactor)], group, names)
-        for one in renewed:
             if isinstance(one, SolvedStatistics):
-                one.solve_in_place()
+                solved[type(one), transform.elapsed].append(one)
+            elif (one.close_window(transform.elapsed) or one.is_approximate) and isinstance(one, WhiteningFactor):
+                names[one] = transform.name
+        refresh_factors(list(names), group, names)
+        for (kind, elapsed), those in solved.items():
+            kind.renew(those, elapsed)
 
 
 def _label(transform: DueTransform, statistics: FeatureCovariance) -> str:

@@ -3,7 +3,7 @@
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -111,6 +111,36 @@ def merged(first: Moments, second: Moments) -> Moments:
     return Moments(total, first.effective_rows + second.effective_rows, first.mean + weight * shift, covariance)
 
 
+def aged(running: Moments, window: Moments, weight: float) -> Moments:
+    """Let running moments count less beside those of a window. Of a group with none in the window they do not age."""
+    is_new = window.rows > 0
+    number, effective = (torch.where(is_new, weight * count, count) for count in running[:2])
+    return Moments(number, effective, running.mean, running.covariance)
+
+
+def is_in_range(batch: Moments, running_mean: Tensor) -> Tensor:
+    """Tell of which groups no average with the running moments can be anything but finite: ``(groups,)``.
+
+    A finite trace is proof enough, since |cᵢⱼ|² ≤ cᵢᵢ cⱼⱼ, and a mean that is not finite makes the variances so. So far
+    from the running mean as the trace allows, no window and no average of windows is out of range: two means lie at
+    most twice as far apart as the farther one from a third.
+    """
+    shift = batch.mean - running_mean
+    return torch.isfinite(batch.covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + 4 * torch.linalg.vecdot(shift, shift))
+
+
+def where(valid: Tensor, batch: Moments) -> Moments:
+    """Leave out the groups that are not valid."""
+    rows, effective, mean, covariance = batch
+    return Moments(
+        torch.where(valid, rows, 0),
+        torch.where(valid, effective, 0),
+        torch.where(valid[:, None], mean, 0),
+        torch.where(valid[:, None, None], covariance, 0),
+    )
+
+
+RUNNING = ("running_count", "running_effective_count", "running_mean", "running_covariance")  # buffers, as in `Moments`
 PENDING_ROWS, PENDING_NUMBERS = 1024, 2**18  # whichever allows more rows; 1 MiB of float32
 WINDOW = ("window_count", "window_effective_count", "window_mean", "window_covariance")  # names of its moments, saved
 
@@ -299,10 +329,9 @@ class FeatureCovariance(WideBuffers):
         Raises:
             ValueError: a tensor is unknown, of another shape, or missing beside others. Nothing is changed then.
         """
-        wanted = (self.running_count, self.running_effective_count, self.running_mean, self.running_covariance)
         left, moments, pending = dict(state), [], []
-        for name, like in zip(WINDOW, wanted, strict=True):
-            part = left.pop(name, None)
+        for name, running in zip(WINDOW, RUNNING, strict=True):
+            part, like = left.pop(name, None), getattr(self, running)
             if part is None and any(other in state for other in WINDOW):
                 raise ValueError(f"{name} is missing: a window has {', '.join(WINDOW)}")
             if part is not None and part.shape != like.shape:
@@ -352,26 +381,14 @@ class FeatureCovariance(WideBuffers):
 
         Returns:
             Whether every group was taken, as a bool tensor on the buffers' device: nothing here waits
-            for the device. Where one valid group would not be finite the batch is a bad one, and
-            none is taken. A finite trace is proof enough, since |cᵢⱼ|² ≤ cᵢᵢ cⱼⱼ, and a mean that is
-            not finite makes the variances so. So far from the running mean as the trace allows, no
-            window and no average of windows can be anything but finite: two means lie at most
-            twice as far apart as the farther one from a third.
+            for the device. Where one valid group is not in range the batch is a bad one, and none is taken.
         """
-        dtype = self.running_mean.dtype
-        rows, effective, mean, covariance = (part.to(dtype) for part in batch)
-        shift = mean - self.running_mean
-        spread = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + 4 * torch.linalg.vecdot(shift, shift)
-        valid = torch.as_tensor(valid, device=spread.device).expand_as(spread)
-        valid = valid & (torch.isfinite(spread) | ~valid).all()
-        batch = Moments(rows, effective, mean, covariance)
+        batch = Moments(*(part.to(self.running_mean.dtype) for part in batch))
+        in_range = is_in_range(batch, self.running_mean)
+        valid = torch.as_tensor(valid, device=in_range.device).expand_as(in_range)
+        valid = valid & (in_range | ~valid).all()
         if not (valid.is_cpu and valid.all()):  # what can be known without waiting spares a pass
-            batch = Moments(
-                torch.where(valid, rows, 0),
-                torch.where(valid, effective, 0),
-                torch.where(valid[:, None], mean, 0),
-                torch.where(valid[:, None, None], covariance, 0),
-            )
+            batch = where(valid, batch)
         before = self.window
         self._window.moments = batch if before is None else merged(before, batch)
         return valid.all()
@@ -399,16 +416,9 @@ class FeatureCovariance(WideBuffers):
             window = Moments(
                 number, effective, ratio.sqrt()[:, None] * window.mean, ratio[:, None, None] * window.covariance
             )
-        weight, is_new = self.decay**elapsed, window.rows > 0
-        past = (self.running_count, self.running_effective_count)
-        number, effective = (torch.where(is_new, weight * count, count) for count in past)
-        count, effective, mean, covariance = merged(
-            Moments(number, effective, self.running_mean, self.running_covariance), window
-        )
-        self.running_count.copy_(count)
-        self.running_effective_count.copy_(effective)
-        self.running_mean.copy_(mean)
-        self.running_covariance.copy_(covariance)
+        running = Moments(*(getattr(self, name) for name in RUNNING))
+        for past, now in zip(running, merged(aged(running, window, self.decay**elapsed), window), strict=True):
+            past.copy_(now)
         return True
 
     def is_sound(self, state: Mapping[str, Tensor]) -> bool:
@@ -440,6 +450,10 @@ def snapshot_for_graph(state: Tensor) -> Tensor:
 class SolvedStatistics(FeatureCovariance, ABC):
     """Statistics from which every process computes for itself what its transform needs: not a matrix's inverse."""
 
+    @staticmethod
     @abstractmethod
-    def solve_in_place(self) -> None:
-        """Bring what follows from the running statistics up to date, in place. Called when a window was closed."""
+    def renew(those: "Sequence[Any]", elapsed: int) -> None:
+        """Close the windows of several such statistics, of one class, so many batches after the last were closed.
+
+        What follows from them is then brought up to date, in place, where a window was not empty.
+        """

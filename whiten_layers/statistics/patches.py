@@ -82,8 +82,16 @@ class Geometry:
             return weight.reshape(self.groups, self.in_channels, self.out_channels, self.taps).transpose(1, 2)
         return weight.reshape(self.groups, self.out_channels, self.in_channels, self.taps)
 
+    def rows(self, weight: Tensor) -> Tensor:
+        """View a weight, or its gradient, as ``(groups, S, C·taps)``."""
+        if self.inputs_first:
+            return self.matrix(weight).flatten(2)
+        return weight.reshape(self.groups, self.out_channels, -1)
+
     def weight(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """Undo `matrix`: give it the shape of the weight `like`."""
+        """Undo `matrix` or `rows`: give it the shape of the weight `like`."""
+        if self.inputs_first and matrix.dim() == 3:
+            matrix = matrix.unflatten(2, (self.in_channels, self.taps))
         return (matrix.transpose(1, 2) if self.inputs_first else matrix).reshape(like.shape)
 
 

@@ -259,7 +259,7 @@ class WhiteningFactor(FeatureCovariance):
     def product(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """Multiply rows by block-diagonal matrices: ``(groups, n, features), (groups·blocks, M, M) -> as the rows``."""
         if self.blocks == 1:
-            return rows @ matrices
+            return torch.bmm(rows, matrices)  # `@` would first look for dimensions to expand
         size = matrices.shape[-1]
         parts, blocks = rows.split(size, -1), matrices.view(self.groups, self.blocks, size, size).unbind(1)
         pairs = zip(parts, blocks, strict=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch.modules import WideBuffers
-from ..refresh.schedule import LONG, Attendance, Schedule, refresh_interval
+from ..refresh.schedule import LONG, Attendance, Schedule, observation_interval, refresh_interval
 from ..state import COUNT, warn_of_loading
 from ..statistics.covariance import FeatureCovariance
 from ..statistics.patches import Geometry
@@ -55,8 +55,8 @@ class GradientTransform(WideBuffers, ABC):
         newer_state: how the names of state begin that checkpoints of earlier versions lack.
         samples_up_to: numbers in the output of a call up to which `transform` is given its `Samples`, where they can be
             had; 0 for never. Only a transform that sets it need take them.
-        observes_output, reads_weight: whether `observe_output` is to be called, and whether `transform` is to be given
-            the layer's weight. Known when `bind` has returned.
+        observes_output, reads_weight, maps_bias: whether `observe_output` is to be called, and whether `transform` is
+            to be given the layer's weight, and the bias's gradient. Known when `bind` has returned.
         scales_at_step: whether `scale_at_step` is to be called.
         is_watching: False while nothing is to be observed or transformed: a layer is then the plain one.
 
@@ -67,9 +67,10 @@ class GradientTransform(WideBuffers, ABC):
     """
 
     update_interval: int | Literal["auto"] = 10
-    statistics_interval: int = 10
+    statistics_interval: int | Literal["auto"] = 10
     observes_output: bool = False
     reads_weight: bool = False
+    maps_bias: bool = True
     scales_at_step: bool = False
     any_scales: ClassVar[bool] = False  # whether a transform that scales at steps has ever been made
     is_watching: bool = True
@@ -121,6 +122,7 @@ class GradientTransform(WideBuffers, ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """Map the gradients of a weight ``(S, C, *kernel)`` and a bias ``(S,)``; shapes and dtypes stay.
 
+        `grad_bias` is None where there is no bias, or one that does not train, and unless the transform `maps_bias`.
         `weight` is what the forward pass computed with, a constant; None unless the transform `reads_weight`. The map
         is linear in the gradients, not in the weight. Higher derivatives pass the map as it is: the
         derivative of the map itself, with respect to the weight, is not taken.
@@ -151,6 +153,10 @@ class GradientTransform(WideBuffers, ABC):
     def batches_between_refreshes(self) -> int:
         """The batches from one refresh to the next, when training has gone on for a while."""
         return refresh_interval(LONG, self.update_interval)
+
+    def phase(self, batch: int) -> int:
+        """Return a number that grows by about 1 from one batch that is observed to the next, for sampling."""
+        return batch // observation_interval(batch, self.statistics_interval)
 
     def parts(self) -> "list[GradientTransform]":
         """List the transform itself and those that it is made of."""

@@ -1,14 +1,16 @@
 """Limit on the length of a transformed gradient: one that is longer than usual is mixed and shortened."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..statistics.gradient_norms import GradientNorms
+from ..statistics.gradient_norms import GradientNorms, Measurement
 
 
-def shorten(
-    plain: Tensor, mapped: Tensor, norm: Tensor, product: Tensor, mapped_norm: Tensor, norms: GradientNorms, mix: bool
-) -> Tensor:
+def shorten(plain: Tensor, mapped: Tensor, measured: Measurement, norms: GradientNorms, mix: bool) -> Tensor:
     """Mix a transformed gradient beyond the limit with the plain one, and shorten it; return others as they are.
 
     Near the largest stable learning rate a few long gradients follow each other, and grow. What ends that is the plain
@@ -21,21 +23,69 @@ def shorten(
     Args:
         plain: G.
         mapped: Ĝ, of the same shape.
-        norm: ‖G‖ ().
-        product: ``⟨Ĝ, G⟩`` ().
-        mapped_norm: ‖Ĝ‖ ().
+        measured: ‖G‖, ``⟨Ĝ, G⟩`` and ‖Ĝ‖.
         norms: the limit, and the norm from which to mix.
         mix: False to shorten only: before a normalization a long step lengthens W, and later ones turn it by less, so
             spikes end by themselves.
     """
-    limit = norms.limit
-    part = (norms.mixed_from / mapped_norm).clamp(max=1).square() if mix else torch.ones_like(norm)
-    # Squared norm of the mixture and norm that is allowed, relative to ‖G‖, so that no square is out of range
-    mixed = (part * mapped_norm / norm).square() + 2 * part * (1 - part) * (product / norm / norm) + (1 - part).square()
-    allowed = limit / norm
-    allowed = torch.maximum(allowed, allowed.sqrt())
+    numbers: Any = measured.norm, measured.product(), measured.mapped_norm, norms.limit, norms.mixed_from
+    if norms.limit.is_cpu:  # there they are read without waiting, and Python computes faster than thirty operations
+        norm, product, mapped_norm, limit, mixed_from = map(float, numbers)
+        return _shortened_by_numbers(plain, mapped, norm, product, mapped_norm, limit, mixed_from, mix)
+    return _shortened_by_tensors(plain, mapped, *numbers, mix)
+
+
+def _shortened_by_numbers(
+    plain: Tensor,
+    mapped: Tensor,
+    norm: float,
+    product: float,
+    mapped_norm: float,
+    limit: float,
+    start: float,
+    mix: bool,
+) -> Tensor:
+    if not mapped_norm > limit > 0:
+        return mapped
+    try:
+        part, length = _mixture(norm, product, mapped_norm, limit, start, mix, 1.0, math.sqrt, min, max)
+    except (ArithmeticError, ValueError):  # where tensors give an Inf or a NaN
+        return mapped * 0.0
+    length = 0.0 if math.isnan(length) else length
+    return mapped * length if part == 1 else torch.lerp(plain, mapped, part).mul_(length)
+
+
+def _shortened_by_tensors(plain: Tensor, mapped: Tensor, *numbers: Any) -> Tensor:
+    *_, mapped_norm, limit, _, _ = numbers
+    one, functions = torch.ones_like(limit), (torch.sqrt, torch.minimum, torch.maximum)
+    part, length = _mixture(*(*numbers, one, *functions))
     is_longer = (mapped_norm > limit) & (limit > 0)
-    part = torch.where(is_longer, part, 1)
-    # Where a norm is out of range, no length can be kept: a gradient whose entries are finite becomes zero.
-    shortened = torch.where(is_longer, (allowed / mixed.sqrt()).clamp(max=1).nan_to_num(nan=0), 1)
-    return torch.lerp(plain, mapped, part) * shortened
+    part, length = torch.where(is_longer, part, 1), torch.where(is_longer, length.nan_to_num(nan=0), 1)
+    return torch.lerp(plain, mapped, part) * length
+
+
+def _mixture(
+    norm: Any,
+    product: Any,
+    mapped_norm: Any,
+    limit: Any,
+    mixed_from: Any,
+    mix: bool,
+    one: Any,
+    sqrt: Callable[..., Any],
+    least: Callable[..., Any],
+    most: Callable[..., Any],
+) -> tuple[Any, Any]:
+    """Compute a, and what a gradient beyond the limit, so mixed, is multiplied by: of numbers, or of tensors ().
+
+    Where a norm is out of range, no length can be kept, and the second is a NaN: a gradient whose entries are finite is
+    to become zero.
+    """
+    part = least(mixed_from / mapped_norm, one) if mix else one
+    part = part * part
+    # Squared norm of the mixture and norm that is allowed, relative to ‖G‖, so that no square is out of range
+    share, rest = part * mapped_norm / norm, one - part
+    mixed = share * share + 2 * part * rest * (product / norm / norm) + rest * rest
+    allowed = limit / norm
+    allowed = most(allowed, sqrt(allowed))
+    return part, least(allowed / sqrt(mixed), one)

@@ -52,6 +52,7 @@ class Chain(GradientTransform):
         self.observes_output = any(member.observes_output for member in self.members())
         self.samples_up_to = next(self.members()).samples_up_to  # the others are given another gradient
         self.reads_weight = any(member.reads_weight for member in self.members())
+        self.maps_bias = any(member.maps_bias for member in self.members())
         self.scales_at_step = any(member.scales_at_step for member in self.members())
         return self
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..options import check, check_statistics, is_count
+from ..refresh.schedule import observation_interval
 from ..state import safe_to_load
 from ..statistics.covariance import Moments
+from ..statistics.gradient_norms import Measurement
 from ..statistics.patches import Geometry, channel_rows, count_samples, linear_rows, patch_rows, tap_autocovariance
 from ..statistics.whitening_factor import WhiteningFactor
 from .base import GradientTransform
@@ -46,14 +48,15 @@ def has_small_patches(geometry: Geometry) -> bool:
     return size <= LARGEST_PATCH and geometry.groups * size**3 <= CUBES
 
 
-def default_rows(batch: int, features: int, decay: float) -> int:
+def default_rows(batch: int, features: int, decay: float, interval: int) -> int:
     """Return how many rows of the `batch`-th batch, counted from 1, tell enough of features that vary together.
 
-    At first as many as are cheap; then as many as keep `ROWS_PER_FEATURE` in a memory of ``1 / (1 − decay)`` batches.
+    At first as many as are cheap; then as many as keep `ROWS_PER_FEATURE` in a memory of ``1 / (1 − decay)`` batches,
+    of which one in every `interval` is observed.
     """
     if batch <= EARLY_BATCHES:
         return MOST_ROWS
-    return min(MOST_ROWS, max(FEWEST_ROWS, math.ceil(ROWS_PER_FEATURE * features * (1 - decay))))
+    return min(MOST_ROWS, max(FEWEST_ROWS, math.ceil(ROWS_PER_FEATURE * features * (1 - decay) * interval)))
 
 
 @safe_to_load
@@ -61,7 +64,7 @@ class _Batch:
     """Measurements of the batch in progress. A plain object, because setting an attribute of a module is slow."""
 
     output_rows: tuple[Tensor, int] | None = None
-    measured: tuple[Tensor, Tensor, Tensor] | None = None  # ‖G‖, ⟨Ĝ, G⟩ and ‖Ĝ‖, by a subclass
+    measured: Measurement | None = None  # by a subclass
 
 
 class CovarianceTransform(GradientTransform):
@@ -89,7 +92,7 @@ class CovarianceTransform(GradientTransform):
         decay: float,
         center: bool | None,
         update_interval: int | Literal["auto"],
-        statistics_interval: int,
+        statistics_interval: int | Literal["auto"],
         max_rows: int | Literal["auto"] | None,
         block_size: int | Literal["auto"] | None,
     ) -> None:
@@ -166,18 +169,21 @@ class CovarianceTransform(GradientTransform):
             # A NaN or Inf anywhere in the input or in the output's gradient reaches the weight's gradient. Reading a
             # number on the CPU does not block, and saves three small operations per step.
             measured = self._batch.measured
-            valid: Tensor | bool = measured is not None and measured[0].is_cpu and math.isfinite(measured[0])
+            valid: Tensor | bool = measured is not None and measured.norm.is_cpu and math.isfinite(measured.norm)
             if not valid:  # not measured, or a norm that is out of range
                 total = grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32))
                 valid = math.isfinite(total) if total.is_cpu else torch.isfinite(total)
             if is_observed:
                 valid = self._observe_factors(input, batch, valid)
+            # Norms cost little, and follow their own memory of ten batches: they become no rarer.
+            if measured is not None and (is_observed or self.statistics_interval == "auto"):
+                self.observe_measured(measured, valid)
             if valid is not True:
                 self.num_batches_skipped.add_(torch.as_tensor(valid).logical_not())
         self._batch.output_rows = self._batch.measured = None
         self.schedule.end_batch(self)
 
-    def observe_measured(self, measured: tuple[Tensor, Tensor, Tensor], valid: Tensor | bool) -> None:
+    def observe_measured(self, measured: Measurement, valid: Tensor | bool) -> None:
         """Take what was measured of a batch's gradients into the statistics, if the batch is `valid`."""
 
     def positions(self, tensor: Tensor, max_rows: int | None = None, phase: int = 0) -> Tensor:
@@ -190,14 +196,15 @@ class CovarianceTransform(GradientTransform):
     def _max_rows(self, batch: int, factor: WhiteningFactor) -> int | None:
         """Return how many rows of a batch a factor is given at most."""
         if self.max_rows == "auto":
-            return default_rows(batch, factor.running_mean.shape[1], self.decay)
+            interval = observation_interval(batch, self.statistics_interval)
+            return default_rows(batch, factor.running_mean.shape[1], self.decay, interval)
         return self.max_rows
 
     def _rows(self, tensor: Tensor, batch: int, factor: WhiteningFactor, patches: bool = False) -> tuple[Tensor, int]:
         """Sample rows of channels, or of whole patches, for a factor; return them and the number of samples."""
         if self.geometry.positions_first and tensor.dim() > 2:
             tensor = tensor.transpose(-3, -2)  # positions of one sequence tell less than those of several
-        most, phase = self._max_rows(batch, factor), batch // self.statistics_interval
+        most, phase = self._max_rows(batch, factor), self.phase(batch)
         rows = patch_rows(tensor, self.geometry, most, phase) if patches else self.positions(tensor, most, phase)
         return rows, count_samples(tensor, self.geometry.spatial_dims, most)
 
@@ -212,12 +219,10 @@ class CovarianceTransform(GradientTransform):
             valid = self.inputs.observe_rows(*self._rows(input, batch, self.inputs, patches), valid)
         if self._batch.output_rows is not None:
             self.outputs.observe_rows(*self._batch.output_rows, valid)
-        if self._batch.measured is not None:
-            self.observe_measured(self._batch.measured, valid)
         return valid
 
     def _observe_taps(self, input: Tensor, batch: int, valid: Tensor) -> None:
-        channels, phase = self.channels, batch // self.statistics_interval
+        channels, phase = self.channels, self.phase(batch)
         if self.is_centred:
             # A mean that is the same in every process and has not changed since the window was opened
             mean = channels.join_mean(channels.running_mean)

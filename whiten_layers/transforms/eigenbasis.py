@@ -62,6 +62,7 @@ class EigenbasisScaling(CovarianceTransform):
     """
 
     scales_at_step = True
+    maps_bias = False
     newer_state = ("variance", "num_steps")
     inputs: Eigenbasis
     channels: Eigenbasis

@@ -37,6 +37,7 @@ gradient keeps its norm on average: with ``c_m = E Σ_k G_km²`` (for D = G, in 
 whitened directions, c is the norm in the metric of the map before. A column whose c is not positive counts as 0.
 """
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -140,8 +141,15 @@ class Gains(SolvedStatistics):
         curvature.diagonal(dim1=-2, dim2=-1).add_(self.damping)
         return curvature, slope + self.damping
 
+    @staticmethod
+    def renew(those: "Sequence[Gains]", elapsed: int) -> None:
+        for one in those:
+            if one.close_window(elapsed):
+                one.solve_in_place()
+
     @torch.no_grad()
     def solve_in_place(self) -> None:
+        """Bring the gains up to date."""
         with full_precision():
             matrix, slope = self.model()
             known = torch.isfinite(slope).all(-1) & torch.isfinite(matrix).flatten(1).all(-1)
@@ -283,7 +291,7 @@ class OptimalInputGain(GradientTransform):
         self, input: Tensor, grad_output: Tensor, direction: tuple[Tensor, ...], batch: int
     ) -> tuple[Tensor, Tensor]:
         """Compute a batch's rows v ``(groups, n, C + 1)``, and which groups have any but 0: not where δ = 0."""
-        geometry, phase = self.geometry, batch // self.statistics_interval
+        geometry, phase = self.geometry, self.phase(batch)
         dtype = self.slopes.gains.dtype
         if geometry.spatial_dims == 0:
             inputs, outputs = (linear_rows(tensor, self.max_rows, phase) for tensor in (input, grad_output))

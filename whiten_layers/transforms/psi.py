@@ -40,6 +40,7 @@ class PSIScaling(GradientTransform):
 
     geometry: Geometry
     reads_weight = True
+    maps_bias = False
 
     def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
         self.geometry = geometry

@@ -26,7 +26,7 @@ from .._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from ..inverse import METHODS, resolve, supports
 from ..options import check, is_count, is_real
 from ..state import COUNT
-from ..statistics.gradient_norms import GradientNorms
+from ..statistics.gradient_norms import GradientNorms, Measurement
 from ..statistics.patches import Geometry, from_channel_rows, patch_rows
 from ..statistics.whitening_factor import WhiteningFactor
 from .base import Samples
@@ -76,10 +76,11 @@ class FeatureWhitening(CovarianceTransform):
             is in step with no loop. Before that many, P is refreshed after 1, 2, 4, 8, … "auto": 10, from batch 500 on
             20, from batch 1,000 on 40.
         statistics_interval: the same for the batches that are observed. A layer that such a batch does not reach
-            observes the next one that does.
+            observes the next one that does. "auto": 1, from batch 500 on 2, from batch 1,000 on 4; gradients are
+            measured in each batch.
         max_rows: rows (positions, for a convolution) sampled from each observed batch; None for all. "auto": 512 of
-            each of the first 20 batches, then as many as make 32 for each feature in ``1 / (1 − decay)`` batches, but
-            64 to 512.
+            each of the first 20 batches, then as many as make 32 for each feature in the observed ones of
+            ``1 / (1 − decay)`` batches, but 64 to 512.
         block_size: largest number of channels (of a linear layer: features) that are whitened together; None for all,
             "auto" for 256, or fewer where a layer has more than 4,096 channels (see `default_block_size`). They are
             split in order into equal parts, and the covariance becomes block-diagonal. With "patch" features a
@@ -113,7 +114,7 @@ class FeatureWhitening(CovarianceTransform):
         shrink: bool = True,
         bound: float | None = 1.2,
         update_interval: int | Literal["auto"] = "auto",
-        statistics_interval: int = 1,
+        statistics_interval: int | Literal["auto"] = "auto",
         max_rows: int | Literal["auto"] | None = "auto",
         block_size: int | Literal["auto"] | None = "auto",
         rank: int = 16,
@@ -171,6 +172,7 @@ class FeatureWhitening(CovarianceTransform):
 
     def bind(self, geometry: Geometry, *, device: torch.device, dtype: torch.dtype) -> Self:
         super().bind(geometry, device=device, dtype=dtype)
+        self.maps_bias = self.is_centred or self.output_power > 0
         self.samples_up_to = self._samples_up_to()
         self.norms = None
         if (self.rescale or self.bound is not None) and self.power + self.output_power > 0:
@@ -204,40 +206,46 @@ class FeatureWhitening(CovarianceTransform):
     def transform(
         self, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None, samples: Samples | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        geometry = self.geometry
-        matrix, dtype = geometry.matrix(grad_weight), grad_weight.dtype
+        geometry, dtype = self.geometry, grad_weight.dtype
+        rows = geometry.rows(grad_weight)
         if dtype not in (torch.float32, torch.float64):
-            dtype = torch.float32
-            matrix = matrix.to(dtype)
-        shape = matrix.shape
-        bias = None if grad_bias is None else grad_bias.reshape(shape[:2]).to(dtype)
-
-        mean = None
-        if bias is not None and self.power > 0 and self.is_centred:
-            # The mean of a patch. If channels and taps are separate, all taps of a channel have the channel's mean.
-            mean = (self.channels if self.separable else self.inputs).current_mean()
-            mean = mean.unsqueeze(-1) / geometry.spread if self.separable else mean.view(shape[0], *shape[2:])
-            matrix = matrix - bias[:, :, None, None] * mean.unsqueeze(1)
-        plain = matrix
+            rows = rows.to(torch.float32)
+        bias = mean = None
+        if grad_bias is not None and self.maps_bias:
+            bias = grad_bias.reshape(rows.shape[:2]).to(rows.dtype)
+            if self.power > 0 and self.is_centred:
+                mean = self._mean_of_rows()
+                rows = rows - bias.unsqueeze(2) * mean.unsqueeze(1)
+        plain = rows
         correction = None if self.norms is None else self.norms.current_correction()
         if samples is not None and mean is None:
-            matrix = self._from_samples(samples, correction).view(shape)
+            rows = self._from_samples(samples, correction)
         elif self.power > 0 and self.separable:
             # Taps first, and from the left, on whole rows of channels: products with 9 columns take five times as long,
             # and a copy of the transposed gradient six times as long as this product that reads it in place.
-            matrix = self.taps.current_precision(correction).unsqueeze(1) @ matrix.transpose(2, 3)
-            matrix = self.channels.multiply(matrix.flatten(1, 2)).view(matrix.shape).transpose(2, 3).contiguous()
+            matrix = rows.unflatten(2, (-1, geometry.taps)).transpose(2, 3)
+            matrix = self.taps.current_precision(correction).unsqueeze(1) @ matrix
+            matrix = self.channels.multiply(matrix.flatten(1, 2)).view(matrix.shape)
+            rows = matrix.transpose(2, 3).flatten(2)
         elif self.power > 0:
-            matrix = self.inputs.multiply(matrix.flatten(2), correction).view(shape)
+            rows = self.inputs.multiply(rows, correction)
         if self.output_power > 0:
             correction = None if self.power > 0 else correction
-            matrix = self.outputs.multiply(matrix.flatten(2).mT, correction).mT.reshape(shape)
+            rows = self.outputs.multiply(rows.mT, correction).mT
             bias = None if bias is None else self.outputs.multiply(bias.unsqueeze(1)).squeeze(1)
-        matrix = self._bounded(plain, matrix)
+        rows = self._bounded(plain, rows)
         if bias is not None and mean is not None:
-            bias = bias - (matrix * mean.unsqueeze(1)).sum((-2, -1))
-        matrix = geometry.weight(matrix, grad_weight).to(grad_weight.dtype)
-        return matrix, None if bias is None else bias.flatten().to(grad_weight.dtype)
+            bias = bias - (rows * mean.unsqueeze(1)).sum(-1)
+        mapped = geometry.weight(rows, grad_weight).to(dtype)
+        return mapped, grad_bias if bias is None else bias.flatten().to(dtype)
+
+    def _mean_of_rows(self) -> Tensor:
+        """Return the mean of a patch, ``(groups, C·taps)``, as of the last refresh."""
+        if not self.separable:
+            return self.inputs.current_mean()
+        # All taps of a channel have the channel's mean.
+        mean = self.channels.current_mean().unsqueeze(-1) / self.geometry.spread
+        return mean.expand(-1, -1, self.geometry.taps).flatten(1)
 
     def _from_samples(self, samples: Samples, correction: Tensor | None) -> Tensor:
         """Compute G P as ``Σ δ (P x)ᵀ``, ``(groups, S, C·taps)``."""
@@ -250,7 +258,7 @@ class FeatureWhitening(CovarianceTransform):
         else:
             rows = patch_rows(input, geometry) if geometry.spatial_dims else self.positions(input)
             rows = self.inputs.multiply(rows, correction)
-        return self.positions(samples.grad_output).mT @ rows
+        return torch.bmm(self.positions(samples.grad_output).mT, rows)
 
     def _samples_up_to(self) -> int:
         """Count the numbers in an output up to which `_from_samples` takes fewer operations than the product with P.
@@ -281,25 +289,26 @@ class FeatureWhitening(CovarianceTransform):
         call_on_plain_tensors(self._measure, plain, mapped)
         if self.bound is None or self._batch.measured is None or function_transforms.are_active():
             return mapped
-        limit = self.norms.limit
-        is_longer = self._batch.measured[2] > limit
-        if is_longer.is_cpu and not is_longer:
-            return mapped
-        self.num_batches_bounded.add_(is_longer & (limit > 0))
+        limit, measured = self.norms.limit, self._batch.measured
+        is_longer: Tensor | bool
+        if limit.is_cpu:  # there numbers can be read without waiting
+            is_longer = float(measured.mapped_norm) > float(limit) > 0
+            if not is_longer:
+                return mapped
+        else:
+            is_longer = (measured.mapped_norm > limit) & (limit > 0)
+        self.num_batches_bounded.add_(is_longer)
         mix = not self.geometry.precedes_normalization
-        return shorten(plain, mapped, *self._batch.measured, self.norms, mix)
+        return shorten(plain, mapped, measured, self.norms, mix)
 
     def _measure(self, plain: Tensor, mapped: Tensor) -> None:
-        """Keep ‖G‖, ``⟨Ĝ, G⟩`` and ‖Ĝ‖."""
-        if plain.dim() > 4:  # under `torch.vmap`; every step comes here
-            plain, mapped = (sum_over_samples(matrix, 4) for matrix in (plain, mapped))
-        plain, mapped = plain.flatten(), mapped.flatten()
-        norms = torch.linalg.vector_norm(plain), torch.linalg.vector_norm(mapped)
-        self._batch.measured = norms[0], torch.dot(plain, mapped), norms[1]
+        if plain.dim() > 3:  # under `torch.vmap`; every step comes here
+            plain, mapped = (sum_over_samples(rows, 3) for rows in (plain, mapped))
+        self._batch.measured = Measurement(plain, mapped)
 
-    def observe_measured(self, measured: tuple[Tensor, Tensor, Tensor], valid: Tensor | bool) -> None:
+    def observe_measured(self, measured: Measurement, valid: Tensor | bool) -> None:
         assert self.norms is not None  # since it has measured
-        self.norms.observe_gradient(*measured, valid)
+        self.norms.observe_gradient(measured, valid)
 
     def extra_repr(self) -> str:
         options = {"power": self.power, "output_power": self.output_power, "features": self.features}
