@@ -4,8 +4,10 @@ Steps of the plain and of the whitened network are timed in turn, on the same ba
 the machine as it is at that moment; compiled and not, if asked for, in the same run. A cycle of the whitened network's
 schedule holds steps that update statistics or refresh inverses and steps that do neither: the time of a step is a mean
 over whole cycles, and the ratio printed is the median over such stretches. A breakdown times, in the same run, networks
-that leave out the refreshes, and the statistics too: what they take less is what those cost. On a CUDA device each
-network's peak memory is taken before, while it alone trains.
+that leave out the refreshes, and the statistics too: what they take less is what those cost. Beside it stands the least
+time that the counted operations and bytes of each part take at the peaks that are measured in the same run; the rest is
+Python and what each call of an operation costs. On a CUDA device each network's peak memory is taken before, while it
+alone trains.
 """
 
 import copy
@@ -15,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,9 +29,10 @@ from tqdm import tqdm
 
 from whiten_layers import FeatureWhitening, GradientTransform, OptimalInputGain, whiten
 from whiten_layers.layers import layers_of
-from whiten_layers.refresh.schedule import refresh_interval
+from whiten_layers.refresh.schedule import observation_interval, refresh_interval
 
 from .convergence import PLAIN
+from .counting import Counting, Peaks, measure_peaks
 from .environment import describe, device_name
 from .options import PositiveInt, Switch, Wrong, choice, read, reject, value
 from .output import Column, cells, show, write
@@ -71,7 +74,9 @@ class Options:
     channels_last: Switch = False  # the memory format of images and weights
     compile: Literal["no", "yes", "both"] = "no"  # torch.compile, or with and without in one run
     batches: PositiveInt = 1000  # that count as having come when the timing begins: refreshes become rarer
-    breakdown: Switch = False  # time networks that only transform, and that never refresh, too
+    breakdown: Switch = (
+        False  # time networks that only transform, and that never refresh, too; count what each part does
+    )
     stretches: PositiveInt = 9  # stretches of whole cycles to take the median of
     system_allocator: Switch = False  # leave memory allocation as the system has it
     out: Path = Path("results/overhead")  # folder for results.json
@@ -220,6 +225,53 @@ def prepare(
     return steps, peaks
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a whitened step: seconds, operations and bytes that it adds, and the least seconds for those."""
+
+    name: str
+    seconds: float
+    operations: float
+    bytes: float
+    calls: float
+    least: float
+
+
+def count(steps: dict[str, Callable[[], float]], cycle: int, peaks: Peaks) -> dict[str, Counting]:
+    """Count what each network does in a cycle of steps that are not timed."""
+    counted = {}
+    for name, step in steps.items():
+        with Counting(peaks) as counted[name]:
+            for _ in tqdm(range(cycle), desc=f"counting {name}", unit="step", leave=False, dynamic_ncols=True):
+                step()
+    return counted
+
+
+def parts_of(seconds: dict[str, float], counted: dict[str, Counting], cycle: int) -> list[Part]:
+    """Take the parts of a step apart: what a network does more than the one that leaves the part out."""
+    whole, *others = PARTS
+    names = {"plain step": ("plain", None), "whitening": (whole, "plain")}
+    names |= {"refreshes": (whole, others[0]), "statistics": (others[0], others[1]), "transform": (others[1], "plain")}
+    parts = []
+    for name, (more, less) in names.items():
+        own = counted[f"{more} eager"]
+        numbers = [seconds[f"{more} eager"], own.operations, own.bytes, own.calls, own.seconds]
+        numbers[1:] = [number / cycle for number in numbers[1:]]
+        if less is not None:
+            other = counted[f"{less} eager"]
+            numbers[0] -= seconds[f"{less} eager"]
+            for place, number in enumerate((other.operations, other.bytes, other.calls, other.seconds), 1):
+                numbers[place] -= number / cycle
+        parts.append(Part(name, *numbers))
+    return parts
+
+
+def slowness(seconds: list[float], cycle: int) -> list[float]:
+    """Divide the slowest step of each stretch by the stretch's median."""
+    stretches = [seconds[i : i + cycle] for i in range(0, len(seconds), cycle)]
+    return [max(stretch) / statistics.median(stretch) for stretch in stretches]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     options = read(Options(), PROGRAM, __doc__, arguments)
@@ -234,7 +286,10 @@ def main(arguments: list[str] | None = None) -> int:
     images = images.to(options.device, memory_format=options.layout if is_image else torch.preserve_format)
     labels = labels.to(options.device)
     intervals = [
-        (refresh_interval(options.batches, part.update_interval), part.statistics_interval)
+        (
+            refresh_interval(options.batches, part.update_interval),
+            observation_interval(options.batches, part.statistics_interval),
+        )
         for part in observing(transform)
     ]
     cycle = math.lcm(*(interval for both in intervals for interval in both))
@@ -271,6 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("ms a step", lambda name: f"{1e3 * medians[name]:.4g}"),
         ("samples a second", lambda name: f"{options.batch_size / medians[name]:.1f}"),
         ("times plain", times_plain),
+        ("slowest / median", lambda name: f"{statistics.median(slowness(seconds[name], cycle)):.2f}"),
         ("peak MiB", lambda name: f"{peaks[name] / 2**20:.0f}" if name in peaks else "not measured"),
     ]
     result: dict[str, Any] = {}
@@ -278,6 +334,25 @@ def main(arguments: list[str] | None = None) -> int:
     for mode, all_ratios in ratios.items():
         middle = f"ratio {mode} {statistics.median(all_ratios):.3f} (median of {len(all_ratios)} stretches of"
         print(f"{middle} {cycle} steps, {min(all_ratios):.3f} to {max(all_ratios):.3f})")
+    if options.breakdown and options.compile != "yes":
+        eager = {name: step for name, step in steps.items() if name.endswith("eager")}
+        peak = measure_peaks(images.device)
+        parts = parts_of(medians, count(eager, cycle, peak), cycle)
+        title = f"a step's parts; peaks: {peak.operations / 1e9:.0f} Gflop/s in float32 products, "
+        title += f"{peak.cache / 1e9:.0f} GB/s from the cache, {peak.memory / 1e9:.0f} GB/s from memory"
+        plain = parts[0].seconds
+        part_columns: list[Column] = [
+            ("", lambda part: part.name),
+            ("ms", lambda part: f"{1e3 * part.seconds:.4g}"),
+            ("times plain", lambda part: f"{part.seconds / plain:.3f}"),
+            ("Gflop", lambda part: f"{part.operations / 1e9:.4g}"),
+            ("MB", lambda part: f"{part.bytes / 1e6:.4g}"),
+            ("operations", lambda part: f"{part.calls:.0f}"),
+            ("least ms", lambda part: f"{1e3 * part.least:.4g}"),
+            ("least, times plain", lambda part: f"{part.least / plain:.3f}"),
+        ]
+        show(result, title, cells(part_columns, parts))
+        result |= {"peaks": asdict(peak), "parts": list(map(asdict, parts))}
     names = ("model", "precision", "channels_last", "batch_size", "size", "batches")
     given = {name: getattr(options, name) for name in names}
     result |= {"transform": settings_of(transform), **given, "device": hardware}

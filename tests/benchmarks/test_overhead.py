@@ -35,6 +35,17 @@ def test_a_breakdown_leaves_out_one_part_after_the_other(tmp_path):
     result = run(tmp_path, "--size", "8", "--stretches", "1", "--breakdown")
     kinds = ("plain", "whitened", "transform and statistics", "transform")
     assert list(result["seconds"]) == [f"{kind} eager" for kind in kinds]
+    step, whole, *parts = result["parts"]
+    assert [part["name"] for part in (step, whole, *parts)] == [
+        "plain step",
+        "whitening",
+        "refreshes",
+        "statistics",
+        "transform",
+    ]
+    for number in ("seconds", "operations", "bytes", "calls", "least"):
+        assert sum(part[number] for part in parts) == pytest.approx(whole[number])
+    assert step["operations"] > 0 < whole["operations"] and all(part["calls"] > 0 for part in parts)
     seen = {}
     for kind, left_out in overhead.PARTS.items():
         layer = whiten(nn.Sequential(nn.Linear(3, 2)))[0]
@@ -44,6 +55,10 @@ def test_a_breakdown_leaves_out_one_part_after_the_other(tmp_path):
         factor = layer.transform.inputs
         seen[kind] = factor.num_refreshes > 0, factor.num_refreshes > 0 or factor.window is not None
     assert seen == {"whitened": (True, True), "transform and statistics": (False, True), "transform": (False, False)}
+
+
+def test_the_slowest_step_of_a_stretch_is_compared_with_its_median():
+    assert overhead.slowness([1.0, 2.0, 3.0, 2.0, 2.0, 8.0], 3) == [1.5, 4.0]
 
 
 @pytest.mark.parametrize("model", overhead.OTHERS)
