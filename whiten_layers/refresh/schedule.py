@@ -88,6 +88,7 @@ def refresh_interval(batch: int, interval: Interval) -> int:
     return REFRESHES * _times_as_rarely(batch) if interval == "auto" else interval
 
 
+@lru_cache
 def observation_interval(batch: int, interval: Interval) -> int:
     """Return how many batches there are from one that is observed to the next, on the mean, when so many have come."""
     return STATISTICS * _times_as_rarely(batch) if interval == "auto" else interval
@@ -310,10 +311,13 @@ def _end_pass(number: int) -> None:
 def _refresh(members: Sequence[Scheduled]) -> None:
     """Refresh transforms together, those of one group of processes at a time, in the same order on every process."""
     together: dict[ProcessGroup | None, list[DueTransform]] = defaultdict(list)
-    turns = {schedule: schedule.turns() for schedule in {member.schedule for member in members}}
+    schedules = {member.schedule for member in members if _times_as_rarely(member.schedule.batch) > 1}
+    turns = {member: turn for schedule in schedules for member, turn in schedule.turns().items()}
     for member in sorted(members, key=lambda member: int(member.handle)):
-        batch, turn = member.schedule.batch, turns[member.schedule][member]
-        for elapsed, statistics in refreshed_at(batch, member, turn).items():  # without any processes need not meet
+        batch = member.schedule.batch
+        for elapsed, statistics in refreshed_at(
+            batch, member, turns.get(member, 0)
+        ).items():  # without any processes need not meet
             name = member.name or f"a {type(member).__name__} without a name"
             due = DueTransform(name, batch, elapsed, statistics)
             together[member.schedule.processes.group()].append(due)

@@ -14,7 +14,6 @@ from .covariance import (
     aged,
     is_in_range,
     merged,
-    snapshot_for_graph,
     where,
     zero_moments,
 )
@@ -104,10 +103,6 @@ class GradientNorms(SolvedStatistics):
         self.clear()
         self.correction.fill_(1)
 
-    def current_correction(self) -> Tensor | None:
-        """Return the correction, to be multiplied by a gradient; None for 1."""
-        return snapshot_for_graph(self.correction) if self.rescale else None
-
     def usual_component(self) -> Tensor:
         """Compute the geometric mean () of ``⟨Ĝ, G⟩ / ‖G‖²``, without the correction; 1 where none was measured."""
         return self.running_mean[0, 0].exp()
@@ -185,7 +180,7 @@ def _means_and_variances(rows: Tensor, known: Tensor | None) -> Moments:
 
 
 def _window(those: Sequence[GradientNorms]) -> Moments:
-    """Take the windows of norms, one below the other, and leave them empty."""
+    """Return the windows of norms, one below the other."""
     windows = [one._window for one in those]
     times = {len(window.measured) for window in windows}
     if len(times) == 1 and times != {0} and not any(window.moments or window.pending for window in windows):
@@ -193,8 +188,6 @@ def _window(those: Sequence[GradientNorms]) -> Moments:
     else:
         each = [one.window or zero_moments(one.running_mean) for one in those]
         together = Moments(*map(torch.cat, zip(*each, strict=True)))
-    for one in those:
-        one.window = None
     return together
 
 
@@ -202,6 +195,8 @@ def _renew(those: Sequence[GradientNorms], elapsed: int) -> None:
     """Do for all norms together, of the same options, what is to be done for each: networks have many layers."""
     first, window = those[0], _window(those)
     running = Moments(*(torch.cat([getattr(one, name) for one in those]) for name in RUNNING))
+    for one in those:
+        one.window = None
     window = where(is_in_range(window, running.mean), window)
     running = merged(aged(running, window, first.decay**elapsed), window)
     renewed: dict[str, Tensor] = dict(zip(RUNNING, running, strict=True))
@@ -211,6 +206,6 @@ def _renew(those: Sequence[GradientNorms], elapsed: int) -> None:
     if first.bound is not None:
         usual = (norm.square() + running.covariance[:, 2, 2]).sqrt()
         renewed |= {"limit": first.bound * usual, "mixed_from": usual * ratio.exp().clamp(min=first.bound)}
-    for name, values in renewed.items():
-        targets = [getattr(one, name) for one in those]
-        copy_each(targets, [value.view_as(target) for value, target in zip(values, targets, strict=True)])
+    targets = [getattr(one, name) for name in renewed for one in those]
+    sources = [value for values in renewed.values() for value in values]
+    copy_each(targets, [value.view_as(target) for value, target in zip(sources, targets, strict=True)])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch.modules import WideBuffers
-from ..refresh.schedule import LONG, Attendance, Schedule, observation_interval, refresh_interval
+from ..refresh.schedule import LONG, Attendance, Schedule, refresh_interval
 from ..state import COUNT, warn_of_loading
 from ..statistics.covariance import FeatureCovariance
 from ..statistics.patches import Geometry
@@ -153,10 +153,6 @@ class GradientTransform(WideBuffers, ABC):
     def batches_between_refreshes(self) -> int:
         """The batches from one refresh to the next, when training has gone on for a while."""
         return refresh_interval(LONG, self.update_interval)
-
-    def phase(self, batch: int) -> int:
-        """Return a number that grows by about 1 from one batch that is observed to the next, for sampling."""
-        return batch // observation_interval(batch, self.statistics_interval)
 
     def parts(self) -> "list[GradientTransform]":
         """List the transform itself and those that it is made of."""

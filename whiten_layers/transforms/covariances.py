@@ -193,10 +193,9 @@ class CovarianceTransform(GradientTransform):
             return linear_rows(tensor, max_rows, phase)
         return channel_rows(tensor, self.geometry.groups, dims, max_rows, phase)
 
-    def _max_rows(self, batch: int, factor: WhiteningFactor) -> int | None:
+    def _max_rows(self, batch: int, factor: WhiteningFactor, interval: int) -> int | None:
         """Return how many rows of a batch a factor is given at most."""
         if self.max_rows == "auto":
-            interval = observation_interval(batch, self.statistics_interval)
             return default_rows(batch, factor.running_mean.shape[1], self.decay, interval)
         return self.max_rows
 
@@ -204,7 +203,8 @@ class CovarianceTransform(GradientTransform):
         """Sample rows of channels, or of whole patches, for a factor; return them and the number of samples."""
         if self.geometry.positions_first and tensor.dim() > 2:
             tensor = tensor.transpose(-3, -2)  # positions of one sequence tell less than those of several
-        most, phase = self._max_rows(batch, factor), self.phase(batch)
+        interval = observation_interval(batch, self.statistics_interval)
+        most, phase = self._max_rows(batch, factor, interval), batch // interval
         rows = patch_rows(tensor, self.geometry, most, phase) if patches else self.positions(tensor, most, phase)
         return rows, count_samples(tensor, self.geometry.spatial_dims, most)
 
@@ -222,7 +222,7 @@ class CovarianceTransform(GradientTransform):
         return valid
 
     def _observe_taps(self, input: Tensor, batch: int, valid: Tensor) -> None:
-        channels, phase = self.channels, self.phase(batch)
+        channels, phase = self.channels, batch // observation_interval(batch, self.statistics_interval)
         if self.is_centred:
             # A mean that is the same in every process and has not changed since the window was opened
             mean = channels.join_mean(channels.running_mean)

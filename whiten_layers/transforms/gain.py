@@ -47,6 +47,7 @@ from torch import Tensor
 from .._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from .._torch.precision import full_precision
 from ..options import check, check_statistics, is_real
+from ..refresh.schedule import observation_interval
 from ..state import COUNT
 from ..statistics.covariance import SolvedStatistics, moments, snapshot_for_graph
 from ..statistics.patches import Geometry, channel_rows, linear_rows, output_sizes, patch_rows
@@ -291,7 +292,7 @@ class OptimalInputGain(GradientTransform):
         self, input: Tensor, grad_output: Tensor, direction: tuple[Tensor, ...], batch: int
     ) -> tuple[Tensor, Tensor]:
         """Compute a batch's rows v ``(groups, n, C + 1)``, and which groups have any but 0: not where δ = 0."""
-        geometry, phase = self.geometry, self.phase(batch)
+        geometry, phase = self.geometry, batch // observation_interval(batch, self.statistics_interval)
         dtype = self.slopes.gains.dtype
         if geometry.spatial_dims == 0:
             inputs, outputs = (linear_rows(tensor, self.max_rows, phase) for tensor in (input, grad_output))

@@ -26,6 +26,7 @@ from .._torch.function_transforms import call_on_plain_tensors, sum_over_samples
 from ..inverse import METHODS, resolve, supports
 from ..options import check, is_count, is_real
 from ..state import COUNT
+from ..statistics.covariance import snapshot_for_graph
 from ..statistics.gradient_norms import GradientNorms, Measurement
 from ..statistics.patches import Geometry, from_channel_rows, patch_rows
 from ..statistics.whitening_factor import WhiteningFactor
@@ -217,7 +218,9 @@ class FeatureWhitening(CovarianceTransform):
                 mean = self._mean_of_rows()
                 rows = rows - bias.unsqueeze(2) * mean.unsqueeze(1)
         plain = rows
-        correction = None if self.norms is None else self.norms.current_correction()
+        norms, correction = self.norms, None
+        if norms is not None and norms.rescale:
+            correction = snapshot_for_graph(norms.correction)
         if samples is not None and mean is None:
             rows = self._from_samples(samples, correction)
         elif self.power > 0 and self.separable:
