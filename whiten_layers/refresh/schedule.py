@@ -314,10 +314,8 @@ def _refresh(members: Sequence[Scheduled]) -> None:
     schedules = {member.schedule for member in members if _times_as_rarely(member.schedule.batch) > 1}
     turns = {member: turn for schedule in schedules for member, turn in schedule.turns().items()}
     for member in sorted(members, key=lambda member: int(member.handle)):
-        batch = member.schedule.batch
-        for elapsed, statistics in refreshed_at(
-            batch, member, turns.get(member, 0)
-        ).items():  # without any processes need not meet
+        batch, turn = member.schedule.batch, turns.get(member, 0)
+        for elapsed, statistics in refreshed_at(batch, member, turn).items():  # without any processes need not meet
             name = member.name or f"a {type(member).__name__} without a name"
             due = DueTransform(name, batch, elapsed, statistics)
             together[member.schedule.processes.group()].append(due)
