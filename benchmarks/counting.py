@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from .timing import synchronize
+
 IN_CACHE = 2**20  # bytes of an operation up to which its tensors are taken to be in the processor's cache
 # Operations for each of a decomposition's n³, by LAPACK's own counts; PyTorch counts those of products alone.
 DECOMPOSITIONS = {
@@ -37,8 +39,7 @@ def best_seconds(call: Callable[[], object], device: torch.device, times: int = 
     for _ in range(times + 1):
         start = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
 

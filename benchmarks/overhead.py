@@ -37,7 +37,7 @@ from .environment import describe, device_name
 from .options import PositiveInt, Switch, Wrong, choice, read, reject, value
 from .output import Column, cells, show, write
 from .safety_tasks import Transformer, mlp
-from .timing import steady_allocator
+from .timing import steady_allocator, synchronize
 from .training import OPTIMIZERS
 from .transforms import TransformOptions, settings_of
 
@@ -74,9 +74,8 @@ class Options:
     channels_last: Switch = False  # the memory format of images and weights
     compile: Literal["no", "yes", "both"] = "no"  # torch.compile, or with and without in one run
     batches: PositiveInt = 1000  # that count as having come when the timing begins: refreshes become rarer
-    breakdown: Switch = (
-        False  # time networks that only transform, and that never refresh, too; count what each part does
-    )
+    # Time networks that only transform, and that never refresh, too; count what each part does.
+    breakdown: Switch = False
     stretches: PositiveInt = 9  # stretches of whole cycles to take the median of
     system_allocator: Switch = False  # leave memory allocation as the system has it
     out: Path = Path("results/overhead")  # folder for results.json
@@ -117,12 +116,6 @@ def task_of(options: Options) -> tuple[nn.Module, Tensor, Tensor]:
     network = getattr(whiten_layers.models, options.model)()
     images = torch.randn(options.batch_size, 3, options.size, options.size)
     return network, images, torch.randint(network.fc.out_features, (options.batch_size,))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished all work that was queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def loss_of(network: nn.Module, images: Tensor, labels: Tensor, precision: str) -> Tensor:
@@ -252,24 +245,25 @@ def parts_of(seconds: dict[str, float], counted: dict[str, Counting], cycle: int
     whole, *others = PARTS
     names = {"plain step": ("plain", None), "whitening": (whole, "plain")}
     names |= {"refreshes": (whole, others[0]), "statistics": (others[0], others[1]), "transform": (others[1], "plain")}
-    parts = []
-    for name, (more, less) in names.items():
-        own = counted[f"{more} eager"]
-        numbers = [seconds[f"{more} eager"], own.operations, own.bytes, own.calls, own.seconds]
-        numbers[1:] = [number / cycle for number in numbers[1:]]
-        if less is not None:
-            other = counted[f"{less} eager"]
-            numbers[0] -= seconds[f"{less} eager"]
-            for place, number in enumerate((other.operations, other.bytes, other.calls, other.seconds), 1):
-                numbers[place] -= number / cycle
-        parts.append(Part(name, *numbers))
-    return parts
+    totals: dict[str | None, list[float]] = {None: [0.0] * 5}
+    for kind in ("plain", *PARTS):
+        own = counted[f"{kind} eager"]
+        sums = (own.operations, own.bytes, own.calls, own.seconds)
+        totals[kind] = [seconds[f"{kind} eager"], *(number / cycle for number in sums)]
+    return [
+        Part(name, *(own - other for own, other in zip(totals[more], totals[less], strict=True)))
+        for name, (more, less) in names.items()
+    ]
+
+
+def cut(seconds: list[float], cycle: int) -> list[list[float]]:
+    """Cut the seconds of steps into stretches of whole cycles."""
+    return [seconds[i : i + cycle] for i in range(0, len(seconds), cycle)]
 
 
 def slowness(seconds: list[float], cycle: int) -> list[float]:
     """Divide the slowest step of each stretch by the stretch's median."""
-    stretches = [seconds[i : i + cycle] for i in range(0, len(seconds), cycle)]
-    return [max(stretch) / statistics.median(stretch) for stretch in stretches]
+    return [max(stretch) / statistics.median(stretch) for stretch in cut(seconds, cycle)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -301,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
             seconds[name].append(steps[name]())
 
     def stretches(name: str) -> list[float]:
-        return [statistics.mean(seconds[name][i : i + cycle]) for i in range(0, len(seconds[name]), cycle)]
+        return list(map(statistics.mean, cut(seconds[name], cycle)))
 
     def ratios_of(kind: str, mode: str) -> list[float]:
         pairs = zip(stretches(f"{kind} {mode}"), stretches(f"plain {mode}"), strict=True)

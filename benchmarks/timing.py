@@ -5,6 +5,8 @@ import statistics
 import time
 from collections.abc import Callable
 
+import torch
+
 
 def steady_allocator() -> bool:
     """Keep glibc from giving memory back to the system between two calls; return whether the system allows that.
@@ -19,6 +21,12 @@ def steady_allocator() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all work that was queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def median_seconds(*calls: Callable[[], object], budget: float = 0.5, limit: int = 25) -> list[float]:

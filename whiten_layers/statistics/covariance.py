@@ -129,8 +129,8 @@ def is_in_range(batch: Moments, running_mean: Tensor) -> Tensor:
     return torch.isfinite(batch.covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + 4 * torch.linalg.vecdot(shift, shift))
 
 
-def where(valid: Tensor, batch: Moments) -> Moments:
-    """Leave out the groups that are not valid."""
+def of_valid_groups(valid: Tensor, batch: Moments) -> Moments:
+    """Leave out the groups that are not `valid`, ``(groups,)``: let them have no rows."""
     rows, effective, mean, covariance = batch
     return Moments(
         torch.where(valid, rows, 0),
@@ -388,7 +388,7 @@ class FeatureCovariance(WideBuffers):
         valid = torch.as_tensor(valid, device=in_range.device).expand_as(in_range)
         valid = valid & (in_range | ~valid).all()
         if not (valid.is_cpu and valid.all()):  # what can be known without waiting spares a pass
-            batch = where(valid, batch)
+            batch = of_valid_groups(valid, batch)
         before = self.window
         self._window.moments = batch if before is None else merged(before, batch)
         return valid.all()

@@ -14,7 +14,7 @@ from .covariance import (
     aged,
     is_in_range,
     merged,
-    where,
+    of_valid_groups,
     zero_moments,
 )
 
@@ -179,25 +179,23 @@ def _means_and_variances(rows: Tensor, known: Tensor | None) -> Moments:
     return Moments(number, number, mean, torch.diag_embed(variance))
 
 
-def _window(those: Sequence[GradientNorms]) -> Moments:
+def _windows_of(those: Sequence[GradientNorms]) -> Moments:
     """Return the windows of norms, one below the other."""
     windows = [one._window for one in those]
     times = {len(window.measured) for window in windows}
     if len(times) == 1 and times != {0} and not any(window.moments or window.pending for window in windows):
-        together = _means_and_variances(*_rows(those))
-    else:
-        each = [one.window or zero_moments(one.running_mean) for one in those]
-        together = Moments(*map(torch.cat, zip(*each, strict=True)))
-    return together
+        return _means_and_variances(*_rows(those))
+    each = [one.window or zero_moments(one.running_mean) for one in those]
+    return Moments(*map(torch.cat, zip(*each, strict=True)))
 
 
 def _renew(those: Sequence[GradientNorms], elapsed: int) -> None:
     """Do for all norms together, of the same options, what is to be done for each: networks have many layers."""
-    first, window = those[0], _window(those)
+    first, window = those[0], _windows_of(those)
     running = Moments(*(torch.cat([getattr(one, name) for one in those]) for name in RUNNING))
     for one in those:
         one.window = None
-    window = where(is_in_range(window, running.mean), window)
+    window = of_valid_groups(is_in_range(window, running.mean), window)
     running = merged(aged(running, window, first.decay**elapsed), window)
     renewed: dict[str, Tensor] = dict(zip(RUNNING, running, strict=True))
     component, ratio, norm = running.mean.unbind(-1)
