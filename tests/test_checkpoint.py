@@ -4,6 +4,7 @@ import io
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -87,6 +88,17 @@ def test_save_load_and_go_on_is_the_run_that_was_not_interrupted(transform):
     steps(resumed, optimizer, range(7, 40))
     torch.testing.assert_close(dict(resumed.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
     assert resumed[0].transform.num_batches_tracked == 40
+
+
+@each_transform
+def test_safetensors_keep_a_state_dict_bit_for_bit(transform, tmp_path):
+    model = whiten(plain(), transform)
+    steps(model, torch.optim.SGD(model.parameters(), 0.02), range(7))
+    safetensors.torch.save_model(model, tmp_path / "model.safetensors")
+    loaded = whiten(plain(), transform)
+    missing, unexpected = safetensors.torch.load_model(loaded, tmp_path / "model.safetensors")
+    assert not missing and not unexpected
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
 @each_transform

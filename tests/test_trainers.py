@@ -4,6 +4,7 @@ import copy
 from types import SimpleNamespace
 
 import lightning
+import diffusers
 import peft
 import pytest
 import torch
@@ -235,3 +236,28 @@ def test_pefts_adapters_are_plain_and_load_anywhere(tmp_path):
     assert files[0].stat().st_size == files[1].stat().st_size
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "whitened")
     torch.testing.assert_close(loaded(tokens).logits, model.eval()(tokens).logits)
+
+
+def test_diffusers_weights_are_plain_if_a_copy_is_unwhitened(tmp_path):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    sizes = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 4}
+    plain = diffusers.UNet2DModel(layers_per_block=1, **sizes, **blocks)
+    model = whiten(copy.deepcopy(plain))
+    assert not report(model).left
+    optimizer = torch.optim.AdamW(model.parameters())
+    averages = diffusers.training_utils.EMAModel(
+        model.parameters(), decay=0.5, model_cls=diffusers.UNet2DModel, model_config=model.config
+    )
+    noisy, times = torch.randn(2, 3, 8, 8), torch.tensor([3, 4])
+    for _ in range(2):
+        (model(noisy, times).sample - noisy).square().mean().backward()
+        optimizer.step()
+        averages.step(model.parameters())
+    plain.save_pretrained(tmp_path / "plain")
+    unwhiten(copy.deepcopy(model)).save_pretrained(tmp_path / "whitened")
+    averages.save_pretrained(tmp_path / "averages")
+    file = "diffusion_pytorch_model.safetensors"
+    assert len({(tmp_path / name / file).stat().st_size for name in ("plain", "whitened", "averages")}) == 1
+    loaded = diffusers.UNet2DModel.from_pretrained(tmp_path / "whitened")
+    assert torch.equal(loaded(noisy, times).sample, model.eval()(noisy, times).sample)
