@@ -3,8 +3,8 @@
 import copy
 from types import SimpleNamespace
 
-import lightning
 import diffusers
+import lightning
 import peft
 import pytest
 import torch

@@ -27,6 +27,7 @@ from .norm import (
     StochasticWhiteningBatchNorm2d,
     StochasticWhiteningBatchNorm3d,
     follow_learning_rate,
+    update_bn,
 )
 from .report import Report, report
 from .transforms import Chain, EigenbasisScaling, FeatureWhitening, GradientTransform, OptimalInputGain, PSIScaling
@@ -71,6 +72,7 @@ __all__ = [
     "plain_state_dict",
     "report",
     "unwhiten",
+    "update_bn",
     "whiten",
     "window_state_dict",
 ]

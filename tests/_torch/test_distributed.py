@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from whiten_layers._torch.distributed import broadcast_in_buckets, exclude_from_ddp, timeout_of
+from whiten_layers._torch.distributed import allows_uneven_inputs, broadcast_in_buckets, exclude_from_ddp, timeout_of
 
 from ..distributed.world import run
 
@@ -55,3 +55,16 @@ def test_a_broadcast_in_buckets():
     (first, one), (second, other) = run(broadcast, 2)
     hint = "torch.distributed._broadcast_coalesced(group, tensors, bytes, source) is to send the first rank's values"
     assert first == second == [[0.0], [0.0] * 5] and one != other, hint
+
+
+def uneven(rank):
+    wrapper = DistributedDataParallel(nn.Linear(2, 2))
+    before = allows_uneven_inputs(wrapper)
+    with wrapper.join():
+        inside = allows_uneven_inputs(wrapper)
+    return before, inside
+
+
+def test_inside_of_join_a_wrapper_allows_uneven_inputs():
+    hint = "DistributedDataParallel._join_config.enable is to tell whether the wrapper is inside of join()"
+    assert run(uneven, 1) == [(False, True)], hint

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from whiten_layers import WhitenedLinear, whiten
+from whiten_layers import WhitenedLinear, convert_batchnorm, whiten
 from whiten_layers.inverse import METHODS
 from whiten_layers.refresh import collectives
 from whiten_layers.refresh.schedule import is_due, last_due
@@ -99,6 +99,35 @@ def test_ranks_that_whiten_different_layers_are_told_when_ddp_takes_the_model():
     for end in outcomes(differently_whitened, 2):
         assert end.status == 1
         assert "the ranks are to take on different things, beside 2 that all have in common: rank 0: left." in end.error
+
+
+def uneven(rank, kind, whitened_first):
+    model = Branches()
+    model = convert_batchnorm(nn.Sequential(model, nn.BatchNorm1d(3)), "iter_norm") if kind == "norms" else model
+    if kind == "layers" and whitened_first:
+        whiten(model)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    if kind == "layers" and not whitened_first:
+        whiten(model)
+    with wrapped.join():
+        wrapped.eval()
+        if kind != "norms":
+            wrapped(torch.randn(5, 4), True)  # evaluation needs no other process
+        wrapped.train()
+        for _ in range(2 + rank):
+            wrapped(torch.randn(5, 4), True).square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("kind", "whitened_first"), [("layers", True), ("layers", False), ("norms", True)], ids=["before", "after", "norms"]
+)
+def test_training_with_uneven_inputs_is_refused(kind, whitened_first):
+    for end in outcomes(uneven, 2, kind, whitened_first):
+        assert end.status == 1 and "DistributedDataParallel.join() cannot train whitened layers" in end.error
+
+
+def test_plain_networks_train_with_uneven_inputs():
+    assert all(end.status == 0 for end in outcomes(uneven, 2, "plain", False))
 
 
 def counting(rank, kind, transform):

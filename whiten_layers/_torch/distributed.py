@@ -13,6 +13,11 @@ def timeout_of(group: "dist.ProcessGroup") -> timedelta:
     return group._get_backend(group._device_types[0]).options._timeout
 
 
+def allows_uneven_inputs(wrapper: DistributedDataParallel) -> bool:
+    """Tell whether a wrapper is inside of its ``join()``, where processes may have different numbers of batches."""
+    return wrapper._join_config.enable
+
+
 def exclude_from_ddp(wrapper: DistributedDataParallel, names: Iterable[str], buffers: Iterable[Tensor]) -> None:
     """Keep buffers out of a wrapper that takes a model: it then neither sends them nor casts them.
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from .._torch.distributed import broadcast_in_buckets, exclude_from_ddp
+from .._torch.distributed import allows_uneven_inputs, broadcast_in_buckets, exclude_from_ddp
 from .._torch.modules import buffer_names
 from ..norm.base import WhiteningNorm
 from ..processes import ProcessGroup
@@ -24,6 +24,7 @@ from ..refresh.schedule import running_statistics
 from ..transforms.base import GradientTransform
 
 _wrappers: WeakSet[DistributedDataParallel] = WeakSet()
+_refusing: WeakSet[DistributedDataParallel] = WeakSet()  # those with the hook below
 
 
 def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
@@ -56,6 +57,23 @@ def _exclude(wrapper: DistributedDataParallel, module: nn.Module) -> None:
         exclude_from_ddp(wrapper, names, one.buffers())
     if excluded and dist.get_world_size(group) > 1:
         _broadcast(excluded, group)
+        if wrapper not in _refusing:
+            wrapper.register_forward_pre_hook(_refuse_join)
+            _refusing.add(wrapper)
+
+
+def _refuse_join(wrapper: nn.Module, args: object) -> None:
+    """Raise where a wrapper trains inside of its ``join()``, which would hang.
+
+    Processes without batches there answer the messages of the wrapper alone, not those about statistics.
+    """
+    assert isinstance(wrapper, DistributedDataParallel)
+    if wrapper.training and allows_uneven_inputs(wrapper):
+        raise RuntimeError(
+            "DistributedDataParallel.join() cannot train whitened layers or normalizations: a process that has no more "
+            "batches would keep the others waiting for its statistics. Give each process as many batches "
+            "(DistributedSampler does), or call unwhiten(model) first"
+        )
 
 
 def _keeps_itself_equal(module: nn.Module, group: ProcessGroup) -> bool:

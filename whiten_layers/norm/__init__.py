@@ -8,6 +8,7 @@ from .swbn import (
     StochasticWhiteningBatchNorm3d,
     follow_learning_rate,
 )
+from .update_bn import update_bn
 
 __all__ = [
     "DecorrelatedBatchNorm1d",
@@ -20,4 +21,5 @@ __all__ = [
     "StochasticWhiteningBatchNorm2d",
     "StochasticWhiteningBatchNorm3d",
     "follow_learning_rate",
+    "update_bn",
 ]
