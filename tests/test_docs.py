@@ -22,7 +22,6 @@ BLOCKS = [
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
 ]
 PARALLEL = [block for block in BLOCKS if "torch.distributed" in block.values[0]]
-COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text()
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block not in PARALLEL])
@@ -55,10 +54,11 @@ def test_there_are_blocks_of_both_kinds_in_the_readme():
     assert len(readme) >= 5 and len([block for block in readme if block in PARALLEL]) == 2
 
 
-def test_every_line_of_the_compatibility_page_names_a_test_that_there_is():
-    lines = [line for line in COMPATIBILITY.splitlines() if line.startswith("|")]
-    lines = [line for line in lines if line not in ("| what | works? | test |", "|---|---|---|")]
-    assert len(lines) > 50
+@pytest.mark.parametrize(("page", "least"), [("compatibility", 50), ("faults", 20)])
+def test_every_line_of_a_page_of_tests_names_a_test_that_there_is(page, least):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    lines = re.findall(r"^\|(?!.*\| test \|$|---).*", text, flags=re.MULTILINE)
+    assert len(lines) > least
     for line in lines:
         named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", line)
         assert named or "not measured" in line, line
