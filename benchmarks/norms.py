@@ -22,10 +22,10 @@ from whiten_layers import DecorrelatedBatchNorm1d, DecorrelatedBatchNorm2d, Iter
 from whiten_layers import StochasticWhiteningBatchNorm1d as SWBN1d
 from whiten_layers import StochasticWhiteningBatchNorm2d as SWBN2d
 
+from .allocations import KeptMemory, PeakMemory
 from .convergence import EPOCHS, Runs, columns, curves, draw, run, summarise
 from .data import DATASETS
 from .environment import describe
-from .memory import KeptMemory, PeakMemory
 from .options import PositiveFloat, PositiveInt, choice, read, reject, several, value
 from .output import annotate, cells, interruptible, medians, show, write
 from .timing import median_seconds, steady_allocator

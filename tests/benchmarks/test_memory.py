@@ -1,44 +1,38 @@
-"""The counters of memory: on operations whose tensors can be counted by hand, and on what the library observes."""
+import json
 
+import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 
-from benchmarks.memory import KeptMemory, PeakMemory
-from whiten_layers import FeatureWhitening, WhitenedConv2d
-
-
-def test_the_peak_is_of_what_is_alive_at_one_time():
-    x = torch.randn(1000)
-    with PeakMemory() as memory:
-        view = (x + 1).view(10, 100)  # holds what its base held
-        assert memory.now == 4000
-        del view
-        assert memory.now == 0
-        x.add_(1)
-        y = (x * 2).sum()
-    assert memory.peak == 4004 and memory.now == y.nbytes
+from benchmarks import memory
+from whiten_layers import FeatureWhitening, estimate, whiten
 
 
-def test_what_is_saved_counts_once():
-    x, weight = torch.randn(6, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
-    with KeptMemory() as kept:
-        y = F.linear(x, weight)
-        (y * y).sum()
-    assert kept.bytes == 4 * (x.numel() + weight.numel() + y.numel())
+def network():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 5))
 
 
-def test_kronecker_statistics_unfold_no_patch():
-    x = torch.randn(16, 32, 32, 32)
+def test_what_is_kept_is_what_a_model_that_has_trained_keeps():
+    counted = memory.kept(network, FeatureWhitening())
+    model = whiten(network())
+    state = sum(buffer.nbytes for buffer in model.buffers()) - sum(buffer.nbytes for buffer in network().buffers())
+    assert counted["state"] * 2**20 == state
+    # Counters and norms stand beside what `estimate` counts.
+    assert counted["state"] * 2**20 == pytest.approx(estimate(network()).bytes, abs=200)
+    assert counted["parameters"] * 2**20 == sum(parameter.nbytes for parameter in network().parameters())
+    assert counted["state"] < counted["with_window"] < 2 * counted["state"]
 
-    def peak(features):
-        transform = FeatureWhitening(features=features, max_rows=None)
-        layer = WhitenedConv2d(32, 32, 3, padding=1, bias=False, transform=transform)
-        gradient = torch.zeros_like(layer.weight)
-        with torch.no_grad(), PeakMemory() as memory:
-            layer.transform.observe(x, gradient)
-        return memory.peak / (x.numel() * x.element_size())
 
-    # Of the input's own size at a time: its rows and what centring makes of them, or an image beside
-    # its two shifted views. A patch matrix alone is nine.
-    assert peak("kronecker") < 4.5
-    assert peak("patch") > 9
+def test_a_peak_holds_the_model_its_gradients_and_the_optimizers_state():
+    model, inputs, labels = nn.Linear(30, 20, bias=False), torch.randn(4, 30), torch.randint(20, (4,))
+    taken = memory.peak(model, inputs, labels, memory.Options(steps=3))
+    weights, batch = 3 * model.weight.nbytes, inputs.nbytes + labels.nbytes
+    assert weights + batch < taken < weights + batch + 2 * model.weight.nbytes
+
+
+def test_the_program_writes_both_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "TRAINED", {"MLP": memory.TRAINED["MLP, 64 rows"]})
+    assert memory.main(["--steps", "2", "--optimizer", "adamw", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert [len(table["cells"]) for table in result["tables"]] == [1 + len(memory.KEPT), 2]
+    assert result["peaks"][0]["ratio"] > 1
