@@ -20,7 +20,9 @@ needs_fsdp2 = pytest.mark.skipif(
 
 # A process that has imported everything and has run nothing forks the others: a fraction of a second, not many.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", __name__])
+_context.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", __name__, __name__.replace("world", "runs")]
+)
 
 
 def free_port() -> int:
