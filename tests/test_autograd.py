@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear
+from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, whiten
 
 from .helpers import batch, buffers, each_transform, network
 
@@ -201,6 +202,27 @@ def test_an_error_in_backward_leaves_the_next_pass_whole():
         layer(middle).sum().backward()
     layer(torch.randn(9, 4)).sum().backward()
     assert layer.transform.inputs.num_refreshes >= 1
+
+
+@each_transform
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_has_the_strides_of_the_plain_one(layout, transform):
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 6, 3),
+        nn.Conv2d(6, 8, 1),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.ConvTranspose2d(8, 4, 3, stride=2),
+    ]
+    plain = nn.Sequential(*layers, nn.Conv2d(4, 1, 1)).to(memory_format=layout)
+    model, x = whiten(copy.deepcopy(plain), transform), torch.randn(2, 3, 8, 8).to(memory_format=layout)
+    for _ in range(2):  # DDP warns of others, and fused optimizers refuse them
+        strides = []
+        for one in (plain, model):
+            one.zero_grad()
+            one(x).square().mean().backward()
+            strides.append([parameter.grad.stride() for parameter in one.parameters()])
+        assert strides[0] == strides[1]
 
 
 @each_transform

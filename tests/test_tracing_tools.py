@@ -15,6 +15,7 @@ from whiten_layers import (
     StochasticWhiteningBatchNorm2d,
     WhitenedConvTranspose2d,
     WhitenedLinear,
+    unwhiten,
     whiten,
 )
 
@@ -87,6 +88,20 @@ def test_what_cannot_be_traced_is_an_error_that_says_so():
         torch.fx.symbolic_trace(layer)
     x = torch.randn(4, 3)
     torch.testing.assert_close(torch.fx.symbolic_trace(layer.eval())(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*(torch.jit|Trace|trace).*")
+def test_torchs_older_tracing_in_training_mode_warns_that_it_is_plain(tmp_path):
+    model, x = network(nn.Identity), torch.randn(8, 3, 8, 8)
+    with pytest.warns(UserWarning, match="torch.jit.trace takes the plain layer"):
+        traced = torch.jit.trace(model, x)
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    F.cross_entropy(traced(x), torch.arange(8) % 5).backward()
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    plain = unwhiten(model)
+    plain.zero_grad()
+    F.cross_entropy(plain(x), torch.arange(8) % 5).backward()
+    torch.testing.assert_close(found, [parameter.grad for parameter in plain.parameters()])
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this torch does not tell that it exports")

@@ -34,6 +34,10 @@ NO_EXPORT = (
     "torch.export in training mode takes the plain layer in place of a whitened one: what it exports trains with plain "
     "gradients. Export model.eval(), or whiten what was exported from the plain model"
 )
+NO_TRACE = (
+    "torch.jit.trace takes the plain layer in place of a whitened one: what it traces trains with plain gradients. "
+    "Trace model.eval(), or a copy: unwhiten(copy.deepcopy(model))"
+)
 
 
 def attach(layer: Any, transform: GradientTransform | str | None) -> None:
@@ -182,7 +186,12 @@ class Whitened(StatefulModule):
 
     def is_plain(self) -> bool:
         """Tell whether the layer is to be the plain one in this pass."""
-        return not ((self.training or self.in_evaluation) and torch.is_grad_enabled())
+        if not ((self.training or self.in_evaluation) and torch.is_grad_enabled()):
+            return True
+        is_traced = not torch.compiler.is_compiling() and torch.jit.is_tracing()
+        if is_traced:
+            warnings.warn(NO_TRACE, stacklevel=3)
+        return is_traced
 
     def transformed(self, operation: Callable[..., Tensor], input: Tensor, *options: Any) -> Tensor:
         """Run the layer's operation on parameters whose gradients pass through the transform.
@@ -197,6 +206,10 @@ class Whitened(StatefulModule):
                 warnings.warn(NO_EXPORT, stacklevel=2)
         elif function_transforms.is_mapped(weight):
             raise RuntimeError(NO_VMAP_OVER_PARAMETERS)  # such a weight reports requires_grad=False
+        elif type(weight) is not nn.Parameter and hasattr(weight, "full_tensor"):  # FSDP2's is whole in forward
+            name = self.transform.name or f"a {type(self).__name__}"
+            cure = 'leave it out, by whiten(model, skip="…"), or unwhiten(model)'
+            raise TypeError(f"{name} cannot train with tensor parallelism, which makes its weight a DTensor: {cure}")
         if not weight.requires_grad:
             return operation(input, weight, bias, *options)
         self._follow_changes(weight, bias)

@@ -51,11 +51,11 @@ def _prepare(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
             "gradient, which whitening transforms. Call whiten_layers.unwhiten(model) first.",
             stacklevel=2,
         )
-    weights = {}
+    weights: dict[int, tuple[nn.Parameter, list[GradientTransform]]] = {}
     for layer in scaling:
         weight = own_parameter(layer, layer.parameter_names[0])
         if weight is not None and id(weight) in trained:
-            weights[id(weight)] = weight, layer.transform
+            weights.setdefault(id(weight), (weight, []))[1].append(layer.transform)
     if not weights:
         return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -75,20 +75,24 @@ def _prepare(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
 
 
 @torch.no_grad()
-def _scale(optimizer: torch.optim.Optimizer, weights: Iterable[tuple[nn.Parameter, Any]]) -> None:
-    """Put scaled gradients in the place of the plain ones, which are kept."""
+def _scale(optimizer: torch.optim.Optimizer, weights: Iterable[tuple[nn.Parameter, list[GradientTransform]]]) -> None:
+    """Put scaled gradients in the place of the plain ones, which are kept.
+
+    Of layers that share a weight each scales the whole gradient, by which it counts its steps; the last one's is taken.
+    """
     _restore(optimizer)
     kept = _scaled[optimizer] = {}
     factor = getattr(optimizer, "grad_scale", None)  # of the loss, where the optimizer divides by it while it steps
     with full_precision():
-        for weight, transform in weights:
+        for weight, transforms in weights:
             plain = weight.grad
             # An optimizer around this one, which steps too, has done it.
             done = any(plain is known[id(weight)].scaled for known in _scaled.values() if id(weight) in known)
             if plain is None or done:
                 continue
+            whole = plain if factor is None else plain / factor
             with without_autocast(plain.device):
-                scaled = on_whole(transform.scale_at_step, plain if factor is None else plain / factor)
+                scaled = [on_whole(transform.scale_at_step, whole) for transform in transforms][-1]
             weight.grad = scaled if factor is None else scaled * factor
             kept[id(weight)] = _Scaled(weight, plain, weight.grad)
 

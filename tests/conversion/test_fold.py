@@ -237,7 +237,7 @@ def test_a_converted_network_evaluates_as_before(kind, affine, tracks):
     assert "running_var" not in model.state_dict() or kind == "swbn"
 
 
-def test_conversion_takes_names_and_names_what_is_wrong():
+def test_conversion_takes_names_and_names_what_is_wrong(caplog):
     model = torchvision.models.resnet18()
     convert_batchnorm(model, "swbn", include="layer*", skip=["*.bn2", "*downsample*"])
     names = {name for name, module in model.named_modules() if isinstance(module, WhiteningNorm)}
@@ -248,6 +248,10 @@ def test_conversion_takes_names_and_names_what_is_wrong():
         convert_batchnorm(model, "swbn", include="layr*")
     left = nn.Sequential(nn.SyncBatchNorm(4), nn.LazyBatchNorm1d())
     assert [type(module) for module in convert_batchnorm(left, "swbn")] == [nn.SyncBatchNorm, nn.LazyBatchNorm1d]
+    (record,) = caplog.records
+    assert (
+        "none of 2 batch normalizations was converted" in record.getMessage() and "SyncBatchNorm" in record.getMessage()
+    )
 
 
 @pytest.mark.parametrize("kind", NORMS)

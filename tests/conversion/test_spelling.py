@@ -216,6 +216,32 @@ def test_how_much_is_whitened_is_told(make, options, level, message, caplog):
     assert told.getMessage() == message and told.levelno == level
 
 
+@pytest.mark.parametrize(("frozen", "level"), [(("0",), logging.INFO), (("0", "2"), logging.WARNING)])
+def test_what_is_kept_for_frozen_layers_is_told(frozen, level, caplog):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    with caplog.at_level(logging.INFO, logger="whiten_layers"):
+        whiten(model)
+    share, told = (record.getMessage() for record in caplog.records)
+    assert share == "whitened 3 of 3 layers, 100 % of the parameters"  # that train
+    assert caplog.records[1].levelno == level
+    assert told.startswith(f"{len(frozen)} whitened layers are frozen, and keep 0.0 MiB")
+    assert told.endswith("leave them out by skip=: " + ", ".join(frozen))
+
+
+@pytest.mark.parametrize("convert", [whiten, lambda model: convert_batchnorm(model, "decorrelated")])
+def test_a_conversion_in_inference_mode_makes_state_that_trains(convert):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with torch.inference_mode():
+        convert(model)
+    for _ in range(3):
+        model(torch.randn(8, 4)).square().sum().backward()
+    with torch.no_grad():
+        convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+        assert not torch.is_grad_enabled()
+
+
 def test_data_parallel_trains_no_whitened_layer():
     layer = WhitenedLinear(3, 2)
     with pytest.raises(RuntimeError, match="DataParallel cannot train whitened layers"):

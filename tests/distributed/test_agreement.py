@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from whiten_layers import WhitenedLinear, convert_batchnorm, whiten
@@ -124,6 +125,21 @@ def uneven(rank, kind, whitened_first):
 def test_training_with_uneven_inputs_is_refused(kind, whitened_first):
     for end in outcomes(uneven, 2, kind, whitened_first):
         assert end.status == 1 and "DistributedDataParallel.join() cannot train whitened layers" in end.error
+
+
+def tensor_parallel(rank):
+    mesh = dist.init_device_mesh("cpu", (2,))
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    model = whiten(parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()}))
+    with torch.no_grad():
+        model(torch.randn(3, 4))
+    with pytest.raises(TypeError, match=r"^0 cannot train with tensor parallelism"):
+        model(torch.randn(3, 4))
+    return True
+
+
+def test_layers_of_tensor_parallelism_train_with_an_error_that_says_so():
+    assert run(tensor_parallel, 2) == [True, True]
 
 
 def test_plain_networks_train_with_uneven_inputs():

@@ -362,9 +362,17 @@ def test_a_weight_that_two_layers_share_is_scaled_once():
     model[2].weight = model[0].weight
     whiten(model, EigenbasisScaling())
     optimizer = Noted(model.parameters())
-    model(torch.randn(9, 4).double()).square().sum().backward()
-    optimizer.step()
-    assert model[0].transform.num_steps + model[2].transform.num_steps == 1
+    last = copy.deepcopy(model[2].transform)
+    for steps in range(1, 120):
+        optimizer.zero_grad()
+        model(torch.randn(9, 4).double()).square().sum().backward()
+        last.load_state_dict(model[2].transform.state_dict())
+        expected = last.scale_at_step(model[0].weight.grad)
+        optimizer.step()
+        torch.testing.assert_close(optimizer.seen[-1][0], expected, rtol=0, atol=0)
+        # Each counts the steps, so that each observes as rarely as it should, and none warns that it is not stepped.
+        assert model[0].transform.num_steps == model[2].transform.num_steps == steps
+    assert model[0].transform.outputs.num_refreshes < 20
 
 
 def test_in_a_chain_it_scales_what_the_others_made_of_the_gradient():

@@ -3,6 +3,7 @@
 import logging
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .._torch.modules import AnyBatchNorm, adopt
@@ -64,8 +65,8 @@ def convert_batchnorm(
 
     Returns:
         `model`. Subclasses are left as they are, and so is `nn.SyncBatchNorm`, which does not know its number of
-        dimensions. Layers that were left are logged to "whiten_layers" at level INFO. Load a plain network's checkpoint
-        before converting.
+        dimensions. Layers that were left are logged to "whiten_layers" at level INFO; if all were, that is a warning.
+        Load a plain network's checkpoint before converting.
 
     Raises:
         ValueError: `kind` is unknown, or a pattern matches no batch normalization.
@@ -77,12 +78,16 @@ def convert_batchnorm(
     layers = {name: module for name, module in modules if type(module) in NORMS[kind]}
     chosen = chosen_layers(model, layers, include, skip, "batch normalization")
     shared = {id(layer): layer for layer in layers.values() if id(layer) in chosen}  # each layer once
-    made = [(layer, NORMS[kind][type(layer)].like(layer, **options)) for layer in shared.values()]
+    with torch.inference_mode(False):  # the statistics are written to in training, whatever is on here
+        made = [(layer, NORMS[kind][type(layer)].like(layer, **options)) for layer in shared.values()]
     for layer, ours in made:
         adopt(layer, ours, BATCHNORM_BUFFERS)
-    for name, module in model.named_modules():
-        if isinstance(module, AnyBatchNorm):
-            asked = type(module) in NORMS[kind]
-            reason = "not asked for" if asked else "a subclass, or one that does not know its number of dimensions"
-            logger.info("left %s: %s, %s", name or "the model", type(module).__name__, reason)
+    left = {name: module for name, module in model.named_modules() if isinstance(module, AnyBatchNorm)}
+    if left and not made:
+        kinds = ", ".join(sorted({type(module).__name__ for module in left.values()}))
+        logger.warning("none of %d batch normalizations was converted: they are of the classes %s", len(left), kinds)
+    for name, module in left.items():
+        asked = type(module) in NORMS[kind]
+        reason = "not asked for" if asked else "a subclass, or one that does not know its number of dimensions"
+        logger.info("left %s: %s, %s", name or "the model", type(module).__name__, reason)
     return model

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -20,8 +20,13 @@ COSTLY = 10**12  # operations of a refresh of one layer: a minute or two on a CP
 
 
 def share_of(model: nn.Module, layers: Iterable[Any]) -> float:
-    """Compute the part of a model's parameters that some of its whitened layers have."""
-    numbers = {id(parameter): parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)}
+    """Compute the part of a model's parameters that some of its whitened layers have.
+
+    Frozen parameters do not count, unless all are frozen.
+    """
+    known = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
+    known = [parameter for parameter in known if parameter.requires_grad] or known
+    numbers = {id(parameter): parameter.numel() for parameter in known}
     parts = {id(parameter) for layer in layers for parameter in layer.trained_parameters()}
     return sum(number for key, number in numbers.items() if key in parts) / (sum(numbers.values()) or 1)
 
@@ -40,6 +45,18 @@ def tell_share(model: nn.Module, is_all: bool) -> None:
     logger.log(level, "whitened %d of %d layers, %.0f %% of the parameters%s", *numbered, 100 * share, why)
     for name, reason in left.items():
         logger.info("left %s: %s", name, reason)
+    _tell_frozen(whitened)
+
+
+def _tell_frozen(whitened: Mapping[str, Any]) -> None:
+    """Log what whitening keeps for layers that do not train; a warning where that is more than half of all it keeps."""
+    kept = {name: sum(buffer.nbytes for buffer in layer.transform.buffers()) for name, layer in whitened.items()}
+    frozen = [name for name, layer in whitened.items() if not any(p.requires_grad for p in layer.trained_parameters())]
+    size = sum(kept[name] for name in frozen)
+    if frozen and len(frozen) < len(whitened):
+        level = logging.WARNING if 2 * size > sum(kept.values()) else logging.INFO
+        text = "%d whitened layers are frozen, and keep %.1f MiB: if they stay so, leave them out by skip=: %s"
+        logger.log(level, text, len(frozen), size / 2**20, listed(frozen))
 
 
 def warn_of_costly(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import sys
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -79,7 +80,8 @@ def whiten(
     """
     is_switch = in_evaluation is None or isinstance(in_evaluation, bool)
     check("in_evaluation", in_evaluation, is_switch, "True, False or None")
-    kept = convert(model, transform, include, skip, psi, process_group, options, in_evaluation)
+    with torch.inference_mode(False), torch.no_grad():  # the state is written to in training, whatever is on here
+        kept = convert(model, transform, include, skip, psi, process_group, options, in_evaluation)
     if transform is not None or options or psi:
         warn_of_kept(kept)
     warn_of_costly(model)
@@ -152,6 +154,8 @@ def unwhiten(model: M) -> M:
             cure = "unwhiten the layer before"
             if is_parametrized(module):
                 cure = "remove its parametrizations first (torch.nn.utils.parametrize.remove_parametrizations)"
+            elif type(module).__name__.startswith("FSDP"):
+                cure = "for a plain checkpoint, save plain_state_dict(model)"
             raise ValueError(f"{name or 'the model'} is a {type(module).__name__}, made from a whitened layer: {cure}")
     for module in model.modules():
         if type(module) in PLAIN:

@@ -89,10 +89,14 @@ class Geometry:
         return weight.reshape(self.groups, self.out_channels, -1)
 
     def weight(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """Undo `matrix` or `rows`: give it the shape of the weight `like`."""
+        """Undo `matrix` or `rows`: give it the shape and the strides of the weight, or of its gradient, `like`."""
         if self.inputs_first and matrix.dim() == 3:
             matrix = matrix.unflatten(2, (self.in_channels, self.taps))
-        return (matrix.transpose(1, 2) if self.inputs_first else matrix).reshape(like.shape)
+        weight = (matrix.transpose(1, 2) if self.inputs_first else matrix).reshape(like.shape)
+        if weight.stride() == like.stride():
+            return weight
+        # channels_last, for instance: fused optimizers and the buckets of DDP insist
+        return torch.empty_like(like, dtype=weight.dtype).copy_(weight)
 
 
 @lru_cache

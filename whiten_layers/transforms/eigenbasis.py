@@ -174,10 +174,7 @@ class EigenbasisScaling(CovarianceTransform):
         scaled = self._rotated_back(rotated.mul_(torch.add(variance, least, out=squares).rsqrt_())).view(matrix.shape)
         if valid is not None:
             scaled = torch.where(valid, scaled, matrix)
-        scaled = self.geometry.weight(scaled, grad_weight)
-        if scaled.dtype == grad_weight.dtype and scaled.stride() == grad_weight.stride():
-            return scaled
-        return torch.empty_like(grad_weight).copy_(scaled)  # channels_last, for instance: fused optimizers insist
+        return self.geometry.weight(scaled, grad_weight).to(grad_weight.dtype)
 
     def _rotated(self, matrix: Tensor) -> Tensor:
         """Rotate a gradient ``(groups, S, C, taps)`` into the bases of both sides, as ``(groups, S, C·taps)``."""
