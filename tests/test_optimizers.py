@@ -77,7 +77,10 @@ class Muon:
             method.step()
 
 
-needs_muon = pytest.mark.skipif(not hasattr(optim, "Muon"), reason="this torch has no Muon")
+MARKS = {  # of those whose ratio is near 1, so that many seeds are needed
+    "Muon": [pytest.mark.slow, pytest.mark.skipif(not hasattr(optim, "Muon"), reason="this torch has no Muon")],
+    "SOAP": [pytest.mark.slow],
+}
 # Each with the best of the learning rates 1, 2 and 5 times powers of ten for the plain network.
 OPTIMIZERS = {
     "SGD": (optim.SGD, 0.1),
@@ -121,7 +124,7 @@ def final_loss(make, lr, transform, seed, steps=200):
 
 
 @pytest.mark.parametrize("output_power", [0.0, 0.5])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_muon if n == "Muon" else ()) for n in OPTIMIZERS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in OPTIMIZERS])
 def test_the_whitened_network_is_ahead(name, output_power):
     """Not by much where the optimizer whitens itself: Muon and SOAP do. SOAP with both sides is behind.
 
