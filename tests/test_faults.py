@@ -119,7 +119,10 @@ def plain_end(change, name):
     return end(network().eval(), change, name)
 
 
-@each_transform
+QUICK = ("default", "both sides", "eigenbasis")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in TRANSFORMS])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_after_bad_batches_the_run_is_as_good_as_the_plain_one(change, name):
     # Batch normalization's running statistics are not what is tested, and it refuses to train on one image.

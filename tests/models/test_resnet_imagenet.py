@@ -25,6 +25,7 @@ LAYERS = {
 MEMBERS = [(name, member) for name in LAYERS for member in get_model_weights(name).__members__]
 
 each_network = pytest.mark.parametrize("name", LAYERS)
+SMALL = ("resnet18", "resnet50")
 
 
 def builder(name):
@@ -57,7 +58,7 @@ def test_layers_and_parameters(name):
     assert all(type(layer) in (WhitenedConv2d, WhitenedLinear) and layer.transform.power == 1.0 for layer in layers)
 
 
-@each_network
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in SMALL)) for n in LAYERS])
 def test_with_torchvisions_weights_it_evaluates_as_torchvisions(name, downloads):
     torch.manual_seed(0)
     plain = getattr(torchvision.models, name)().eval()

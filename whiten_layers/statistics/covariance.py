@@ -141,7 +141,7 @@ def of_valid_groups(valid: Tensor, batch: Moments) -> Moments:
 
 
 RUNNING = ("running_count", "running_effective_count", "running_mean", "running_covariance")  # buffers, as in `Moments`
-PENDING_ROWS, PENDING_NUMBERS = 1024, 2**18  # whichever allows more rows; 1 MiB of float32
+PENDING_ROWS, PENDING_NUMBERS = 256, 2**18  # whichever allows more rows; 1 MiB of float32
 WINDOW = ("window_count", "window_effective_count", "window_mean", "window_covariance")  # names of its moments, saved
 
 
@@ -278,7 +278,7 @@ class FeatureCovariance(WideBuffers):
         """Take rows ``(groups, n, features)`` of so many independent samples into the window, if they are `valid`.
 
         They are copied, and their moments computed later, of several batches at once: a batch of few rows then costs
-        little more than the copy. At most as many rows wait as there are features, or `PENDING_ROWS`, or as make up
+        little more than the copy. At most as many rows wait as a covariance has, or `PENDING_ROWS`, or as make up
         `PENDING_NUMBERS`. No gradients are to be recorded meanwhile.
 
         Returns:
@@ -286,7 +286,7 @@ class FeatureCovariance(WideBuffers):
         """
         norm = torch.linalg.vector_norm(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
         groups, number, features = rows.shape
-        most, is_marked = max(features, PENDING_ROWS, PENDING_NUMBERS // (groups * features)), False
+        most, is_marked = max(self.running_mean.shape[1], PENDING_ROWS, PENDING_NUMBERS // (groups * features)), False
         if norm.is_cpu and not isinstance(valid, Tensor):  # a number on the CPU can be read without waiting
             valid = valid and math.isfinite(norm)
             if not valid:

@@ -78,8 +78,11 @@ RECIPES = {
 }
 
 
+SLOW = RECIPES.keys() - {"whitened", "mixed", "averaged"}
+
+
 # An epoch is five steps and two turns of testing: before the first, in the second epoch, in its test, at the end.
-@pytest.mark.parametrize("recipe", [pytest.param(r, marks=[pytest.mark.slow] * (r == "compiled")) for r in RECIPES])
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=[pytest.mark.slow] * (r in SLOW)) for r in RECIPES])
 def test_stopped_by_sigterm_anywhere(recipe, data, tmp_path, monkeypatch, capsys):
     turns = {"whitened": [1, 10, 14, 21], "fp16": [3]}.get(recipe, [10])
     root = data("cifar10")
