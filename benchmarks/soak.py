@@ -334,7 +334,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     options = read(Options(), "python -m benchmarks.soak", __doc__, arguments)
     print(describe())
-    kinds = {"no faults": {}, "faults without a mark": WITHOUT_MARK, "all faults": WITHOUT_MARK | WITH_MARK}
+    every = WITHOUT_MARK | WITH_MARK
+    if options.compiled:  # of a batch of no images PyTorch's own compiled convolution fails in backward
+        every.pop("a batch of no images")
+    kinds = {"no faults": {}, "faults without a mark": WITHOUT_MARK, "all faults": every}
     runs: dict[str, Training] = {}
     result: dict[str, Any] = {}
     with interruptible(result):

@@ -10,12 +10,11 @@ def rows(folder, *arguments):
     return json.loads((folder / "results.json").read_text())["rows"]
 
 
-def check(rows, faults):
+def check(rows, faults, left_out=()):
     none, without, everything = rows
     assert none["faults"] == 0 and min(without["faults"], everything["faults"]) > faults
-    assert set(without["by_fault"]) == set(WITHOUT_MARK) and set(everything["by_fault"]) == set(
-        WITHOUT_MARK | WITH_MARK
-    )
+    assert set(without["by_fault"]) == set(WITHOUT_MARK)
+    assert set(everything["by_fault"]) == {*WITHOUT_MARK, *WITH_MARK} - {*left_out}
     assert without["difference"] == 0 < everything["difference"]
     for row in rows:
         assert row["is_finite"] and row["least"] > 0 and row["loss"] < 0.2  # 1.39 at the start
@@ -32,6 +31,6 @@ def test_a_short_run_leaves_no_mark_and_no_memory(tmp_path):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_twenty_thousand_steps_leave_no_mark_and_no_memory(tmp_path, compiled):
     measured = rows(tmp_path, *(["--compiled"] if compiled else []))
-    check(measured, 800)
+    check(measured, 800, left_out=["a batch of no images"] if compiled else [])
     # Of 16,000 steps; the allocator's own pools move by some MiB
     assert all(row["grown_mib"] < 16 for row in measured)
