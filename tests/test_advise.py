@@ -113,10 +113,18 @@ def test_options_and_selections_are_those_of_whiten():
 @pytest.mark.parametrize(
     "gain, step, expected",
     [
-        (0.2, 1.0, "Little to gain: 20 % of the parameters have inputs worth whitening. A step takes about 1 times"),
-        (0.9, 1.2, "Whiten it: 90 % of the parameters have inputs worth whitening. A step takes about 1.2 times"),
-        (0.9, 1.6, "Whiten it, if it saves 38 % of the steps: 90 % of the parameters"),
-        (0.9, 4.0, "It pays in steps, hardly in seconds: 90 % of the parameters"),
+        (
+            0.2,
+            1.0,
+            "Little to gain: 20 % of the parameters that train have inputs worth whitening. A step takes about 1 times",
+        ),
+        (
+            0.9,
+            1.2,
+            "Whiten it: 90 % of the parameters that train have inputs worth whitening. A step takes about 1.2 times",
+        ),
+        (0.9, 1.6, "Whiten it, if it saves 38 % of the steps: 90 % of the parameters that train"),
+        (0.9, 4.0, "It pays in steps, hardly in seconds: 90 % of the parameters that train"),
     ],
 )
 def test_the_verdict_depends_on_gain_and_cost(gain, step, expected):

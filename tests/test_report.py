@@ -88,7 +88,7 @@ def test_a_summary_has_the_worst_ten_rows_and_what_went_wrong():
     lines = str(result).splitlines()
     share = sum(p.numel() for p in model[:12].parameters()) / sum(p.numel() for p in model.parameters())
     assert result.share == pytest.approx(share)
-    assert lines[0].startswith(f"whitened layers: 12 ({100 * share:.0f} % of the parameters, ")
+    assert lines[0].startswith(f"whitened layers: 12 ({100 * share:.0f} % of the parameters that train, ")
     assert lines[0].endswith("batches: 3; refreshes: 1") and lines[1].startswith("Condition number in the median")
     assert "batches with NaN or Inf were left out: 0, 1, 2, 3, 4, and 7 more" in lines
     assert "fewer rows than features, so whitened but little: 1, 2, 3, 4, 5, and 6 more" in lines

@@ -93,6 +93,8 @@ def test_what_cannot_be_traced_is_an_error_that_says_so():
 @pytest.mark.filterwarnings("ignore:.*(torch.jit|Trace|trace).*")
 def test_torchs_older_tracing_in_training_mode_warns_that_it_is_plain(tmp_path):
     model, x = network(nn.Identity), torch.randn(8, 3, 8, 8)
+    train(model)
+    model.zero_grad()
     with pytest.warns(UserWarning, match="torch.jit.trace takes the plain layer"):
         traced = torch.jit.trace(model, x)
     torch.jit.save(traced, tmp_path / "traced.pt")

@@ -37,7 +37,7 @@ class Advice:
     Attributes:
         verdict: one or two sentences.
         layers: a sentence for each whitened layer.
-        gain: the part of the model's parameters that are in layers where whitening changes something.
+        gain: the part of the parameters that train that is in layers where whitening changes something.
         step: how many times as long as a plain one a step takes, as measured, with its share of a refresh.
         bytes: what whitening keeps beside the parameters.
         report: the report on the copy, after the passes.
@@ -178,8 +178,8 @@ def verdict_of(gain: float, step: float, kept: int) -> str:
     """Judge by the part of the parameters that gain, the plain steps that a step takes, and the bytes kept."""
     cost = f"A step takes about {step:.2g} times as long, and {kept / 2**20:.1f} MiB are kept."
     if gain < 0.25:
-        return f"Little to gain: {100 * gain:.0f} % of the parameters have inputs worth whitening. {cost}"
-    worth = f"{100 * gain:.0f} % of the parameters have inputs worth whitening"
+        return f"Little to gain: {100 * gain:.0f} % of the parameters that train have inputs worth whitening. {cost}"
+    worth = f"{100 * gain:.0f} % of the parameters that train have inputs worth whitening"
     if step <= CHEAP:
         return f"Whiten it: {worth}. {cost}"
     if step <= DEAR:

@@ -206,12 +206,13 @@ class Whitened(StatefulModule):
                 warnings.warn(NO_EXPORT, stacklevel=2)
         elif function_transforms.is_mapped(weight):
             raise RuntimeError(NO_VMAP_OVER_PARAMETERS)  # such a weight reports requires_grad=False
-        elif type(weight) is not nn.Parameter and hasattr(weight, "full_tensor"):  # FSDP2's is whole in forward
+        if not weight.requires_grad:
+            return operation(input, weight, bias, *options)
+        is_whole = is_compiling or type(weight) is nn.Parameter or not hasattr(weight, "full_tensor")
+        if not is_whole:  # with FSDP2 it is whole in forward
             name = self.transform.name or f"a {type(self).__name__}"
             cure = 'leave it out, by whiten(model, skip="…"), or unwhiten(model)'
             raise TypeError(f"{name} cannot train with tensor parallelism, which makes its weight a DTensor: {cure}")
-        if not weight.requires_grad:
-            return operation(input, weight, bias, *options)
         self._follow_changes(weight, bias)
         transform = self.transform
         if not is_compiling and not transform.is_watching:  # a guard on it would compile anew

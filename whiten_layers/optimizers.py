@@ -90,9 +90,9 @@ def _scale(optimizer: torch.optim.Optimizer, weights: Iterable[tuple[nn.Paramete
             done = any(plain is known[id(weight)].scaled for known in _scaled.values() if id(weight) in known)
             if plain is None or done:
                 continue
-            whole = plain if factor is None else plain / factor
             with without_autocast(plain.device):
-                scaled = [on_whole(transform.scale_at_step, whole) for transform in transforms][-1]
+                for transform in transforms:
+                    scaled = on_whole(transform.scale_at_step, plain if factor is None else plain / factor)
             weight.grad = scaled if factor is None else scaled * factor
             kept[id(weight)] = _Scaled(weight, plain, weight.grad)
 

@@ -86,8 +86,9 @@ class Report:
     """A row per factor of each layer, and the modules left plain or never reached by a batch, with the reason.
 
     Printed, it is a summary: totals, what went wrong, and the ten rows with the largest condition numbers; or all rows,
-    if it `is_full`. `layers` counts the whitened layers, `share` is their part of the parameters, and `batches` counts
-    those that came to any of them. `is_idle` tells whether all whitened layers are in evaluation mode, and so plain.
+    if it `is_full`. `layers` counts the whitened layers, `share` is their part of the parameters that train, and
+    `batches` counts those that came to any of them. `is_idle` tells whether all whitened layers are in evaluation mode,
+    and so plain.
     """
 
     rows: list[Row]
@@ -136,7 +137,10 @@ class Report:
 
     def _summary(self) -> list[str]:
         refreshes = max((row.refreshes for row in self.rows), default=0)
-        share, mebibytes = f"{100 * self.share:.0f} % of the parameters", f"{self.bytes / 2**20:.1f} MiB beside them"
+        share, mebibytes = (
+            f"{100 * self.share:.0f} % of the parameters that train",
+            f"{self.bytes / 2**20:.1f} MiB beside them",
+        )
         numbers = f"batches: {self.batches}; refreshes: {refreshes}"
         lines = [f"whitened layers: {self.layers} ({share}, {mebibytes}); {numbers}"]
         if not self.layers:

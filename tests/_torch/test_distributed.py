@@ -62,9 +62,11 @@ def uneven(rank):
     before = allows_uneven_inputs(wrapper)
     with wrapper.join():
         inside = allows_uneven_inputs(wrapper)
-    return before, inside
+    after = allows_uneven_inputs(wrapper)
+    with wrapper.join(enable=False):
+        return before, inside, after, allows_uneven_inputs(wrapper)
 
 
 def test_inside_of_join_a_wrapper_allows_uneven_inputs():
     hint = "DistributedDataParallel._join_config.enable is to tell whether the wrapper is inside of join()"
-    assert run(uneven, 1) == [(False, True)], hint
+    assert run(uneven, 1) == [(False, True, True, False)], hint

@@ -250,7 +250,8 @@ def test_conversion_takes_names_and_names_what_is_wrong(caplog):
     assert [type(module) for module in convert_batchnorm(left, "swbn")] == [nn.SyncBatchNorm, nn.LazyBatchNorm1d]
     (record,) = caplog.records
     assert (
-        "none of 2 batch normalizations was converted" in record.getMessage() and "SyncBatchNorm" in record.getMessage()
+        "none of 2 batch normalizations can be converted" in record.getMessage()
+        and "SyncBatchNorm" in record.getMessage()
     )
 
 

@@ -138,7 +138,9 @@ def test_what_is_left_out_is_not_scaled_and_what_is_whitened_keeps_its_transform
 def test_it_is_off_unless_it_is_asked_for(caplog):
     with caplog.at_level(logging.INFO, logger="whiten_layers"):
         assert not scaled(whiten(models.resnet20()))
-    assert [record.getMessage() for record in caplog.records] == ["whitened 20 of 20 layers, 99 % of the parameters"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "whitened 20 of 20 layers, 99 % of the parameters that train"
+    ]
 
 
 class Dependent(nn.Sequential):

@@ -177,7 +177,7 @@ def test_parametrized_layers_count_as_whitened(caplog):
     nn.utils.parametrizations.weight_norm(model[0])
     with caplog.at_level(logging.INFO, logger="whiten_layers"):
         whiten(model)
-    assert "whitened 2 of 2 layers, 100 % of the parameters" in caplog.text
+    assert "whitened 2 of 2 layers, 100 % of the parameters that train" in caplog.text
 
 
 def test_an_estimate_says_nothing_and_takes_the_model_s_own_modules(caplog):
@@ -198,15 +198,15 @@ def test_layers_that_are_not_initialised_are_left():
 @pytest.mark.parametrize(
     ("make", "options", "level", "message"),
     [
-        (Model, {}, logging.INFO, "whitened 5 of 5 layers, 92 % of the parameters"),
-        (Model, {"include": "head"}, logging.INFO, "whitened 1 of 5 layers, 5 % of the parameters"),
+        (Model, {}, logging.INFO, "whitened 5 of 5 layers, 92 % of the parameters that train"),
+        (Model, {"include": "head"}, logging.INFO, "whitened 1 of 5 layers, 5 % of the parameters that train"),
         (
             lambda: nn.Sequential(nn.Embedding(100, 4), nn.Linear(4, 4)),
             {},
             logging.WARNING,
-            "whitened 1 of 2 layers, 5 % of the parameters; report(model).left says why",
+            "whitened 1 of 2 layers, 5 % of the parameters that train; report(model).left says why",
         ),
-        (nn.ReLU, {}, logging.INFO, "whitened 0 of 0 layers, 0 % of the parameters"),
+        (nn.ReLU, {}, logging.INFO, "whitened 0 of 0 layers, 0 % of the parameters that train"),
     ],
 )
 def test_how_much_is_whitened_is_told(make, options, level, message, caplog):
@@ -224,10 +224,9 @@ def test_what_is_kept_for_frozen_layers_is_told(frozen, level, caplog):
     with caplog.at_level(logging.INFO, logger="whiten_layers"):
         whiten(model)
     share, told = (record.getMessage() for record in caplog.records)
-    assert share == "whitened 3 of 3 layers, 100 % of the parameters"  # that train
+    assert share == "whitened 3 of 3 layers, 100 % of the parameters that train"
     assert caplog.records[1].levelno == level
-    assert told.startswith(f"{len(frozen)} whitened layers are frozen, and keep 0.0 MiB")
-    assert told.endswith("leave them out by skip=: " + ", ".join(frozen))
+    assert told.startswith(f"frozen, and whitened all the same, at 0.0 MiB: {', '.join(frozen)}. If they stay so")
 
 
 @pytest.mark.parametrize("convert", [whiten, lambda model: convert_batchnorm(model, "decorrelated")])

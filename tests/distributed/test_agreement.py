@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from whiten_layers import WhitenedLinear, convert_batchnorm, whiten
+from whiten_layers import WhitenedLinear, convert_batchnorm, unwhiten, whiten
 from whiten_layers.inverse import METHODS
 from whiten_layers.refresh import collectives
 from whiten_layers.refresh.schedule import is_due, last_due
@@ -110,6 +110,8 @@ def uneven(rank, kind, whitened_first):
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     if kind == "layers" and not whitened_first:
         whiten(model)
+    if kind == "plain again":
+        unwhiten(whiten(model))
     with wrapped.join():
         wrapped.eval()
         if kind != "norms":
@@ -135,6 +137,7 @@ def tensor_parallel(rank):
         model(torch.randn(3, 4))
     with pytest.raises(TypeError, match=r"^0 cannot train with tensor parallelism"):
         model(torch.randn(3, 4))
+    model.requires_grad_(False)(torch.randn(3, 4))
     return True
 
 
@@ -142,8 +145,9 @@ def test_layers_of_tensor_parallelism_train_with_an_error_that_says_so():
     assert run(tensor_parallel, 2) == [True, True]
 
 
-def test_plain_networks_train_with_uneven_inputs():
-    assert all(end.status == 0 for end in outcomes(uneven, 2, "plain", False))
+@pytest.mark.parametrize("kind", ["plain", "plain again"])
+def test_plain_networks_train_with_uneven_inputs(kind):
+    assert all(end.status == 0 for end in outcomes(uneven, 2, kind, False))
 
 
 def counting(rank, kind, transform):

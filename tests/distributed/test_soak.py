@@ -17,6 +17,11 @@ BETWEEN = [name for name in soak.WITHOUT_MARK if name not in ("training of a cop
 
 
 def train(rank, steps):
+    with soak.collecting(), soak.tracing(True):
+        return train_traced(rank, steps)
+
+
+def train_traced(rank, steps):
     training = soak.start(soak.Options(steps=steps))
     inner = training.model
     wrapped = DistributedDataParallel(inner)
@@ -32,7 +37,7 @@ def train(rank, steps):
         if is_faulty and rank == on and name in BAD:
             soak.WITH_MARK[name](training, images, labels)
         else:
-            training.step(images, labels)
+            training.losses.append(training.step(images, labels))
         training.faults[name] += is_faulty
         if (step + 1) % (steps // 10) == 0:
             training.model = inner
@@ -46,4 +51,4 @@ def test_two_processes_stay_equal_and_keep_no_memory(steps):
     assert state == others and weights == their_weights
     for row in (first, second):
         assert row["faults"] > 0.05 * steps and row["is_finite"] and row["least"] > 0 and row["loss"] < 0.5
-        assert row["grown_mib"] < 16  # the allocator's own pools move by some MiB
+        assert row["grown_kib"] < 300  # losses and checks take some of it

@@ -44,9 +44,17 @@ def test_for_batch_normalizations_it_is_pytorchs():
     torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()), rtol=0, atol=0)
 
 
+def test_parts_keep_their_mode():
+    model = convert_batchnorm(network(), "iter_norm", include="0")
+    model[2].eval()
+    update_bn(BATCHES, model)
+    assert model.training and model[0].training and not model[2].training
+    assert model[0].num_batches_tracked == model[2].num_batches_tracked == 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loader_that_fails_leaves_momentum_and_mode(kind):
-    model = convert_batchnorm(network(), kind).eval()
+    model = convert_batchnorm(network(), kind, include="0").eval()  # the other stays a batch normalization
     with pytest.raises(ValueError, match="expected 4 channels"):
         update_bn([torch.randn(8, 5)], model)
     assert not model.training and model[0].momentum == model[2].momentum == 0.1

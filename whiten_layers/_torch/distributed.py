@@ -14,7 +14,10 @@ def timeout_of(group: "dist.ProcessGroup") -> timedelta:
 
 
 def allows_uneven_inputs(wrapper: DistributedDataParallel) -> bool:
-    """Tell whether a wrapper is inside of its ``join()``, where processes may have different numbers of batches."""
+    """Tell whether a wrapper is inside its ``join()``, where processes may have different numbers of batches.
+
+    It is so too after `join`, until ``join(enable=False)``: PyTorch goes on to ask the others in each forward pass.
+    """
     return wrapper._join_config.enable
 
 

@@ -83,9 +83,10 @@ def convert_batchnorm(
     for layer, ours in made:
         adopt(layer, ours, BATCHNORM_BUFFERS)
     left = {name: module for name, module in model.named_modules() if isinstance(module, AnyBatchNorm)}
-    if left and not made:
+    if left and not layers:
         kinds = ", ".join(sorted({type(module).__name__ for module in left.values()}))
-        logger.warning("none of %d batch normalizations was converted: they are of the classes %s", len(left), kinds)
+        cure = "convert before nn.SyncBatchNorm.convert_sync_batchnorm, which whitening normalizations do not need"
+        logger.warning("none of %d batch normalizations can be converted, of %s: %s", len(left), kinds, cure)
     for name, module in left.items():
         asked = type(module) in NORMS[kind]
         reason = "not asked for" if asked else "a subclass, or one that does not know its number of dimensions"

@@ -63,16 +63,18 @@ def _exclude(wrapper: DistributedDataParallel, module: nn.Module) -> None:
 
 
 def _refuse_join(wrapper: nn.Module, args: object) -> None:
-    """Raise where a wrapper trains inside of its ``join()``, which would hang.
+    """Raise where whitened layers or normalizations train inside a wrapper's ``join()``, which would hang.
 
     Processes without batches there answer the messages of the wrapper alone, not those about statistics.
     """
     assert isinstance(wrapper, DistributedDataParallel)
-    if wrapper.training and allows_uneven_inputs(wrapper):
+    if not (wrapper.training and allows_uneven_inputs(wrapper)):
+        return
+    if any(_keeps_itself_equal(module, wrapper.process_group) for module in wrapper.module.modules()):
         raise RuntimeError(
             "DistributedDataParallel.join() cannot train whitened layers or normalizations: a process that has no more "
-            "batches would keep the others waiting for its statistics. Give each process as many batches "
-            "(DistributedSampler does), or call unwhiten(model) first"
+            "batches would keep the others waiting for its statistics. Give each process the same number of batches "
+            "(DistributedSampler does), without join() or with join(enable=False)"
         )
 
 

@@ -20,10 +20,7 @@ COSTLY = 10**12  # operations of a refresh of one layer: a minute or two on a CP
 
 
 def share_of(model: nn.Module, layers: Iterable[Any]) -> float:
-    """Compute the part of a model's parameters that some of its whitened layers have.
-
-    Frozen parameters do not count, unless all are frozen.
-    """
+    """Compute the part of a model's parameters that train, or of all if none does, that some whitened layers have."""
     known = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     known = [parameter for parameter in known if parameter.requires_grad] or known
     numbers = {id(parameter): parameter.numel() for parameter in known}
@@ -42,7 +39,7 @@ def tell_share(model: nn.Module, is_all: bool) -> None:
     level = logging.WARNING if share < 0.5 and is_all and has_parameters else logging.INFO
     numbered = len(whitened), len(whitened) + len(left)
     why = "; report(model).left says why" if level == logging.WARNING and left else ""
-    logger.log(level, "whitened %d of %d layers, %.0f %% of the parameters%s", *numbered, 100 * share, why)
+    logger.log(level, "whitened %d of %d layers, %.0f %% of the parameters that train%s", *numbered, 100 * share, why)
     for name, reason in left.items():
         logger.info("left %s: %s", name, reason)
     _tell_frozen(whitened)
@@ -55,8 +52,10 @@ def _tell_frozen(whitened: Mapping[str, Any]) -> None:
     size = sum(kept[name] for name in frozen)
     if frozen and len(frozen) < len(whitened):
         level = logging.WARNING if 2 * size > sum(kept.values()) else logging.INFO
-        text = "%d whitened layers are frozen, and keep %.1f MiB: if they stay so, leave them out by skip=: %s"
-        logger.log(level, text, len(frozen), size / 2**20, listed(frozen))
+        text = (
+            "frozen, and whitened all the same, at %.1f MiB: %s. If they stay so, call whiten(model, skip=[…]) instead"
+        )
+        logger.log(level, text, size / 2**20, listed([name or "the model" for name in frozen]))
 
 
 def warn_of_costly(model: nn.Module) -> None:

@@ -69,8 +69,9 @@ def whiten(
     Returns:
         `model`. Modules that look like layers but were left are logged, with the reason, to "whiten_layers" at level
         INFO, after a line of how many were whitened, which is a warning where they have less than half of the
-        parameters and no choice was asked for. Layers whose refresh takes more than 10¹² operations (by default none
-        does, but for whole patches of many channels) are named in one warning; `estimate` tells what each layer costs.
+        parameters that train and no choice was asked for. Layers whose refresh takes more than 10¹² operations (by
+        default none does, but for whole patches of many channels) are named in one warning; `estimate` tells what each
+        layer costs.
 
     Raises:
         ValueError: a pattern matches no layer that could be converted; or, with ``psi=True``, the model cannot be
@@ -154,8 +155,6 @@ def unwhiten(model: M) -> M:
             cure = "unwhiten the layer before"
             if is_parametrized(module):
                 cure = "remove its parametrizations first (torch.nn.utils.parametrize.remove_parametrizations)"
-            elif type(module).__name__.startswith("FSDP"):
-                cure = "for a plain checkpoint, save plain_state_dict(model)"
             raise ValueError(f"{name or 'the model'} is a {type(module).__name__}, made from a whitened layer: {cure}")
     for module in model.modules():
         if type(module) in PLAIN:

@@ -278,8 +278,8 @@ class FeatureCovariance(WideBuffers):
         """Take rows ``(groups, n, features)`` of so many independent samples into the window, if they are `valid`.
 
         They are copied, and their moments computed later, of several batches at once: a batch of few rows then costs
-        little more than the copy. At most as many rows wait as a covariance has, or `PENDING_ROWS`, or as make up
-        `PENDING_NUMBERS`. No gradients are to be recorded meanwhile.
+        little more than the copy. As many rows wait as a block has features, or `PENDING_ROWS`, or as make up
+        `PENDING_NUMBERS`, whichever is most. No gradients are to be recorded meanwhile.
 
         Returns:
             Whether they were taken: not where they hold a NaN, an Inf, or numbers whose squares do.
