@@ -56,7 +56,7 @@ def test_there_are_blocks_of_both_kinds_in_the_readme():
 
 @pytest.mark.parametrize(("page", "least"), [("compatibility", 50), ("faults", 20)])
 def test_every_line_of_a_page_of_tests_names_a_test_that_there_is(page, least):
-    text = (ROOT / "docs" / f"{page}.md").read_text()
+    text = re.sub(r"<!-- table: .*?<!-- end -->", "", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.DOTALL)
     lines = re.findall(r"^\|(?!.*\| test \|$|---).*", text, flags=re.MULTILINE)
     assert len(lines) > least
     for line in lines:
