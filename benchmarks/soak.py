@@ -98,7 +98,7 @@ class Training:
             "least": min(one["least"] for one in self.checks),
             "mib": warm[0]["mib"],
             "grown_mib": warm[-1]["mib"] - warm[0]["mib"],
-            "grown_kib": warm[-1]["traced_kib"] - warm[0]["traced_kib"],
+            "grown_kib": warm[-1]["traced_kib"] - warm[0]["traced_kib"] if warm[0]["traced_kib"] else None,
             "is_finite": all(bool(value.isfinite().all()) for value in self.model.buffers()),
             "by_fault": dict(self.faults),
         }
@@ -311,12 +311,12 @@ def tracing(traced: bool) -> Iterator[None]:
 COLUMNS: list[Column] = [
     ("", "{run}"),
     ("faults", "{faults}"),
-    ("loss", "{loss:.4f}"),
+    ("loss", "{loss:.2g}"),
     ("weights differ by", "{difference:.3g}"),
     ("least eigenvalue of P", "{least:.3g}"),
     ("MiB", "{mib:.0f}"),
     ("grown by MiB", "{grown_mib:.1f}"),
-    ("Python's by KiB", "{grown_kib:.0f}"),
+    ("Python's by KiB", lambda row: "not counted" if row["grown_kib"] is None else f"{row['grown_kib']:.0f}"),
     ("state is finite", "{is_finite}"),
 ]
 MEANING = f"""loss: median of the last twentieth of the steps; weights differ by: from those of the run without faults
