@@ -59,8 +59,8 @@ class Options:
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Count the bytes of tensors, each once."""
-    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+    """Count the bytes of tensors, of which none comes twice."""
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def kept(make: Callable[[], nn.Module], transform: GradientTransform) -> dict[str, Any]:

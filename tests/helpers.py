@@ -15,6 +15,11 @@ each_transform = pytest.mark.parametrize(
 )
 
 
+def mostly_slow(every, quick):
+    """Mark all of some parameters as slow but for those that are quick, or stand for the others."""
+    return [pytest.param(one, marks=[] if one in quick else [pytest.mark.slow]) for one in every]
+
+
 def network(transform, inplace=True):
     torch.manual_seed(0)
     return whiten(

@@ -21,6 +21,8 @@ from whiten_layers.statistics.covariance import FeatureCovariance
 from whiten_layers.statistics.eigenbasis import Eigenbasis
 from whiten_layers.statistics.whitening_factor import WhiteningFactor
 
+from .helpers import mostly_slow
+
 FAULTY, STEPS = range(20, 30), 120
 TRANSFORMS = {
     "default": FeatureWhitening(),
@@ -119,10 +121,7 @@ def plain_end(change, name):
     return end(network().eval(), change, name)
 
 
-QUICK = ("default", "both sides", "eigenbasis")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in TRANSFORMS])
+@pytest.mark.parametrize("name", mostly_slow(TRANSFORMS, ["default", "both sides", "eigenbasis"]))
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_after_bad_batches_the_run_is_as_good_as_the_plain_one(change, name):
     # Batch normalization's running statistics are not what is tested, and it refuses to train on one image.

@@ -137,10 +137,8 @@ class Report:
 
     def _summary(self) -> list[str]:
         refreshes = max((row.refreshes for row in self.rows), default=0)
-        share, mebibytes = (
-            f"{100 * self.share:.0f} % of the parameters that train",
-            f"{self.bytes / 2**20:.1f} MiB beside them",
-        )
+        share = f"{100 * self.share:.0f} % of the parameters that train"
+        mebibytes = f"{self.bytes / 2**20:.1f} MiB beside them"
         numbers = f"batches: {self.batches}; refreshes: {refreshes}"
         lines = [f"whitened layers: {self.layers} ({share}, {mebibytes}); {numbers}"]
         if not self.layers:

@@ -9,6 +9,8 @@ from torchvision.models import ResNet18_Weights, get_model_weights
 
 from whiten_layers import FeatureWhitening, IterNorm2d, WhitenedConv2d, WhitenedLinear
 
+from ..helpers import mostly_slow
+
 # Convolutions and linear layers: the depth that a name tells, and a projection in each stage that changes the width.
 LAYERS = {
     "resnet18": 18 + 3,
@@ -25,7 +27,6 @@ LAYERS = {
 MEMBERS = [(name, member) for name in LAYERS for member in get_model_weights(name).__members__]
 
 each_network = pytest.mark.parametrize("name", LAYERS)
-SMALL = ("resnet18", "resnet50")
 
 
 def builder(name):
@@ -58,7 +59,7 @@ def test_layers_and_parameters(name):
     assert all(type(layer) in (WhitenedConv2d, WhitenedLinear) and layer.transform.power == 1.0 for layer in layers)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in SMALL)) for n in LAYERS])
+@pytest.mark.parametrize("name", mostly_slow(LAYERS, ["resnet18", "resnet50"]))
 def test_with_torchvisions_weights_it_evaluates_as_torchvisions(name, downloads):
     torch.manual_seed(0)
     plain = getattr(torchvision.models, name)().eval()

@@ -65,8 +65,8 @@ def convert_batchnorm(
 
     Returns:
         `model`. Subclasses are left as they are, and so is `nn.SyncBatchNorm`, which does not know its number of
-        dimensions. Layers that were left are logged to "whiten_layers" at level INFO; if all were, that is a warning.
-        Load a plain network's checkpoint before converting.
+        dimensions. Layers that were left are logged to "whiten_layers" at level INFO; that none can be converted is a
+        warning. Load a plain network's checkpoint before converting.
 
     Raises:
         ValueError: `kind` is unknown, or a pattern matches no batch normalization.

@@ -47,15 +47,14 @@ def tell_share(model: nn.Module, is_all: bool) -> None:
 
 def _tell_frozen(whitened: Mapping[str, Any]) -> None:
     """Log what whitening keeps for layers that do not train; a warning where that is more than half of all it keeps."""
-    kept = {name: sum(buffer.nbytes for buffer in layer.transform.buffers()) for name, layer in whitened.items()}
     frozen = [name for name, layer in whitened.items() if not any(p.requires_grad for p in layer.trained_parameters())]
+    if not frozen or len(frozen) == len(whitened):
+        return
+    kept = {name: sum(buffer.nbytes for buffer in layer.transform.buffers()) for name, layer in whitened.items()}
     size = sum(kept[name] for name in frozen)
-    if frozen and len(frozen) < len(whitened):
-        level = logging.WARNING if 2 * size > sum(kept.values()) else logging.INFO
-        text = (
-            "frozen, and whitened all the same, at %.1f MiB: %s. If they stay so, call whiten(model, skip=[…]) instead"
-        )
-        logger.log(level, text, size / 2**20, listed([name or "the model" for name in frozen]))
+    level = logging.WARNING if 2 * size > sum(kept.values()) else logging.INFO
+    text = "frozen, and whitened all the same, at %.1f MiB: %s. If they stay so, call whiten(model, skip=[…]) instead"
+    logger.log(level, text, size / 2**20, listed([name or "the model" for name in frozen]))
 
 
 def warn_of_costly(model: nn.Module) -> None:

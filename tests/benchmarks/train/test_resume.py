@@ -19,6 +19,7 @@ from benchmarks.train.record import Record
 from benchmarks.train.run import Run
 from tests.distributed.world import free_port, run
 
+from ...helpers import mostly_slow
 from .. import results
 from .tiny import know, options, scalars, start
 
@@ -78,11 +79,8 @@ RECIPES = {
 }
 
 
-SLOW = RECIPES.keys() - {"whitened", "mixed", "averaged"}
-
-
 # An epoch is five steps and two turns of testing: before the first, in the second epoch, in its test, at the end.
-@pytest.mark.parametrize("recipe", [pytest.param(r, marks=[pytest.mark.slow] * (r in SLOW)) for r in RECIPES])
+@pytest.mark.parametrize("recipe", mostly_slow(RECIPES, ["whitened", "mixed", "averaged"]))
 def test_stopped_by_sigterm_anywhere(recipe, data, tmp_path, monkeypatch, capsys):
     turns = {"whitened": [1, 10, 14, 21], "fp16": [3]}.get(recipe, [10])
     root = data("cifar10")
@@ -227,9 +225,7 @@ def finish(process, status):
     return output
 
 
-@pytest.mark.parametrize(
-    "dataset", ["cifar10", *(pytest.param(d, marks=pytest.mark.slow) for d in ("cifar100", "imagenet"))]
-)
+@pytest.mark.parametrize("dataset", mostly_slow(["cifar10", "cifar100", "imagenet"], ["cifar10"]))
 def test_stopped_and_killed_in_processes_of_their_own(dataset, data, tmp_path):
     """Stopped by SIGTERM, sent to all that the program started; resumed; killed by SIGKILL; resumed."""
     root = data(dataset)
