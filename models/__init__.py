@@ -43,11 +43,14 @@ from .resnet_imagenet import (
     whitened_wide_resnet50_2,
     whitened_wide_resnet101_2,
 )
+from .video import mfcd_net, mfnet3d, whitened_mfcd_net, whitened_mfnet3d
 
 __all__ = [
     "cifar_resnet18",
     "cifar_resnet34",
     "cifar_resnet50",
+    "mfcd_net",
+    "mfnet3d",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -64,6 +67,8 @@ __all__ = [
     "whitened_cifar_resnet18",
     "whitened_cifar_resnet34",
     "whitened_cifar_resnet50",
+    "whitened_mfcd_net",
+    "whitened_mfnet3d",
     "whitened_resnet18",
     "whitened_resnet20",
     "whitened_resnet32",

@@ -23,7 +23,7 @@ Transform = GradientTransform | str | None
 
 
 class Layers(TypedDict, total=False):
-    """Replacements for `nn.Conv2d`, `nn.Linear` and `nn.BatchNorm2d`."""
+    """Replacements for the convolutions, the linear layer and the batch normalizations of a network."""
 
     conv_layer: Layer
     linear_layer: Layer

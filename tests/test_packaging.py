@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NETWORKS = ("resnet_cifar", "resnet_imagenet")
+NETWORKS = ("resnet_cifar", "resnet_imagenet", "video")
 
 # Without the environment's own .pth files, among which may be an editable install of this library.
 PROGRAM = """
