@@ -10,7 +10,10 @@ import torchvision
 from timm.layers import GatedMlp
 from timm.models import beit, levit
 from timm.models.mlp_mixer import MlpMixer, SpatialGatingBlock
+from torchvision.models import video
 from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.video.mvit import MSBlockConfig, MViT
+from torchvision.models.video.swin_transformer import SwinTransformer3d
 from torchvision.models.vision_transformer import VisionTransformer
 
 from whiten_layers import FeatureWhitening, report, unwhiten, whiten
@@ -44,19 +47,39 @@ ARCHITECTURES = {
 }
 
 
+def mvit():
+    shared = {"kernel_q": [3, 3, 3], "kernel_kv": [3, 3, 3], "stride_kv": [1, 2, 2]}
+    blocks = [
+        MSBlockConfig(num_heads=1, input_channels=16, output_channels=16, stride_q=[1, 1, 1], **shared),
+        MSBlockConfig(num_heads=2, input_channels=16, output_channels=32, stride_q=[1, 2, 2], **shared),
+    ]
+    kind = {"residual_with_cls_embed": False, "rel_pos_embed": True, "proj_after_attn": True}  # of mvit_v2_s
+    return MViT((32, 32), 4, blocks, residual_pool=True, num_classes=5, dropout=0.0, **kind)
+
+
+VIDEO = {
+    "r3d_18": lambda: video.r3d_18(num_classes=5),
+    "mc3_18": lambda: video.mc3_18(num_classes=5),
+    "r2plus1d_18": lambda: video.r2plus1d_18(num_classes=5),
+    "mvit": mvit,
+    "swin3d": lambda: SwinTransformer3d(
+        [2, 4, 4], 24, [2, 2], [2, 4], [2, 4, 4], stochastic_depth_prob=0.0, num_classes=5
+    ),
+}
+
 # Attention that takes its layers' weights and calls not the layers: of these the gradient stays plain.
-USED_AS_FUNCTIONS = {"swin": 8, "timm beit": 2}
+USED_AS_FUNCTIONS = {"swin": 8, "timm beit": 2, "swin3d": 8}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *VIDEO])
 def test_one_step_then_the_plain_networks_evaluation_and_state(name):
-    build, used_as_functions = ARCHITECTURES[name], USED_AS_FUNCTIONS.get(name, 0)
+    build, used_as_functions = (ARCHITECTURES | VIDEO)[name], USED_AS_FUNCTIONS.get(name, 0)
     torch.manual_seed(0)
     plain = build()
     parameters, keys = list(plain.parameters()), list(plain.state_dict())
     model = whiten(copy.deepcopy(plain), FeatureWhitening(update_interval=1))
     assert not any(type(module) in TWINS for module in model.modules())
-    x, y = torch.randn(4, 3, 64, 64), torch.arange(4)
+    x, y = torch.randn(4, 3, 4, 32, 32) if name in VIDEO else torch.randn(4, 3, 64, 64), torch.arange(4)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     for _ in range(2):  # the second with a map that is not the identity
         optimizer.zero_grad()

@@ -110,6 +110,8 @@ def convert(
     transform = make_transform(transform, ("include", "skip", "psi", "in_evaluation", "process_group"), **options)
     if "transformers.pytorch_utils" in sys.modules:
         from .. import hugging_face  # noqa: F401 - registers its twin
+    if "torchvision.models.video.resnet" in sys.modules:
+        from .. import torchvision_video  # noqa: F401 - registers its twins
     modules = model.named_modules(remove_duplicate=False)
     layers: dict[str, Any] = {
         name: module for name, module in modules if type(module) in TWINS or type(module) in PLAIN
