@@ -79,6 +79,7 @@ PositiveInt = Annotated[int, POSITIVE_INT]
 PositiveFloat = Annotated[float, number("positive float", float, lambda given: 0 < given < math.inf)]
 NotNegative = Annotated[float, number("number of at least 0", float, lambda given: 0 <= given < math.inf)]
 Fraction = Annotated[float, number("number in [0, 1)", float, lambda given: 0 <= given < 1)]
+Part = Annotated[float, number("number in [0, 1]", float, lambda given: 0 <= given <= 1)]
 Count = Annotated[int, number("int of at least 0", int, lambda given: 0 <= given < 2**63)]
 
 READERS = ConstructorRegistry()

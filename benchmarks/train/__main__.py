@@ -18,6 +18,7 @@ from ..environment import describe, device_name
 from .batches import end_loading
 from .command_line import PROGRAM, parse
 from .datasets import open_data
+from .distillation import open_teacher
 from .errors import Unusable
 from .options import Options, given
 from .record import CHECKPOINT, Record, check_unused
@@ -31,9 +32,10 @@ def train(options: Options, world: World, stop: Stop) -> int:
     path = folder / CHECKPOINT
     if not options.resume:
         world.together(lambda: check_unused(folder))
+    teacher = world.together(lambda: open_teacher(options.distillation.teacher, world.device))
     opening = world.alone_first if options.images.download else world.together
-    data = opening(lambda: open_data(options))
-    run = Run(options, data, world)
+    data = opening(lambda: open_data(options, None if teacher is None else teacher.clip))
+    run = Run(options, data, world, teacher)
     if options.resume:
         run.restore()
     else:
@@ -44,6 +46,8 @@ def train(options: Options, world: World, stop: Stop) -> int:
     if record:
         what = f"{options.network.model} on {options.images.dataset}"
         print(f"{describe()}\n{what}, {about['device']}, {world.size} process(es)")
+        if data.note:
+            print(data.note)
         print(f"{'going on with' if options.resume else 'checkpoint:'} {path}, {run.progress()}")
     finished = run.fit(record, stop)
     if record and finished:

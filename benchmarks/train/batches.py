@@ -14,7 +14,7 @@ from .errors import Unusable
 from .options import Options, given
 from .world import World
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]  # images, classes, and what else a teacher is given, if that is something else
 
 
 class Shares(Sampler[list[tuple[int, int]]]):

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import whiten_layers.models
 
 from ..options import Wrong, dashed, leaves, one_of, read, reject
 from ..transforms import TransformOptions
 from .options import OptimizationOptions, Options
 from .presets import PRESETS
+from .video_splits import VIDEOS
 
 PROGRAM = "python -m benchmarks.train"
 DESCRIPTION = f"""Train a network of the library, whitened or plain.
@@ -21,6 +23,8 @@ happened, bit for bit. What an augmentation draws depends on --seed, the epoch a
 
 Presets: {", ".join(PRESETS)}"""
 WITH_MOMENTUM = ("sgd", "rmsprop")
+WITH_POLICIES = ("cifar10", "cifar100", "imagenet")
+OF_VIDEOS = [name for name in whiten_layers.models.__all__ if hasattr(whiten_layers.models.video, name)]
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -54,8 +58,11 @@ def _started(which: str) -> int:
 def _filled(options: Options) -> Options:
     """Fill in the options whose default depends on other options."""
     images, rate, machine = options.images, options.optimization, options.machine
-    if images.dataset == "imagenet":
+    if images.dataset == "imagenet" or images.dataset in VIDEOS:
         images = replace(images, crop_size=images.crop_size or 224)
+    if images.dataset in VIDEOS:
+        images = replace(images, split=images.split or 1, clip=images.clip or "rgb")
+        images = replace(images, frames=images.frames or 16, frame_interval=images.frame_interval or 1)
     if rate.momentum is None and rate.optimizer in WITH_MOMENTUM:
         rate = replace(rate, momentum=0.9)
     if rate.schedule == "step":
@@ -65,12 +72,23 @@ def _filled(options: Options) -> Options:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         machine = replace(machine, workers=min(8, cores // _started("LOCAL_WORLD_SIZE")))
     out = options.out or Path("results/train") / f"{images.dataset}-{options.network.model}"
-    return replace(options, out=out, images=images, optimization=rate, machine=machine)
+    taught = options.distillation
+    if taught.teacher is not None:
+        weight = 0.5 if taught.distill_weight is None else taught.distill_weight
+        taught = replace(taught, distill_weight=weight, temperature=taught.temperature or 4.0)
+    return replace(options, out=out, images=images, distillation=taught, optimization=rate, machine=machine)
 
 
 def _check(options: Options) -> None:
     """Reject an option that another one does not allow."""
     images, model, rate, machine = options.images, options.network.model, options.optimization, options.machine
+    is_video = images.dataset in VIDEOS
+    if is_video and importlib.util.find_spec("av") is None:
+        reject(PROGRAM, f"--dataset {images.dataset}: PyAV is not installed; pip install 'whiten-layers[video]'")
+    if is_video != (model in OF_VIDEOS):
+        kind = "videos" if is_video else "images"
+        which = f"one of {', '.join(OF_VIDEOS)}" if is_video else "another one"
+        reject(PROGRAM, f"--model {model}: {images.dataset} has {kind}; take {which}")
     if not model.startswith("whitened_"):
         defaults = dict(leaves(TransformOptions()))
         named = [name for name, value in leaves(options.transform) if value is not defaults[name]]
@@ -83,9 +101,18 @@ def _check(options: Options) -> None:
         ("nesterov", rate.optimizer == "sgd" and rate.momentum != 0, "--optimizer sgd and a --momentum above 0"),
         ("milestones", rate.schedule == "step", "--schedule step"),
         ("gamma", rate.schedule == "step", "--schedule step"),
-        ("crop_size", images.dataset == "imagenet", "--dataset imagenet"),
+        ("crop_size", images.dataset == "imagenet" or is_video, "--dataset imagenet, ucf101 and hmdb51"),
+        ("split", is_video, "--dataset ucf101 and hmdb51"),
+        ("clip", is_video, "--dataset ucf101 and hmdb51"),
+        ("frames", is_video, "--dataset ucf101 and hmdb51"),
+        ("frame_interval", is_video, "--dataset ucf101 and hmdb51"),
+        ("mixup", not is_video or not images.mixup, "images"),
+        ("cutmix", not is_video or not images.cutmix, "images"),
+        ("random_erasing", not is_video or not images.random_erasing, "images"),
+        ("distill_weight", options.distillation.teacher is not None, "a run with a --teacher"),
+        ("temperature", options.distillation.teacher is not None, "a run with a --teacher"),
         ("download", images.dataset in ("cifar10", "cifar100"), "--dataset cifar10 and cifar100"),
-        ("auto_augment", images.dataset not in ("digits", "crops"), "--dataset cifar10, cifar100 and imagenet"),
+        ("auto_augment", images.dataset in WITH_POLICIES, "--dataset cifar10, cifar100 and imagenet"),
     ):
         if values[name] is not None and values[name] is not False and not applies:
             reject(PROGRAM, f"{dashed(name)}: only for {where}")

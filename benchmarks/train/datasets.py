@@ -1,6 +1,5 @@
 """Opening and checking the data sets, and preparing and augmenting their images."""
 
-import errno
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,8 +18,10 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
 from .. import data
-from .errors import Unusable, one_line
+from .errors import SHORTAGES, Unusable, one_line
 from .options import AutoAugment, DatasetName, ImageOptions, Options, given
+from .video import Clip, ClipKind, decode
+from .video_splits import VIDEOS
 
 AUTO_AUGMENT: dict[AutoAugment, Callable[[v2.AutoAugmentPolicy], v2.Transform]] = {
     "autoaugment": v2.AutoAugment,
@@ -28,7 +29,6 @@ AUTO_AUGMENT: dict[AutoAugment, Callable[[v2.AutoAugmentPolicy], v2.Transform]] 
     "trivialaugment": lambda policy: v2.TrivialAugmentWide(),
     "augmix": lambda policy: v2.AugMix(),
 }
-SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of what a process may have, not of the file
 Colours = tuple[Sequence[float], Sequence[float]]  # means and deviations of the training images' colours
 CIFAR10_COLOURS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_COLOURS = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -49,33 +49,37 @@ class Prepared(Dataset):
 
     So it makes no difference which process prepares an image, or when, or whether the epoch was interrupted. A key is
     ``(epoch, number)``. For an image that cannot be read the error is returned, because a worker that raises it would
-    add its whole traceback.
+    add its whole traceback. A transform may make several views of an image: the first is the network's, behind the
+    class comes what else a teacher is given.
     """
 
-    def __init__(self, images: Dataset, transform: Callable[[Any], Tensor], seed: int) -> None:
+    def __init__(self, images: Any, transform: Callable[[Any], Tensor | tuple[Tensor, ...]], seed: int) -> None:
         self.images, self.transform, self.seed = images, transform, seed
 
     def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
+        return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | Unusable:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...] | Unusable:
         epoch, number = key
         try:
             image, label = self.images[number]
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(mixed(IMAGE, self.seed, epoch, number))
+                made = self.transform(image)
         except Unusable as error:
             return error
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mixed(IMAGE, self.seed, epoch, number))
-            return self.transform(image), int(label)
+        first, *others = made if isinstance(made, tuple) else (made,)
+        return first, int(label), *others
 
 
 @dataclass(frozen=True)
 class Data:
-    """The images ``(3, H, W)`` and classes for training and testing."""
+    """The images ``(3, H, W)``, or clips ``(3, T, H, W)``, and classes for training and testing."""
 
     train: Prepared
     test: Prepared
     num_classes: int
+    note: str = ""  # on what they are, for the user
 
 
 def _floats(colours: Colours) -> list[v2.Transform]:
@@ -130,6 +134,13 @@ def _read(path: str) -> Any:
         ) from error
 
 
+def _sized(size: int, augment: bool) -> list[v2.Transform]:
+    """Random parts of pictures, mirrored at random, or else their middle."""
+    if augment:
+        return [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    return [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+
+
 def _imagenet(options: ImageOptions, seed: int) -> Data:
     parts = []
     for name in ("train", "val"):
@@ -144,11 +155,22 @@ def _imagenet(options: ImageOptions, seed: int) -> Data:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
         raise Unusable(f"{options.data}: class {odd} is only in one of train/ and val/; mend the folders")
     floats, size = _floats(IMAGENET_COLOURS), given(options.crop_size)
-    usual = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-    middle: list[v2.Transform] = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
-    varied = _training(usual if options.augment else middle, floats, options)
-    kept = Prepared(test, v2.Compose([*middle, *floats, v2.ToPureTensor()]), seed)
+    varied = _training(_sized(size, options.augment), floats, options)
+    kept = Prepared(test, v2.Compose([*_sized(size, False), *floats, v2.ToPureTensor()]), seed)
     return Data(Prepared(train, varied, seed), kept, len(train.classes))
+
+
+def _videos(name: str, options: ImageOptions, seed: int, taught_by: ClipKind | None) -> Data:
+    split = VIDEOS[name](options.data, given(options.split))
+    kind: ClipKind = given(options.clip)
+    size, length = given(options.crop_size), (given(options.frames), given(options.frame_interval))
+    kinds = (kind,) if taught_by is None or taught_by == kind else (kind, taught_by)
+    varied = Clip(kinds, *length, v2.Compose(_sized(size, options.augment)), options.augment)
+    middle = Clip((kind,), *length, v2.Compose(_sized(size, False)), False)
+    note = ""
+    if kind == "residual" and split.train and not decode(split.train[0][0], vectors=True).has_vectors:
+        note = f"{split.train[0][0]} has no motion vectors: residuals are differences to the frame before"
+    return Data(Prepared(split.train, varied, seed), Prepared(split.test, middle, seed), split.num_classes, note)
 
 
 def _shipped(images: data.Images, usual: list[v2.Transform], options: ImageOptions, seed: int) -> Data:
@@ -174,14 +196,21 @@ DATASETS: dict[DatasetName, Callable[[ImageOptions, int], Data]] = {
 }
 
 
-def open_data(options: Options) -> Data:
+def open_data(options: Options, taught_by: ClipKind | None = None) -> Data:
     """Open the data set that the options name.
+
+    Args:
+        options: those of the run.
+        taught_by: what clips a teacher sees, if there is one and the data are videos.
 
     Raises:
         Unusable: it is missing, damaged, or too small for a batch.
     """
     name, size = options.images.dataset, options.optimization.batch_size
-    opened = DATASETS[name](options.images, options.seed)
+    if name in VIDEOS:
+        opened = _videos(name, options.images, options.seed, taught_by)
+    else:
+        opened = DATASETS[name](options.images, options.seed)
     if len(opened.train) < size:
         raise Unusable(f"--batch-size {size}: {name} has {len(opened.train)} training images")
     return opened

@@ -1,5 +1,9 @@
 """Errors that the user can repair."""
 
+import errno
+
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of what a process may have, not of the file
+
 
 class Unusable(Exception):
     """Something given to the program cannot be used; the message is one line that says what to do about it."""

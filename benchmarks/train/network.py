@@ -13,6 +13,12 @@ from .options import Options
 from .world import World
 
 
+def plain_network(name: str, norm: str | None, num_classes: int) -> nn.Module:
+    """Make a network of `whiten_layers.models` without whitened layers, even if its name says that it has them."""
+    network = getattr(whiten_layers.models, name.removeprefix("whitened_"))(num_classes=num_classes)
+    return convert_batchnorm(network, norm) if norm else network
+
+
 def make_network(num_classes: int, options: Options) -> nn.Module:
     """Make a network of `whiten_layers.models`, whitened if its name says so.
 
@@ -20,11 +26,8 @@ def make_network(num_classes: int, options: Options) -> nn.Module:
         Unusable: --psi does not apply to any of its layers.
     """
     chosen = options.network
-    name = chosen.model.removeprefix("whitened_")
-    network = getattr(whiten_layers.models, name)(num_classes=num_classes)
-    if chosen.norm:
-        convert_batchnorm(network, chosen.norm)
-    if name != chosen.model:
+    network = plain_network(chosen.model, chosen.norm, num_classes)
+    if chosen.model.startswith("whitened_"):
         try:
             whiten(network, options.transform.make(), psi=bool(chosen.psi))
         except ValueError as error:  # of psi: everything else has been checked

@@ -9,16 +9,17 @@ from tyro.conf import FlagCreatePairsOff
 
 from whiten_layers.conversion.convert_batchnorm import NORMS
 
-from ..options import Count, Fraction, NotNegative, PositiveFloat, PositiveInt, Switch, choice, chosen
+from ..options import Count, Fraction, NotNegative, Part, PositiveFloat, PositiveInt, Switch, choice, chosen
 from ..transforms import TransformOptions
+from .video import ClipKind
 
 T = TypeVar("T")
-DatasetName = Literal["digits", "crops", "cifar10", "cifar100", "imagenet"]
+DatasetName = Literal["digits", "crops", "cifar10", "cifar100", "imagenet", "ucf101", "hmdb51"]
 AutoAugment = Literal["autoaugment", "randaugment", "trivialaugment", "augmix"]
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 Schedule = Literal["cosine", "linear", "constant", "step"]
 # What may differ between a run and its continuation: where things are, and which machine does the work.
-NOT_OF_THE_RUN = ("preset", "data", "download", "out", "resume", "workers", "device", "tensorboard")
+NOT_OF_THE_RUN = ("preset", "data", "download", "out", "resume", "teacher", "workers", "device", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,20 @@ class ImageOptions:
     """The images, and how they are augmented."""
 
     dataset: DatasetName = "digits"
-    data: Path = Path("data")  # torchvision's root of CIFAR; ImageNet's folder of train/CLASS/ and val/CLASS/
+    # torchvision's root of CIFAR; ImageNet's folder of train/CLASS/ and val/CLASS/; the folder of UCF-101/ and
+    # ucfTrainTestlist/, or of hmdb51_org/ and testTrainMulti_7030_splits/
+    data: Path = Path("data")
     download: Switch = False  # fetch CIFAR into --data if it is not there
     augment: bool = True  # the data set's usual crops and flips
     auto_augment: AutoAugment | None = None  # for CIFAR and ImageNet
     random_erasing: Fraction = 0.0  # the probability
     mixup: NotNegative = 0.0  # parameter of the beta distribution; 0 for none
     cutmix: NotNegative = 0.0  # the same; with --mixup each batch gets one or the other
-    crop_size: PositiveInt | None = None  # of ImageNet's images; None is 224
+    crop_size: PositiveInt | None = None  # of ImageNet's images and of videos; None is 224
+    split: PositiveInt | None = None  # of a video data set: 1, 2 or 3; None is 1
+    clip: ClipKind | None = None  # frames of videos, or what the codec's prediction leaves of them; None is rgb
+    frames: PositiveInt | None = None  # of a clip; None is 16
+    frame_interval: PositiveInt | None = None  # from a frame of a clip to the next; None is 1
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,15 @@ class NetworkOptions:
     model: Annotated[str, choice(whiten_layers.models.__all__)] = "whitened_resnet20"
     norm: Annotated[str | None, choice(NORMS)] = None  # in the place of batch normalization
     psi: FlagCreatePairsOff[bool | None] = None  # see whiten(psi=True)
+
+
+@dataclass(frozen=True)
+class DistillationOptions:
+    """A trained network as a teacher: its outputs are a second target (Hinton et al., arXiv 1503.02531)."""
+
+    teacher: Path | None = None  # its checkpoint.pt, of this program; of videos it sees the clips it was trained on
+    distill_weight: Part | None = None  # of its targets in the loss, against the classes; None is 0.5
+    temperature: PositiveFloat | None = None  # that softens both outputs; None is 4
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,7 @@ class Options:
     images: ImageOptions = ImageOptions()
     network: NetworkOptions = NetworkOptions()
     transform: TransformOptions = field(default_factory=TransformOptions)
+    distillation: DistillationOptions = DistillationOptions()
     optimization: OptimizationOptions = OptimizationOptions()
     machine: MachineOptions = MachineOptions()
 

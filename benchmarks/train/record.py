@@ -63,8 +63,11 @@ def save(path: Path, state: Any) -> None:
     writing(path, lambda: replace(path, content.getbuffer()))
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this program.
+NO_RUN = "so there is nothing to --resume; leave that out to begin"
+
+
+def load(path: Path, absent: str = NO_RUN, damaged: str = "begin again in another --out") -> dict[str, Any]:
+    """Read a checkpoint of this program; `absent` and `damaged` are what to say of a file that is so.
 
     Raises:
         Unusable: there is none, or it is damaged, or of another kind.
@@ -72,11 +75,9 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise Unusable(f"{path} is not there, so there is nothing to --resume; leave that out to begin") from None
+        raise Unusable(f"{path} is not there, {absent}") from None
     except Exception as error:  # a damaged file makes the unpickler raise anything
-        raise Unusable(
-            f"{path} cannot be read as a checkpoint: {one_line(error)}; begin again in another --out"
-        ) from error
+        raise Unusable(f"{path} cannot be read as a checkpoint: {one_line(error)}; {damaged}") from error
     if not isinstance(state, dict) or state.get("format") not in (1, FORMAT):
         raise Unusable(f"{path} is no checkpoint of this program")
     if state["format"] == 1:  # windows without names, in a list for each process; with the default intervals none

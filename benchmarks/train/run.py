@@ -20,11 +20,13 @@ from whiten_layers import follow_learning_rate, load_window_state_dict, window_s
 
 from .batches import Batch, loaders
 from .datasets import STEP, Data, mixed
+from .distillation import Teacher, soft_loss
 from .errors import Unusable, one_line
 from .network import bad_batches, make_network, plain_view, wrap
 from .optimizing import make_optimizer, set_rate
 from .options import ImageOptions, Options, given, of_the_run
 from .record import CHECKPOINT, FORMAT, Record, Row, check_same, load, save
+from .video_splits import VIDEOS
 from .world import Stop, World
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,11 +46,18 @@ class Run:
     the number of the epoch and of the step in it, the epoch's sums so far, and the figures of the epochs before.
     """
 
-    def __init__(self, options: Options, data: Data, world: World) -> None:
+    def __init__(self, options: Options, data: Data, world: World, teacher: Teacher | None = None) -> None:
         self.options, self.world, self.path = options, world, given(options.out) / CHECKPOINT
-        self.optimization, machine = options.optimization, options.machine
-        self.about = {"training images": len(data.train), "test images": len(data.test), "classes": data.num_classes}
-        self.layout = torch.channels_last if machine.channels_last else torch.contiguous_format
+        self.optimization, self.distillation, machine = options.optimization, options.distillation, options.machine
+        self.about: dict[str, int | str] = {"training images": len(data.train), "test images": len(data.test)}
+        self.about["classes"] = data.num_classes
+        takes_clips = options.images.dataset in VIDEOS
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.check(data.num_classes, takes_clips)
+            self.about["teacher's weights"] = teacher.digest()
+        channels_last = torch.channels_last_3d if takes_clips else torch.channels_last
+        self.layout = channels_last if machine.channels_last else torch.contiguous_format
         torch.manual_seed(options.seed)
         network = make_network(data.num_classes, options).to(world.device)
         network.to(memory_format=self.layout)
@@ -199,7 +208,7 @@ class Run:
         self.optimizer.zero_grad()
         loss = torch.zeros(())
         for place, part in enumerate(parts, start=1):
-            images, labels = self._moved(part)
+            images, labels, *others = self._moved(part)
             if self.mix is not None:
                 images, labels = self.mix(images, labels)
             alone = self.world.size == 1 or place == len(parts)
@@ -207,6 +216,8 @@ class Run:
                 with self.autocast:
                     outputs = self.model(images)
                     loss = F.cross_entropy(outputs, labels, label_smoothing=self.optimization.label_smoothing)
+                    if self.teacher is not None:
+                        loss = self._taught(self.teacher, loss, outputs, others[0] if others else images)
                 self.scaler.scale(loss / len(parts)).backward()
             with torch.no_grad():
                 classes = labels if labels.ndim == 1 else labels.argmax(1)
@@ -221,9 +232,17 @@ class Run:
             self.average.update_parameters(self.view)
         return loss.detach()
 
+    def _taught(self, teacher: Teacher, loss: Tensor, outputs: Tensor, images: Tensor) -> Tensor:
+        """The loss with the teacher's part in it, who is shown its own view of the images."""
+        with torch.no_grad():
+            taught = teacher.network(images)
+        weight = given(self.distillation.distill_weight)
+        soft = soft_loss(outputs, taught, given(self.distillation.temperature))
+        return (1 - weight) * loss + weight * soft
+
     def _moved(self, batch: Batch) -> Batch:
-        images, labels = (part.to(self.world.device, non_blocking=True) for part in batch)
-        return images.contiguous(memory_format=self.layout), labels
+        images, labels, *others = (part.to(self.world.device, non_blocking=True) for part in batch)
+        return images.contiguous(memory_format=self.layout), labels, *others
 
     # Testing
 
@@ -241,7 +260,7 @@ class Run:
                 if stop.agreed(batch if failed else None):
                     return None
                 if batch is not None:
-                    images, labels = self._moved(batch)
+                    images, labels, *_ = self._moved(batch)
                     for network, figures in zip(networks.values(), sums, strict=True):
                         with self.autocast:
                             outputs = network(images)

@@ -79,6 +79,15 @@ def copied(tree, tmp_path):
         (["--optimizer", "adamw", "--nesterov"], "--nesterov: only for --optimizer sgd and a --momentum above 0"),
         (["--auto-augment", "augmix"], "--auto-augment: only for --dataset cifar10, cifar100 and imagenet"),
         (["--download"], "--download: only for --dataset cifar10 and cifar100"),
+        (
+            ["--dataset", "ucf101"],
+            "--model whitened_resnet20: ucf101 has videos; take one of mfcd_net, mfnet3d, whitened_",
+        ),
+        (["--model", "mfnet3d"], "--model mfnet3d: digits has images; take another one"),
+        (["--frames", "8"], "--frames: only for --dataset ucf101 and hmdb51"),
+        (["--dataset", "hmdb51", "--model", "mfnet3d", "--mixup", "0.2"], "--mixup: only for images"),
+        (["--dataset", "hmdb51", "--model", "mfnet3d", "--random-erasing", "0.2"], "--random-erasing: only for images"),
+        (["--distill-weight", "0.3"], "--distill-weight: only for a run with a --teacher"),
         (["--batch-size", "5000"], "--batch-size 5000: digits has 1348 training images"),
     ],
 )

@@ -30,7 +30,7 @@ def first_images(made):
     return few
 
 
-@pytest.mark.parametrize("dataset", ["digits", "crops", "cifar10", "cifar100", "imagenet"])
+@pytest.mark.parametrize("dataset", ["digits", "crops", "cifar10", "cifar100", "imagenet", "ucf101"])
 def test_a_whole_run(dataset, data, tmp_path, capsys, monkeypatch):
     for name in ("digits", "crops"):
         monkeypatch.setattr(benchmarks.data, name, first_images(getattr(benchmarks.data, name)))

@@ -19,6 +19,8 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from benchmarks.moving import encode
+
 ROOT = Path(__file__).parents[3]
 KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 TRAIN, TEST = 40, 12  # images
@@ -70,9 +72,49 @@ def write_imagenet(root: Path) -> None:
             assert (root / part / f"n0000000{label}").is_dir()
 
 
+def film(frames: int, seed: int, height: int = 40, width: int = 48) -> np.ndarray:
+    """A textured scene that moves by one row and two columns a frame, (frames, height, width, 3)."""
+    generator = np.random.default_rng(seed)
+    noise = generator.normal(128, 150, (height + frames, width + 2 * frames, 3))
+    for axis in (0, 1):  # smooth, so that a codec keeps it, and nowhere alike
+        noise = sum(np.roll(noise, shift, axis) for shift in range(-2, 3)) / 5
+    scene = noise.clip(0, 255).astype(np.uint8)
+    return np.stack([scene[step : step + height, 2 * step : 2 * step + width] for step in range(frames)])
+
+
+def write_videos(root: Path, dataset: str) -> None:
+    """MPEG-4 files of three classes and the lists of a split, in the folders of UCF101 or of HMDB51."""
+    names = ["Archery", "Biking", "Diving"]
+    videos, lists = ("UCF-101", "ucfTrainTestlist") if dataset == "ucf101" else ("hmdb51_org", HMDB_LISTS)
+    (root / lists).mkdir()
+    listed: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+    for part, number in (("train", TRAIN), ("test", TEST)):
+        for i in range(number):
+            name = names[i % 3]
+            (root / videos / name).mkdir(parents=True, exist_ok=True)
+            file = f"v_{name}_{part}_g01_c{i:02d}.avi"
+            encode(root / videos / name / file, film(6, i), "mpeg4", g="12", qscale="4")
+            listed[part].append((name, file))
+    if dataset == "hmdb51":
+        for name in names:
+            lines = [f"{f} {tag} \n" for tag, part in ((1, "train"), (2, "test")) for n, f in listed[part] if n == name]
+            (root / lists / f"{name}_test_split1.txt").write_text("".join([*lines, "unused.avi 0 \n"]))
+        return
+    (root / lists / "classInd.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(names, 1)))
+    numbered = [f"{name}/{file} {names.index(name) + 1}\n" for name, file in listed["train"]]
+    (root / lists / "trainlist01.txt").write_text("".join(numbered))
+    (root / lists / "testlist01.txt").write_text("".join(f"{name}/{file}\n" for name, file in listed["test"]))
+
+
+HMDB_LISTS = "testTrainMulti_7030_splits"
+VIDEO_SETS = ("ucf101", "hmdb51")
+
+
 def write(root: Path, dataset: str) -> Path:
     if dataset == "imagenet":
         write_imagenet(root)
+    elif dataset in VIDEO_SETS:
+        write_videos(root, dataset)
     elif dataset in KINDS:
         write_cifar(root, dataset)
     return root
@@ -105,6 +147,8 @@ def options(dataset: str, root: Path, out: Path, *more: str) -> list[str]:
     given += ["--batch-size", "8", "--epochs", "3", "--lr", "0.02"]
     if dataset == "imagenet":
         given += ["--model", "whitened_resnet18", "--crop-size", "32", "--epochs", "2"]
+    if dataset in VIDEO_SETS:
+        given += ["--model", "whitened_mfcd_net", "--crop-size", "32", "--frames", "4", "--epochs", "2"]
     return [*given, *more]
 
 
