@@ -308,6 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = replace(options, seeds=options.seeds[:1], videos=160, epochs=3)
     if importlib.util.find_spec("av") is None:
         reject(PROGRAM, "PyAV is not installed; pip install 'whiten-layers[video]'")
+    if options.size % 2 or not 16 <= options.size <= 80:
+        reject(PROGRAM, f"--size {options.size}: give an even number from 16 to 80, which a photograph has room for")
     if options.frames >= options.length:
         reject(PROGRAM, f"--frames {options.frames}: a video has {options.length}, and the first is left out")
     if options.videos < options.batch_size:

@@ -82,6 +82,8 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path, capsys, brief, monkeypat
     "arguments, message",
     [
         (["--frames", "12"], "--frames 12: a video has 12, and the first is left out"),
+        (["--size", "17"], "--size 17: give an even number from 16 to 80"),
+        (["--size", "82"], "--size 82: give an even number from 16 to 80"),
         (["--videos", "16"], "--batch-size 32: there are 16 videos"),
         (["--distill-weight", "2"], "argument --distill-weight: invalid number in [0, 1] value: '2'"),
     ],
