@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from whiten_layers.models import mfcd_net, mfnet3d
 
+from .data import photographs
 from .environment import describe
 from .moving import CLASSES, encode, moved, videos
 from .options import Part, PositiveFloat, PositiveInt, Switch, read, reject
@@ -29,6 +30,7 @@ from .timing import median_seconds, steady_allocator
 from .train.command_line import parse
 from .train.datasets import Data, Prepared
 from .train.distillation import Teacher
+from .train.options import given
 from .train.run import Run
 from .train.video import ClipKind, Video, decode
 from .train.world import Stop, World
@@ -177,12 +179,6 @@ def train(
     return run
 
 
-def given(teacher: Teacher | None) -> Teacher:
-    """The teacher, who has been trained before its students."""
-    assert teacher is not None
-    return teacher
-
-
 def train_all(options: Options, folder: Path, runs: list[dict[str, Any]]) -> None:
     """Fill `runs` with the epochs of every variant; with each seed all of them take turns."""
     for seed in options.seeds:
@@ -290,12 +286,9 @@ def sheet(folder: Path, size: int = 64, frames: int = 8) -> Figure:
 
 def time_all(folder: Path, options: Options) -> list[dict[str, Any]]:
     """Time clips of a video as it is trained on, and of one of the size that videos have."""
-    generator, rows = Generator().manual_seed(0), []
+    rows = []
     for size, length, frames in ((options.size, options.length, options.frames), LARGE):
-        scene = torch.nn.functional.interpolate(
-            torch.rand(1, 3, size // 8, size // 8, generator=generator), size=2 * size, mode="bicubic"
-        )[0].clamp(0, 1)
-        film = moved(scene, "shift", length, size, generator)
+        film = moved(photographs()[0], "shift", length, size, Generator().manual_seed(0))
         encode(folder / "timed.mp4", (255 * film).byte().permute(0, 2, 3, 1).numpy(), **CODEC)
         rows.append(time_clips(folder / "timed.mp4", frames))
     return rows

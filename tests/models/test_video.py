@@ -6,8 +6,8 @@ import pytest
 import torch
 import whiten_layers.models as models
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.video import counted
 from whiten_layers import FeatureWhitening, IterNorm3d, WhitenedConv3d, WhitenedLinear
 
 # Chen et al., arXiv 1807.11195, table 5: millions of parameters, 10⁹ multiply-adds for 16 frames of 224×224.
@@ -23,18 +23,6 @@ def builder(name, whitened=False):
     return getattr(models, f"whitened_{name}" if whitened else name)
 
 
-def counted(network):
-    """Millions of parameters, and 10⁹ multiply-adds: of products, and one for each value that is normalized."""
-    normalized = []
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            module.register_forward_hook(lambda module, inputs, output: normalized.append(output.numel()))
-    with FlopCounterMode(display=False) as counter:
-        network.eval()(torch.empty(1, 3, *CLIP, device="meta"))
-    operations = counter.get_total_flops() / 2 + sum(normalized)
-    return sum(parameter.numel() for parameter in network.parameters()) / 1e6, operations / 1e9
-
-
 @pytest.mark.parametrize("whitened", [False, True])
 def test_layers_parameters_and_operations_are_the_papers(whitened):
     with torch.device("meta"):
@@ -43,7 +31,7 @@ def test_layers_parameters_and_operations_are_the_papers(whitened):
     assert len(layers) == LAYERS
     assert {name: len(getattr(network, name)) for name in UNITS} == UNITS
     assert {layer.groups for layer in layers[:-1]} == {1, 16}
-    parameters, operations = counted(network)
+    parameters, operations = counted(network, *CLIP)
     assert round(parameters, 1) == PARAMETERS and round(operations, 1) == MULTIPLY_ADDS
 
 
@@ -68,7 +56,7 @@ def test_the_shapes_of_the_stages_are_the_papers():
 
 def test_the_slim_network_has_less_than_half_of_both():
     with torch.device("meta"):
-        (parameters, operations), whole = counted(models.mfcd_net()), counted(models.mfnet3d())
+        (parameters, operations), whole = counted(models.mfcd_net(), *CLIP), counted(models.mfnet3d(), *CLIP)
     assert f"{parameters:.1f} M parameters" in models.mfcd_net.__doc__
     assert parameters < whole[0] / 2 and operations < whole[1] / 2
 

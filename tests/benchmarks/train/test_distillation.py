@@ -83,7 +83,7 @@ def test_a_run_with_a_teacher_is_resumed_bit_for_bit(recipe, data, tmp_path, tea
 
 def test_a_student_of_residuals_with_a_teacher_of_frames_is_resumed_bit_for_bit(data, tmp_path, monkeypatch):
     root, teacher = data("ucf101"), tmp_path / "teacher"
-    short = ["--model", "mfcd_net", "--batch-size", "16"]
+    short = ["--model", "mfcd_net", "--batch-size", "16", "--channels-last"]
     assert main([*options("ucf101", root, teacher, *short), "--epochs", "1"]) == 0
     more = [*short, "--clip", "residual", "--teacher", str(teacher / "checkpoint.pt")]
     assert main(options("ucf101", root, tmp_path / "whole", *more)) == 0
