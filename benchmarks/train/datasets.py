@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from .. import data
 from .errors import SHORTAGES, Unusable, one_line
 from .options import AutoAugment, DatasetName, ImageOptions, Options, given
-from .video import Clip, ClipKind, decode
+from .video import IMAGENET_COLOURS, Clip, ClipKind, decode
 from .video_splits import VIDEOS
 
 AUTO_AUGMENT: dict[AutoAugment, Callable[[v2.AutoAugmentPolicy], v2.Transform]] = {
@@ -32,7 +32,6 @@ AUTO_AUGMENT: dict[AutoAugment, Callable[[v2.AutoAugmentPolicy], v2.Transform]] 
 Colours = tuple[Sequence[float], Sequence[float]]  # means and deviations of the training images' colours
 CIFAR10_COLOURS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_COLOURS = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-IMAGENET_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 ORDER, IMAGE, STEP = range(3)  # what a seed is for
@@ -168,7 +167,7 @@ def _videos(name: str, options: ImageOptions, seed: int, taught_by: ClipKind | N
     varied = Clip(kinds, *length, v2.Compose(_sized(size, options.augment)), options.augment)
     middle = Clip((kind,), *length, v2.Compose(_sized(size, False)), False)
     note = ""
-    if kind == "residual" and split.train and not decode(split.train[0][0], vectors=True).has_vectors:
+    if kind == "residual" and not decode(split.train[0][0], vectors=True).has_vectors:
         note = f"{split.train[0][0]} has no motion vectors: residuals are differences to the frame before"
     return Data(Prepared(split.train, varied, seed), Prepared(split.test, middle, seed), split.num_classes, note)
 

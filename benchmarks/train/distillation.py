@@ -16,7 +16,7 @@ from .video import ClipKind
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained network, in evaluation mode and frozen; where it is from; what clips it sees, if clips it is."""
+    """A trained network, in evaluation mode and frozen; its file; what clips it sees, or None if it sees images."""
 
     network: nn.Module
     path: Path

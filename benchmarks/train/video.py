@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from av import VideoFrame
 
 ClipKind = Literal["rgb", "residual"]
-RGB = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # means and deviations of ImageNet's colours
+IMAGENET_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # means and deviations
 RESIDUAL = 0.1  # a deviation about that of residuals, whose mean is 0
 PAST, FUTURE = -1, 1  # the signs that FFmpeg gives to vectors
 
@@ -78,7 +78,7 @@ class Video:
         """
         if kind == "residual":
             return torch.stack([self.picture(n) - self.prediction(n) for n in numbers]) / RESIDUAL
-        means, deviations = (torch.tensor(values).view(3, 1, 1) for values in RGB)
+        means, deviations = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET_COLOURS)
         return (torch.stack([self.picture(n) for n in numbers]) - means) / deviations
 
 
