@@ -20,6 +20,7 @@ from benchmarks.train.errors import Unusable
 from benchmarks.train.video import decode, displaced, displacements
 from benchmarks.train.video_splits import VIDEOS
 
+from .. import results
 from .test_errors import fails
 from .tiny import HMDB_LISTS, TEST, TRAIN, VIDEO_SETS, film, options
 
@@ -133,6 +134,16 @@ def test_a_teacher_sees_the_same_part_of_the_same_frames(data, tmp_path):
     frames = open_data(parse([*arguments, "--clip", "rgb"])).train[1, 2]
     assert torch.equal(residual, alone[0]) and torch.equal(raw, frames[0]) and label == frames[1]
     assert len(alone) == len(frames) == 2
+
+
+def test_the_number_of_workers_makes_no_difference(data, tmp_path):
+    losses = []
+    for workers in ("0", "2"):
+        out = tmp_path / workers
+        more = ["--clip", "residual", "--model", "mfcd_net", "--epochs", "1", "--workers", workers]
+        assert main(options("ucf101", data("ucf101"), out, *more)) == 0
+        losses.append([row["train_loss"] for row in results(out)["epochs"]])
+    assert losses[0] == losses[1]
 
 
 def test_a_note_says_where_residuals_are_differences(data, tmp_path, capsys):
