@@ -317,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
             result["times"] = time_all(folder, options)
             train_all(options, folder, runs)
         show(result, "parameters, and operations for 16 frames of 224 x 224", cells(COUNTS, result["counts"]))
-        show(result, "milliseconds for a clip of a file, on one thread", cells(TIMES, result["times"]))
+        show(result, "milliseconds for a clip of a file, which one thread decodes", cells(TIMES, result["times"]))
         rows = summarise(runs)
         result["medians"] = medians(rows, ["variant", "layers"])
         shown = [*rows, *(result["medians"] if len(options.seeds) > 1 else [])]
