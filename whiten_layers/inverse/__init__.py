@@ -1,8 +1,11 @@
-"""Inverse powers of covariances: one file per method, each a pure function of tensors.
+"""Inverse powers and square roots of covariances: one file per method, each pure functions of tensors.
 
 A method takes n damped covariances ``(n, M, M)`` and, as far as it uses them, a power p, its own last result (or None)
 and a rank, in this order. It returns an `Inverse` with ``C^(-p)``, symmetric to rounding, and NaN for a matrix that it
 cannot invert. It never raises for a bad matrix. To add a method, write the function and add it to `METHODS`.
+
+The square roots in `ROOTS` come with the adjoint of their derivative, for layers that have them in the forward pass.
+They take n covariances, which may be singular, and a number of steps, and return the root and what its adjoint needs.
 """
 
 from collections.abc import Callable
@@ -10,8 +13,10 @@ from typing import NamedTuple
 
 from .base import Inverse
 from .cholesky import cholesky
-from .eigh import eigh
+from .eigh import eigh, eigh_root, eigh_root_adjoint
 from .newton_schulz import newton_schulz
+from .newton_steps import newton_root, newton_root_adjoint
+from .pade import pade_root, pade_root_adjoint
 from .recursive import recursive
 
 

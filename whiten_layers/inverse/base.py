@@ -1,4 +1,4 @@
-"""Result type of all methods, and the warm start that falls back to a cold start."""
+"""What several methods use: their result's type, scaling of matrices, the warm start that falls back to a cold start."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,9 +20,40 @@ class Inverse(NamedTuple):
     restarted: Tensor | None = None
 
 
+def identity_like(matrices: Tensor) -> Tensor:
+    """Return the identity, expanded to n matrices ``(n, M, M)``."""
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
+
+
+def trace(matrices: Tensor) -> Tensor:
+    """Compute the traces ``(n, 1, 1)`` of n matrices."""
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+
+
+def divided(covariance: Tensor, scale: Tensor) -> Tensor:
+    """Divide n matrices ``(n, M, M)`` by their scales ``(n, 1, 1)``, which are 0 for matrices of zeros only."""
+    return covariance / torch.where(scale == 0, 1, scale)
+
+
+# Of V = s^p f(A) with A = C / s, U = ∂L/∂V and the scale's own derivative s' (I for the trace, A for the Frobenius
+# norm): the gradient of A, divided by s, reaches C directly, and s as −⟨∂L/∂A, A⟩ / s, beside p ⟨U, V⟩ / s. So
+# ∂L/∂C = (∂L/∂A + (p ⟨U, V⟩ − ⟨∂L/∂A, A⟩) s') / s.
+def unscaled_adjoint(of_scaled: Tensor, scaled: Tensor, scale: Tensor, of_scale: Tensor, own: Tensor) -> Tensor:
+    """Compute the gradient of C from that of ``A = C / s`` ``(n, M, M)``.
+
+    Args:
+        of_scaled: ``∂L/∂A``.
+        scaled: A.
+        scale: s ``(n, 1, 1)``.
+        of_scale: s', the derivative of s by C.
+        own: ``p ⟨U, V⟩`` ``(n, 1, 1)``, for a result ``V = s^p f(A)``.
+    """
+    return divided(of_scaled + (own - (of_scaled * scaled).sum((-2, -1), True)) * of_scale, scale)
+
+
 def has_finite_trace(matrix: Tensor) -> Tensor:
     """Tell whether the trace of each of n matrices is finite: a positive definite matrix is finite if its trace is."""
-    return torch.isfinite(matrix.diagonal(dim1=-2, dim2=-1).sum(-1))
+    return torch.isfinite(trace(matrix)).flatten()
 
 
 def warm_started(

@@ -4,15 +4,15 @@ For the inverse, ``P ← P (2I − C P)`` squares the residual ``I − C P`` at 
 whose ``P C`` has eigenvalues below 2. The P of the last refresh usually qualifies, and is a few steps from the end.
 ``P = I / b``, with b at least C's largest eigenvalue, always qualifies.
 
-For the root, the coupled form ``Y ← Y T, Z ← T Z, T = (3I − Z Y) / 2`` from ``Y = C / b, Z = I`` tends to
-``Z = (C / b)^(-½)`` (Higham 2008, Functions of Matrices, eq. 6.35). It can only start there: an iteration on one matrix
-alone amplifies rounding errors, and the coupled form is stable only while both matrices commute with C.
+For the inverse of the root, the coupled steps of `newton_steps` run from ``C / b`` until they have converged. They
+can only start there, since they are stable only while both matrices commute with C.
 """
 
 import torch
 from torch import Tensor
 
-from .base import Inverse, warm_started
+from .base import Inverse, identity_like, warm_started
+from .newton_steps import coupled_step, minus_identity
 
 ITERATIONS = 50  # more than a condition number of 1e12 takes: each step doubles the smallest eigenvalue
 SAFE = 1.7  # below 2 by more than the power iteration underestimates
@@ -42,11 +42,7 @@ def _bound(covariance: Tensor) -> Tensor:
 
 
 def _cold(covariance: Tensor) -> Inverse:
-    return Inverse(_identity(covariance) / _bound(covariance))
-
-
-def _identity(covariance: Tensor) -> Tensor:
-    return torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device).expand_as(covariance)
+    return Inverse(identity_like(covariance) / _bound(covariance))
 
 
 def _is_safe(covariance: Tensor, matrix: Tensor) -> Tensor:
@@ -66,7 +62,7 @@ def _is_safe(covariance: Tensor, matrix: Tensor) -> Tensor:
 def _inverse(covariance: Tensor, start: Inverse) -> Inverse:
     matrix, progress = start.matrix, _Progress(covariance)
     while progress.goes_on:
-        residual = _minus_identity(covariance @ matrix)
+        residual = minus_identity(covariance @ matrix)
         matrix = torch.baddbmm(matrix, matrix, residual, alpha=-1)
         progress.take(residual)
     return Inverse(progress.accepted(matrix))
@@ -74,19 +70,13 @@ def _inverse(covariance: Tensor, start: Inverse) -> Inverse:
 
 def _coupled(covariance: Tensor) -> Tensor:
     bound = _bound(covariance)
-    root, inverse_root = covariance / bound, _identity(covariance)
+    root, inverse_root = covariance / bound, identity_like(covariance)
     progress = _Progress(covariance)
     while progress.goes_on:
-        residual = _minus_identity(inverse_root @ root)
-        root = torch.baddbmm(root, root, residual, alpha=-0.5)
-        inverse_root = torch.baddbmm(inverse_root, residual, inverse_root, alpha=-0.5)
+        residual = minus_identity(inverse_root @ root)
+        root, inverse_root = coupled_step(root, inverse_root, residual)
         progress.take(residual)
     return progress.accepted(inverse_root) / bound.sqrt()
-
-
-def _minus_identity(product: Tensor) -> Tensor:
-    product.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return product
 
 
 class _Progress:

@@ -1,18 +1,15 @@
 """Decorrelated batch normalization: the exact inverse square root of the covariance (arXiv 1804.08450).
 
-With ``Σ + εI = U Λ Uᵀ`` the ZCA matrix is ``V = U Λ^(-½) Uᵀ``, the whitening that moves the samples least. Divided
-differences of λ^(-½) yield its gradient (Daleckii & Krein 1965):
+With ``Σ + εI = U Λ Uᵀ`` the ZCA matrix is ``V = U Λ^(-½) Uᵀ``, the whitening that moves the samples least. Its gradient
+is by the divided differences of λ^(-½) (`inverse.eigh`), written without a difference of eigenvalues:
 
-    ∂L/∂Σ = U (K ∘ (Uᵀ sym(∂L/∂V) U)) Uᵀ        K_ij = −1 / (√λ_i √λ_j (√λ_i + √λ_j))
-
-Unlike the derivative of an eigenvector, it has no difference of eigenvalues in a denominator. So it is as accurate
-where they are equal; there K_ii = −½ λ_i^(-3/2).
+    K_ij = −1 / (√λ_i √λ_j (√λ_i + √λ_j))        K_ii = −½ λ_i^(-3/2)
 """
 
 import torch
 from torch import Tensor
 
-from ..inverse.eigh import decompose
+from ..inverse.eigh import decompose, rounding, spectral_adjoint
 from ..processes import ProcessGroup
 from .base import Part, WhiteningNorm, stacked, unbiased
 from .samples import BatchMoments, Whitening
@@ -26,17 +23,14 @@ def zca(covariance: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     values, vectors = decompose(covariance)
     # Clamp eigenvalues below the rounding error of the largest: they are noise, and the gradient has their power -3/2.
-    rounding = torch.finfo(values.dtype).eps * values.shape[-1] * values[:, -1:]
-    roots = (values.clamp(min=rounding) + eps).sqrt()
+    roots = (values.clamp(min=rounding(values)) + eps).sqrt()
     return (vectors / roots.unsqueeze(-2)) @ vectors.mT, roots, vectors
 
 
 def zca_adjoint(grad: Tensor, matrix: Tensor, roots: Tensor, vectors: Tensor) -> Tensor:
     """Compute the gradient of the covariance from that of `zca`'s matrix."""
     rows, columns = roots.unsqueeze(-1), roots.unsqueeze(-2)
-    differences = -1 / (rows * columns * (rows + columns))
-    turned = vectors.mT @ ((grad + grad.mT) / 2) @ vectors
-    return vectors @ (differences * turned) @ vectors.mT
+    return spectral_adjoint(grad, vectors, -1 / (rows * columns * (rows + columns)))
 
 
 class _DecorrelatedBatchNorm(WhiteningNorm):

@@ -2,18 +2,8 @@
 
 With ``Σ_N = Σ / tr Σ``, whose eigenvalues are at most 1, ``P ← (3P − P³ Σ_N) / 2`` from ``P = I`` converges to
 ``Σ_N^(-½)``. The whitening matrix is ``V = P / √tr Σ``. After few steps, directions of small variance are only partly
-whitened. After many, rounding errors grow where Σ is ill-conditioned: the steps need P to commute with Σ, which
-rounding breaks.
-
-The gradient of one step follows from the product rule. With G the gradient of its result and A = G Σ_N:
-
-    ∂L/∂P = (3G − (A P² + P A P + P² A)) / 2        ∂L/∂Σ_N = −P³ G / 2, summed over the steps
-
-The gradient of the normalization by the trace t, with U = ∂L/∂V:
-
-    G = U / √t at the last step      ∂L/∂Σ = ∂L/∂Σ_N / t − (⟨∂L/∂Σ_N, Σ_N⟩ + ⟨U, V⟩ / 2) I / t
-
-Backward computes the steps again instead of storing them.
+whitened. The steps are taken in their coupled form (`inverse.newton_steps`): the paper's amplify rounding errors, so
+that after some ten steps they are larger than what is gained.
 """
 
 from functools import partial
@@ -21,46 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..inverse.newton_steps import newton_root, newton_root_adjoint
 from ..options import check, is_count
 from ..processes import ProcessGroup
 from .base import Part, WhiteningNorm, stacked
 from .samples import BatchMoments, Whitening
-
-
-def newton_root(covariance: Tensor, iterations: int) -> Tensor:
-    """Approximate ``covariance^(-½)`` of n symmetric positive definite matrices ``(n, D, D)``."""
-    trace = _trace(covariance)
-    return _steps(covariance / trace, iterations)[-1] / trace.sqrt()
-
-
-def newton_root_adjoint(grad: Tensor, root: Tensor, covariance: Tensor, iterations: int) -> Tensor:
-    """Compute the gradient of the covariance from that of `newton_root`'s result."""
-    trace = _trace(covariance)
-    normed = covariance / trace
-    steps = _steps(normed, iterations - 1)
-    grad_step, grad_normed = grad / trace.sqrt(), torch.zeros_like(grad)
-    for step in reversed(steps):
-        square, by_step = step @ step, step @ grad_step
-        grad_normed.baddbmm_(square, by_step, alpha=-0.5)
-        change = grad_step @ normed
-        inner = change @ step
-        inner.baddbmm_(step, change)
-        grad_step = (3 * grad_step).baddbmm_(inner, step, alpha=-1).baddbmm_(square, change, alpha=-1) / 2
-    of_trace = (grad_normed * normed).sum((-2, -1), True) + (grad * root).sum((-2, -1), True) / 2
-    grad_normed.diagonal(dim1=-2, dim2=-1).sub_(of_trace.squeeze(-1))
-    return grad_normed / trace
-
-
-def _trace(matrices: Tensor) -> Tensor:
-    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-
-
-def _steps(normed: Tensor, iterations: int) -> list[Tensor]:
-    steps = [torch.eye(normed.shape[-1], dtype=normed.dtype, device=normed.device).expand_as(normed)]
-    for _ in range(iterations):
-        cube = torch.matrix_power(steps[-1], 3)
-        steps.append(torch.baddbmm(steps[-1], cube, normed, beta=1.5, alpha=-0.5))
-    return steps
 
 
 class _IterNorm(WhiteningNorm):
@@ -115,8 +70,8 @@ class _IterNorm(WhiteningNorm):
     def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
         covariance = covariance.clone()
         covariance.diagonal(dim1=-2, dim2=-1).add_(self.eps)
-        adjoint = partial(newton_root_adjoint, iterations=self.iterations)
-        return Whitening(newton_root(covariance, self.iterations), adjoint, (covariance,), {})
+        adjoint = partial(newton_root_adjoint, iterations=self.iterations, power=-0.5)
+        return Whitening(newton_root(covariance, self.iterations, power=-0.5), adjoint, (covariance,), {})
 
     def _running(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> dict[str, Tensor]:
         return {"running_whitening": stacked([whitening.matrix for whitening in whitenings])}
@@ -132,7 +87,7 @@ class IterNorm1d(_IterNorm):
     Args:
         num_features, …, dtype, bias: as for `nn.BatchNorm1d`; `eps` is added to the covariance's diagonal.
         group_size: channels that are whitened together (the last group may have fewer); None for all.
-        iterations: Newton steps, at least 1; more than about ten help only a well-conditioned covariance.
+        iterations: Newton steps, at least 1.
         synchronize: under `torch.distributed`, compute training statistics over all processes' batches.
         process_group: the processes to synchronize; None for those of DDP's wrapper, or else all.
 

@@ -1,0 +1,58 @@
+"""Square root by a Padé approximant, and its exact gradient (arXiv 2105.02498, 2201.08663).
+
+The diagonal approximant of degree m of the root, about 1, is a sum of partial fractions (Higham 2008, Functions of
+Matrices, eq. 6.30): with ``θ_j = j π / (2m + 1)``
+
+    √x ≈ r(x) = 2m + 1 − 2 / (2m + 1) Σ_j tan²θ_j / (sin²θ_j + x cos²θ_j)
+
+It is the nearer the closer x is to 1, ``(r − √x) / (r + √x) = ((1 − √x) / (1 + √x))^(2m + 1)``; below, ``r(0) = 1 /
+(2m + 1)``. So ``C^½ = √‖C‖ r(A)`` with ``A = C / ‖C‖``, in the Frobenius norm: eigenvalues of A are at most 1, and many equal
+ones are nearer to 1 than with the trace.
+
+The fractions are inverses ``R_j = (sin²θ_j I + cos²θ_j A)⁻¹``, bounded even if A is singular. They yield the gradient of
+r itself, which tends to the solution of the Lyapunov equation as r tends to the root:
+
+    ∂L/∂A = 2 / (2m + 1) Σ_j sin²θ_j R_j sym(G) R_j
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .base import divided, identity_like, unscaled_adjoint
+from .cholesky import cholesky
+
+
+def pade_root(covariance: Tensor, degree: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Approximate ``covariance^½`` of n symmetric positive semidefinite matrices ``(n, M, M)``; 0 for 0.
+
+    Returns:
+        The root ``(n, M, M)``, and what `pade_root_adjoint` needs: `degree` + 1 as many numbers.
+    """
+    scale = _norm(covariance)
+    scaled, identity = divided(covariance, scale), identity_like(covariance)
+    root, inverses = (2 * degree + 1) * identity, []
+    for angle in _angles(degree):
+        inverses.append(cholesky(math.sin(angle) ** 2 * identity + math.cos(angle) ** 2 * scaled).matrix)
+        root = root - 2 / (2 * degree + 1) * math.tan(angle) ** 2 * inverses[-1]
+    return root * scale.sqrt(), (covariance, *inverses)
+
+
+def pade_root_adjoint(grad: Tensor, root: Tensor, covariance: Tensor, *inverses: Tensor) -> Tensor:
+    """Compute the gradient of the covariance from that of `pade_root`'s result; 0 for the root of 0."""
+    scale = _norm(covariance)
+    scaled, symmetric = divided(covariance, scale), (grad + grad.mT) / 2 * scale.sqrt()
+    of_scaled = torch.zeros_like(grad)
+    for angle, inverse in zip(_angles(len(inverses)), inverses, strict=True):
+        weight = 2 / (2 * len(inverses) + 1) * math.sin(angle) ** 2
+        of_scaled = torch.baddbmm(of_scaled, inverse @ symmetric, inverse, alpha=weight)
+    return unscaled_adjoint(of_scaled, scaled, scale, scaled, (grad * root).sum((-2, -1), True) / 2)
+
+
+def _norm(matrices: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(matrices, keepdim=True)
+
+
+def _angles(degree: int) -> list[float]:
+    return [index * math.pi / (2 * degree + 1) for index in range(1, degree + 1)]
