@@ -528,6 +528,39 @@ def iterated_root(covariance: Tensor, eps: float, iterations: int) -> Tensor:
     return root / trace.sqrt()
 
 
+def square_root(covariance: Tensor) -> Tensor:
+    """``C^½`` of a covariance, by a singular value decomposition."""
+    u, s, _ = torch.linalg.svd(covariance)
+    return u @ torch.diag(s.sqrt()) @ u.T
+
+
+def newton_square_root(covariance: Tensor, iterations: int) -> Tensor:
+    """What so many Newton steps make of ``C^½ = C C^(-½)``."""
+    return covariance @ iterated_root(covariance, 0.0, iterations)
+
+
+def pade_square_root(covariance: Tensor, degree: int) -> Tensor:
+    """The Padé approximant of ``C^½`` by its error: ``(r − √x) / (r + √x) = ((1 − √x) / (1 + √x))^(2m + 1)``."""
+    scale = torch.linalg.matrix_norm(covariance)
+    u, s, _ = torch.linalg.svd(covariance / scale)
+    ratio = ((1 - s.sqrt()) / (1 + s.sqrt())) ** (2 * degree + 1)
+    return scale.sqrt() * u @ torch.diag(s.sqrt() * (1 + ratio) / (1 - ratio)) @ u.T
+
+
+def lyapunov(root: Tensor, right: Tensor) -> Tensor:
+    """The S of ``R S + S R = right`` for a symmetric R, as a system of M² linear equations."""
+    identity = torch.eye(len(root), dtype=root.dtype)
+    system = torch.kron(root, identity) + torch.kron(identity, root)
+    return torch.linalg.solve(system, right.flatten()).view_as(right)
+
+
+def covariance_pooled(x: Tensor, root_of) -> Tensor:
+    """Upper triangles of the roots of the covariances of samples ``(N, C, …)``, by plain autograd."""
+    size = x.shape[1]
+    roots = [root_of(sample.flatten(1).cov(correction=0).view(size, size)) for sample in x]
+    return torch.stack([torch.cat([row[i:] for i, row in enumerate(root)]) for root in roots])
+
+
 def learning_whitening(whitening: Tensor, covariance: Tensor, step_size: float, criterion: str, eps: float) -> Tensor:
     """The matrix of stochastic whitening batch normalization after one step on a batch's covariance."""
     scale = torch.diag((covariance.diagonal() + eps) ** -0.5)

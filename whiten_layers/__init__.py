@@ -29,6 +29,7 @@ from .norm import (
     follow_learning_rate,
     update_bn,
 )
+from .pooling import CovariancePooling1d, CovariancePooling2d
 from .report import Report, report
 from .transforms import Chain, EigenbasisScaling, FeatureWhitening, GradientTransform, OptimalInputGain, PSIScaling
 from .two_stage import TwoStageNetwork
@@ -38,6 +39,8 @@ __version__ = "0.2.0.dev0"
 __all__ = [
     "Advice",
     "Chain",
+    "CovariancePooling1d",
+    "CovariancePooling2d",
     "DecorrelatedBatchNorm1d",
     "DecorrelatedBatchNorm2d",
     "DecorrelatedBatchNorm3d",

@@ -5,18 +5,18 @@ and a rank, in this order. It returns an `Inverse` with ``C^(-p)``, symmetric to
 cannot invert. It never raises for a bad matrix. To add a method, write the function and add it to `METHODS`.
 
 The square roots in `ROOTS` come with the adjoint of their derivative, for layers that have them in the forward pass.
-They take n covariances, which may be singular, and a number of steps, and return the root and what its adjoint needs.
+They take n covariances, which may be singular, and a number of steps unless they are exact, and return a `Root`.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .base import Inverse
+from .base import Inverse, Root
 from .cholesky import cholesky
-from .eigh import eigh, eigh_root, eigh_root_adjoint
+from .eigh import eigh, eigh_root
 from .newton_schulz import newton_schulz
-from .newton_steps import newton_root, newton_root_adjoint
-from .pade import pade_root, pade_root_adjoint
+from .newton_steps import newton_schulz_root
+from .pade import pade_root
 from .recursive import recursive
 
 
@@ -38,6 +38,12 @@ METHODS = {
     "recursive": Method(recursive, 4, powers=None, operations=12, warm_powers=None, is_approximate=True),
 }
 
+ROOTS: dict[str, Callable[..., Root]] = {
+    "eigh": eigh_root,
+    "newton_schulz": newton_schulz_root,
+    "pade": pade_root,
+}
+
 
 def supports(method: str, power: float) -> bool:
     """Tell whether `method` (a key of `METHODS`, or "auto") can compute ``C^(-power)``."""
@@ -54,4 +60,16 @@ def resolve(method: str, power: float) -> str:
     return "cholesky" if supports("cholesky", power) else "eigh"
 
 
-__all__ = ["METHODS", "Inverse", "Method", "cholesky", "eigh", "newton_schulz", "recursive", "resolve", "supports"]
+__all__ = [
+    "METHODS",
+    "ROOTS",
+    "Inverse",
+    "Method",
+    "Root",
+    "cholesky",
+    "eigh",
+    "newton_schulz",
+    "recursive",
+    "resolve",
+    "supports",
+]

@@ -1,4 +1,4 @@
-"""What several methods use: their result's type, scaling of matrices, the warm start that falls back to a cold start."""
+"""Result types of all methods, scaling of matrices, and the warm start that falls back to a cold start."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,6 +18,17 @@ class Inverse(NamedTuple):
     matrix: Tensor
     directions: Tensor | None = None
     restarted: Tensor | None = None
+
+
+class Root(NamedTuple):
+    """Square roots of n matrices ``(n, M, M)``, and what their gradient needs.
+
+    ``adjoint(∂L/∂matrix, matrix, *kept)`` returns the gradient of the n matrices, symmetric.
+    """
+
+    matrix: Tensor
+    adjoint: Callable[..., Tensor]
+    kept: tuple[Tensor, ...]
 
 
 def identity_like(matrices: Tensor) -> Tensor:

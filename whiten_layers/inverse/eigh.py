@@ -6,14 +6,14 @@ Krein 1965): for the gradient G of f(C)
     ∂L/∂C = U (K ∘ (Uᵀ sym(G) U)) Uᵀ        K_ij = (f(λ_i) − f(λ_j)) / (λ_i − λ_j)
 
 For roots K can be written without a difference of eigenvalues, unlike the derivative of an eigenvector. So it is as
-accurate where they are equal. For ``f = √``, ``K_ij = 1 / (√λ_i + √λ_j)``: this is the solution of the Lyapunov equation
-``√C S + S √C = sym(G)``.
+accurate where they are equal. For ``f = √``, ``K_ij = 1 / (√λ_i + √λ_j)``: this ∂L/∂C is the solution S of the Lyapunov
+equation ``√C S + S √C = sym(G)``.
 """
 
 import torch
 from torch import Tensor
 
-from .base import Inverse, identity_like
+from .base import Inverse, Root, identity_like
 
 
 def decompose(symmetric: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,24 +64,18 @@ def eigh(covariance: Tensor, power: float) -> Inverse:
     return Inverse((vectors * inverse_power(values, power).unsqueeze(-2)) @ vectors.mT)
 
 
-def eigh_root(covariance: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def eigh_root(covariance: Tensor) -> Root:
     """Compute ``covariance^½`` of n symmetric positive semidefinite matrices ``(n, M, M)``.
 
-    Eigenvalues that are 0 to rounding become 0.
-
-    Returns:
-        The root ``(n, M, M)``, and what `eigh_root_adjoint` needs; NaN where a decomposition does not converge.
+    Eigenvalues that are 0 to rounding become 0. The root is NaN where a decomposition does not converge.
     """
     values, vectors = decompose(covariance)
     roots = torch.where(values <= rounding(values), 0, values).sqrt()
-    return (vectors * roots.unsqueeze(-2)) @ vectors.mT, (roots, vectors)
+    return Root((vectors * roots.unsqueeze(-2)) @ vectors.mT, _root_adjoint, (roots, vectors))
 
 
-def eigh_root_adjoint(grad: Tensor, root: Tensor, roots: Tensor, vectors: Tensor) -> Tensor:
-    """Compute the gradient of the covariance from that of `eigh_root`'s result.
-
-    Between two eigenvalues of 0, where the root has no derivative, it is 0. Changes that keep the rank of the matrix
-    do not depend on this part.
-    """
+def _root_adjoint(grad: Tensor, root: Tensor, roots: Tensor, vectors: Tensor) -> Tensor:
+    # Between two eigenvalues of 0 the root has no derivative: there K is 0. Changes that keep a matrix positive
+    # semidefinite and its rank do not depend on this part.
     sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
     return spectral_adjoint(grad, vectors, torch.where(sums == 0, 0, 1 / sums))

@@ -5,9 +5,9 @@ With ``A = C / tr C``, whose eigenvalues are at most 1, from ``Y = A`` and ``Z =
     Y ← (3Y − Y Z Y) / 2        Z ← (3Z − Z Y Z) / 2
 
 tend to ``Y = A^½`` and ``Z = A^(-½)`` (Higham 2008, Functions of Matrices, eq. 6.35), so that ``C^½ = √tr C · Y`` and
-``C^(-½) = Z / √tr C`` (arXiv 1712.01034). All matrices are polynomials of A: they commute, and Z is what the steps
-``Z ← (3Z − Z³ A) / 2`` on one matrix alone yield, of which rounding errors are amplified. After few steps eigenvalues of
-A far below 1 are not there yet: in k steps they grow up to ``1.5^k``-fold.
+``C^(-½) = Z / √tr C`` (arXiv 1712.01034). All matrices are polynomials of A, so they commute. Z is what the steps
+``Z ← (3Z − Z³ A) / 2`` on one matrix alone yield, but those amplify rounding errors. After few steps what belongs to
+eigenvalues of A far below 1 is still too small: k steps multiply it by ``1.5^k`` at most.
 
 The gradient of one step follows from the product rule. With symmetric gradients G of the new Y and H of the new Z, and
 ``R = Z Y − I``,
@@ -17,10 +17,12 @@ The gradient of one step follows from the product rule. With symmetric gradients
 The steps are computed again for it, not kept.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .base import divided, identity_like, trace, unscaled_adjoint
+from .base import Root, divided, identity_like, trace, unscaled_adjoint
 
 
 def coupled_step(root: Tensor, inverse_root: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +39,13 @@ def minus_identity(product: Tensor) -> Tensor:
     return product
 
 
-def newton_root(covariance: Tensor, iterations: int, power: float = 0.5) -> Tensor:
+def newton_schulz_root(covariance: Tensor, iterations: int) -> Root:
+    """Approximate ``covariance^½`` of n symmetric positive semidefinite matrices ``(n, M, M)``; 0 for 0."""
+    adjoint = partial(newton_root_adjoint, iterations=iterations, power=0.5)
+    return Root(newton_root(covariance, iterations, power=0.5), adjoint, (covariance,))
+
+
+def newton_root(covariance: Tensor, iterations: int, power: float) -> Tensor:
     """Approximate ``covariance^power``, power ½ or −½, of n symmetric positive semidefinite matrices ``(n, M, M)``.
 
     The root of 0 is 0; its inverse is not finite.
@@ -71,6 +79,7 @@ def newton_root_adjoint(grad: Tensor, result: Tensor, covariance: Tensor, iterat
 def _step_adjoint(grad: Tensor | None, residual: Tensor, other: Tensor, other_grad: Tensor | None) -> Tensor:
     """Compute ``(G − G R − R G − Z H Z) / 2`` of symmetric gradients; None stands for a G or H of zeros, not both."""
     if grad is None:
+        assert other_grad is not None
         return other @ other_grad @ other / -2
     half = torch.baddbmm(grad, grad, residual, beta=0.25, alpha=-0.5)
     kept = half + half.mT

@@ -5,12 +5,12 @@ Matrices, eq. 6.30): with ``θ_j = j π / (2m + 1)``
 
     √x ≈ r(x) = 2m + 1 − 2 / (2m + 1) Σ_j tan²θ_j / (sin²θ_j + x cos²θ_j)
 
-It is the nearer the closer x is to 1, ``(r − √x) / (r + √x) = ((1 − √x) / (1 + √x))^(2m + 1)``; below, ``r(0) = 1 /
-(2m + 1)``. So ``C^½ = √‖C‖ r(A)`` with ``A = C / ‖C‖``, in the Frobenius norm: eigenvalues of A are at most 1, and many equal
-ones are nearer to 1 than with the trace.
+The closer x is to 1 the smaller is the error, ``(r − √x) / (r + √x) = ((1 − √x) / (1 + √x))^(2m + 1)``. Far below 1 r
+is too large: ``r(0) = 1 / (2m + 1)``. Here ``C^½ ≈ √‖C‖ r(A)`` with ``A = C / ‖C‖``, in the Frobenius norm: eigenvalues
+of A are at most 1, and larger than with the trace.
 
-The fractions are inverses ``R_j = (sin²θ_j I + cos²θ_j A)⁻¹``, bounded even if A is singular. They yield the gradient of
-r itself, which tends to the solution of the Lyapunov equation as r tends to the root:
+The fractions are inverses ``R_j = (sin²θ_j I + cos²θ_j A)⁻¹``, bounded even if A is singular. The gradient of r itself
+follows from them; it tends to the solution of the Lyapunov equation as r tends to the root:
 
     ∂L/∂A = 2 / (2m + 1) Σ_j sin²θ_j R_j sym(G) R_j
 """
@@ -20,15 +20,14 @@ import math
 import torch
 from torch import Tensor
 
-from .base import divided, identity_like, unscaled_adjoint
+from .base import Root, divided, identity_like, unscaled_adjoint
 from .cholesky import cholesky
 
 
-def pade_root(covariance: Tensor, degree: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+def pade_root(covariance: Tensor, degree: int) -> Root:
     """Approximate ``covariance^½`` of n symmetric positive semidefinite matrices ``(n, M, M)``; 0 for 0.
 
-    Returns:
-        The root ``(n, M, M)``, and what `pade_root_adjoint` needs: `degree` + 1 as many numbers.
+    The gradient needs `degree` matrices for each of them.
     """
     scale = _norm(covariance)
     scaled, identity = divided(covariance, scale), identity_like(covariance)
@@ -36,11 +35,10 @@ def pade_root(covariance: Tensor, degree: int) -> tuple[Tensor, tuple[Tensor, ..
     for angle in _angles(degree):
         inverses.append(cholesky(math.sin(angle) ** 2 * identity + math.cos(angle) ** 2 * scaled).matrix)
         root = root - 2 / (2 * degree + 1) * math.tan(angle) ** 2 * inverses[-1]
-    return root * scale.sqrt(), (covariance, *inverses)
+    return Root(root * scale.sqrt(), _root_adjoint, (covariance, *inverses))
 
 
-def pade_root_adjoint(grad: Tensor, root: Tensor, covariance: Tensor, *inverses: Tensor) -> Tensor:
-    """Compute the gradient of the covariance from that of `pade_root`'s result; 0 for the root of 0."""
+def _root_adjoint(grad: Tensor, root: Tensor, covariance: Tensor, *inverses: Tensor) -> Tensor:
     scale = _norm(covariance)
     scaled, symmetric = divided(covariance, scale), (grad + grad.mT) / 2 * scale.sqrt()
     of_scaled = torch.zeros_like(grad)
