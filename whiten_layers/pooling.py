@@ -82,7 +82,7 @@ def _pool(input: Tensor, dims: int, method: str, steps: tuple[int, ...]) -> Tens
         raise ValueError(f"{name} expects at least 1 channel and 2 positions, got size {tuple(input.shape)}")
     with torch.no_grad(), without_autocast(input.device), full_precision_outside_graphs():
         centred = _centred(input)
-        root = ROOTS[method](centred @ centred.mT / centred.shape[-1], *steps)
+        root = ROOTS[method](centred / centred.shape[-1] ** 0.5, *steps)
     return _Triangle.apply(input, root.matrix, root.adjoint, *root.kept)
 
 

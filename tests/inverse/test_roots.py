@@ -31,6 +31,12 @@ SINGULAR = {
 each_root = pytest.mark.parametrize("method", ROOTS)
 
 
+def factor(*covariances):
+    """Square factors of covariances."""
+    values, vectors = torch.linalg.eigh(torch.stack(covariances))
+    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+
+
 def gradient(seed=3, size=6):
     return torch.randn(1, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -44,14 +50,14 @@ def symmetric(matrices):
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 def test_the_root_is_the_references(method, spectrum, scale):
     covariance = scale * with_spectrum(SPECTRA[spectrum])
-    root = ROOTS[method](covariance[None], *STEPS[method]).matrix[0]
+    root = ROOTS[method](factor(covariance), *STEPS[method]).matrix[0]
     torch.testing.assert_close(root / scale**0.5, TRUTHS[method](covariance) / scale**0.5, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("method, steps", [("newton_schulz", 20), ("pade", 60)])
 def test_many_steps_lead_to_the_root_and_to_its_gradient(method, steps):
     covariance, grad = with_spectrum(SPECTRA["even"]), gradient()
-    root = ROOTS[method](covariance[None], steps)
+    root = ROOTS[method](factor(covariance), steps)
     torch.testing.assert_close(root.matrix[0], reference.square_root(covariance), rtol=1e-9, atol=1e-9)
     expected = reference.lyapunov(root.matrix[0], symmetric(grad)[0])
     torch.testing.assert_close(root.adjoint(grad, root.matrix, *root.kept)[0], expected, rtol=1e-8, atol=1e-8)
@@ -61,7 +67,7 @@ def test_many_steps_lead_to_the_root_and_to_its_gradient(method, steps):
 def test_the_exact_roots_gradient_solves_lyapunovs_equation(spectrum):
     covariance = with_spectrum(SPECTRA[spectrum])
     grad = gradient(size=len(covariance))
-    root = ROOTS["eigh"](covariance[None])
+    root = ROOTS["eigh"](factor(covariance))
     expected = reference.lyapunov(reference.square_root(covariance), symmetric(grad)[0])
     # With eigenvalues of 1e-6 the equation has a condition number of 1e3.
     torch.testing.assert_close(root.adjoint(grad, root.matrix, *root.kept)[0], expected, rtol=1e-8, atol=1e-8)
@@ -73,36 +79,49 @@ def test_the_exact_roots_gradient_solves_lyapunovs_equation(spectrum):
 def test_an_approximate_roots_gradient_is_its_own(method, steps, spectrum):
     """Not that of the root: also where eigenvalues are 0, and after one step."""
     values = (SPECTRA | SINGULAR)[spectrum]
-    covariance = with_spectrum(values)[None].requires_grad_()
+    columns = factor(with_spectrum(values)).requires_grad_()
     grad = gradient(size=len(values))
-    root = ROOTS[method](symmetric(covariance), steps)  # differentiable operations, so autograd knows the truth
-    (expected,) = torch.autograd.grad(root.matrix, covariance, grad)
+    root = ROOTS[method](columns, steps)  # differentiable operations, so autograd knows the truth
+    (expected,) = torch.autograd.grad(root.matrix, columns, grad)
     ours = root.adjoint(grad, *(tensor.detach() for tensor in (root.matrix, *root.kept)))
-    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(2 * ours @ columns.detach(), expected, rtol=1e-9, atol=1e-9)
 
 
 @each_root
 @pytest.mark.parametrize("spectrum", SINGULAR)
 def test_a_singular_matrix_has_a_root_and_a_finite_gradient(method, spectrum):
-    covariance = with_spectrum(SINGULAR[spectrum])[None]
-    root = ROOTS[method](covariance, *STEPS[method])
+    covariance = with_spectrum(SINGULAR[spectrum])
+    root = ROOTS[method](factor(covariance), *STEPS[method])
     adjoint = root.adjoint(gradient(size=4), root.matrix, *root.kept)
     assert root.matrix.isfinite().all() and adjoint.isfinite().all()
     if spectrum == "zero":
         assert not root.matrix.any() and not adjoint.any()
     if method == "eigh":
-        torch.testing.assert_close(root.matrix @ root.matrix, covariance, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(root.matrix[0] @ root.matrix[0], covariance, rtol=1e-9, atol=1e-9)
 
 
 @each_root
-def test_a_matrix_that_is_not_finite_spares_the_others(method):
-    covariance = torch.stack([with_spectrum(SPECTRA["even"], seed) for seed in range(3)])
-    expected = ROOTS[method](covariance, *STEPS[method])
+@pytest.mark.parametrize("columns", [1, 3, 5])
+def test_a_factor_of_few_columns_is_one_with_columns_of_0(method, columns):
+    generator = torch.Generator().manual_seed(columns)
+    thin = torch.randn(2, 6, columns, generator=generator, dtype=torch.float64)
+    wide = torch.cat([thin, torch.zeros(2, 6, 6 - columns, dtype=torch.float64)], -1)
+    roots = [ROOTS[method](one, *STEPS[method]) for one in (thin, wide)]
+    torch.testing.assert_close(roots[0].matrix, roots[1].matrix, rtol=1e-9, atol=1e-9)
+    adjoints = [root.adjoint(gradient(), root.matrix, *root.kept) for root in roots]
+    torch.testing.assert_close(*adjoints, rtol=1e-8, atol=1e-8)
+
+
+@each_root
+@pytest.mark.parametrize("columns", [4, 6])
+def test_a_factor_that_is_not_finite_spares_the_others(method, columns):
+    factors = factor(*(with_spectrum(SPECTRA["even"], seed) for seed in range(3)))[..., :columns]
+    expected = ROOTS[method](factors, *STEPS[method])
     for bad in (torch.nan, torch.inf):
-        broken = covariance.clone()
-        broken[1, 0, 2] = broken[1, 2, 0] = bad
+        broken = factors.clone()
+        broken[1, 0, 2] = bad
         root = ROOTS[method](broken, *STEPS[method])
-        adjoint = root.adjoint(torch.ones_like(covariance), root.matrix, *root.kept)
+        adjoint = root.adjoint(torch.ones_like(root.matrix), root.matrix, *root.kept)
         assert root.matrix[1].isnan().any() and adjoint[1].isnan().any()
         torch.testing.assert_close(root.matrix[[0, 2]], expected.matrix[[0, 2]])
         assert adjoint[[0, 2]].isfinite().all()

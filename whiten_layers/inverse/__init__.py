@@ -5,7 +5,8 @@ and a rank, in this order. It returns an `Inverse` with ``C^(-p)``, symmetric to
 cannot invert. It never raises for a bad matrix. To add a method, write the function and add it to `METHODS`.
 
 The square roots in `ROOTS` come with the adjoint of their derivative, for layers that have them in the forward pass.
-They take n covariances, which may be singular, and a number of steps unless they are exact, and return a `Root`.
+They take factors X ``(n, M, K)`` of n covariances ``X Xᵀ``, which may be singular, and a number of steps unless they
+are exact. They return a `Root`.
 """
 
 from collections.abc import Callable

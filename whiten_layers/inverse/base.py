@@ -21,9 +21,9 @@ class Inverse(NamedTuple):
 
 
 class Root(NamedTuple):
-    """Square roots of n matrices ``(n, M, M)``, and what their gradient needs.
+    """Square roots of n covariances ``(n, M, M)``, and what their gradient needs.
 
-    ``adjoint(∂L/∂matrix, matrix, *kept)`` returns the gradient of the n matrices, symmetric.
+    ``adjoint(∂L/∂matrix, matrix, *kept)`` returns the gradient of the covariances, symmetric.
     """
 
     matrix: Tensor

@@ -64,18 +64,45 @@ def eigh(covariance: Tensor, power: float) -> Inverse:
     return Inverse((vectors * inverse_power(values, power).unsqueeze(-2)) @ vectors.mT)
 
 
-def eigh_root(covariance: Tensor) -> Root:
-    """Compute ``covariance^½`` of n symmetric positive semidefinite matrices ``(n, M, M)``.
+def eigh_root(factor: Tensor) -> Root:
+    """Compute ``C^½`` of n covariances ``C = X Xᵀ`` from their factors X ``(n, M, K)``.
 
+    Of the two products ``X Xᵀ`` and ``Xᵀ X``, which have the same eigenvalues besides 0, the smaller is decomposed.
     Eigenvalues that are 0 to rounding become 0. The root is NaN where a decomposition does not converge.
     """
-    values, vectors = decompose(covariance)
+    if factor.shape[-2] <= factor.shape[-1]:
+        values, vectors = decompose(factor @ factor.mT)
+        roots = torch.where(values <= rounding(values), 0, values).sqrt()
+        return Root((vectors * roots.unsqueeze(-2)) @ vectors.mT, _root_adjoint, (roots, vectors))
+    values, vectors = decompose(factor.mT @ factor)
     roots = torch.where(values <= rounding(values), 0, values).sqrt()
-    return Root((vectors * roots.unsqueeze(-2)) @ vectors.mT, _root_adjoint, (roots, vectors))
+    vectors = factor @ _over(vectors, roots)
+    return Root((vectors * roots.unsqueeze(-2)) @ vectors.mT, _thin_root_adjoint, (roots, vectors))
 
 
+# Between two eigenvalues of 0 the root has no derivative: there K is 0. Changes of X that keep the rank of C do not
+# depend on this part.
 def _root_adjoint(grad: Tensor, root: Tensor, roots: Tensor, vectors: Tensor) -> Tensor:
-    # Between two eigenvalues of 0 the root has no derivative: there K is 0. Changes that keep a matrix positive
-    # semidefinite and its rank do not depend on this part.
+    return spectral_adjoint(grad, vectors, _root_differences(roots))
+
+
+# With only the K columns U whose eigenvalues are not 0, UᵀU = I, the rest of the basis enters as I − U Uᵀ: there K is
+# 1 / √λ_j. With G symmetric and H = Uᵀ G U
+#
+#     ∂L/∂C = U (K ∘ H) Uᵀ + A Uᵀ + U Aᵀ        A = (G U − U H) Λ^(-½)
+def _thin_root_adjoint(grad: Tensor, root: Tensor, roots: Tensor, vectors: Tensor) -> Tensor:
+    image = (grad + grad.mT) / 2 @ vectors
+    inner = vectors.mT @ image
+    half = vectors @ (_root_differences(roots) * inner / 2) + _over(image - vectors @ inner, roots)
+    product = half @ vectors.mT
+    return product + product.mT
+
+
+def _root_differences(roots: Tensor) -> Tensor:
     sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
-    return spectral_adjoint(grad, vectors, torch.where(sums == 0, 0, 1 / sums))
+    return torch.where(sums == 0, 0, 1 / sums)
+
+
+def _over(columns: Tensor, roots: Tensor) -> Tensor:
+    """Divide columns by roots; 0 where a root is 0."""
+    return torch.where(roots.unsqueeze(-2) == 0, 0, columns / roots.unsqueeze(-2))

@@ -39,8 +39,9 @@ def minus_identity(product: Tensor) -> Tensor:
     return product
 
 
-def newton_schulz_root(covariance: Tensor, iterations: int) -> Root:
-    """Approximate ``covariance^½`` of n symmetric positive semidefinite matrices ``(n, M, M)``; 0 for 0."""
+def newton_schulz_root(factor: Tensor, iterations: int) -> Root:
+    """Approximate ``C^½`` of n covariances ``C = X Xᵀ`` from their factors X ``(n, M, K)``; 0 for 0."""
+    covariance = factor @ factor.mT
     adjoint = partial(newton_root_adjoint, iterations=iterations, power=0.5)
     return Root(newton_root(covariance, iterations, power=0.5), adjoint, (covariance,))
 

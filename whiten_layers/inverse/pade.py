@@ -24,11 +24,12 @@ from .base import Root, divided, identity_like, unscaled_adjoint
 from .cholesky import cholesky
 
 
-def pade_root(covariance: Tensor, degree: int) -> Root:
-    """Approximate ``covariance^½`` of n symmetric positive semidefinite matrices ``(n, M, M)``; 0 for 0.
+def pade_root(factor: Tensor, degree: int) -> Root:
+    """Approximate ``C^½`` of n covariances ``C = X Xᵀ`` from their factors X ``(n, M, K)``; 0 for 0.
 
     The gradient needs `degree` matrices for each of them.
     """
+    covariance = factor @ factor.mT
     scale = _norm(covariance)
     scaled, identity = divided(covariance, scale), identity_like(covariance)
     root, inverses = (2 * degree + 1) * identity, []
