@@ -166,6 +166,8 @@ def plot_roots(measured: list[dict]) -> Figure:
                 points = [(cell["channels"], factor * cell[kind][name]) for cell in of_size]
                 color = "black" if name == BASELINE else f"C{index}"
                 panel.loglog(*zip(*points, strict=True), "o-", color=color, markersize=4, label=name)
+            panel.set_xticks([cell["channels"] for cell in of_size], [str(cell["channels"]) for cell in of_size])
+            panel.minorticks_off()
             panel.set_title(f"{positions} positions")
             annotate(panel, "channels", title, legend=panel is grid[0][0])
     return figure
