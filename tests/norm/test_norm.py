@@ -117,6 +117,16 @@ def test_outputs_are_white(group_size):
         torch.testing.assert_close(torch.linalg.eigvalsh(covariance), (values * p**2).sort().values)
 
 
+def test_many_steps_of_iter_norm_come_to_decorrelated_batch_norm_in_float32():
+    x = draw((64, CHANNELS, 2, 2), dtype=torch.float32)
+    covariance = x.transpose(0, 1).flatten(1).cov(correction=0)
+    exact = KINDS["decorrelated"][1](CHANNELS, group_size=None)(x)
+    # Rounding of 6e-8 times the condition number; each step doubles the smallest eigenvalue at least.
+    assert torch.linalg.cond(covariance) < 1e3
+    for iterations in (15, 30):
+        torch.testing.assert_close(KINDS["iter_norm"][1](CHANNELS, iterations=iterations)(x), exact, rtol=0, atol=6e-5)
+
+
 @any_kind
 @pytest.mark.parametrize("momentum", [0.3, None])
 def test_running_statistics_are_averages_and_evaluation_leaves_them_alone(kind, momentum):
