@@ -140,7 +140,7 @@ def test_invariances(method, channels, positions, seed, scale):
 
 @any_method
 @pytest.mark.parametrize("shape", [(4, 8, 7, 7), (4, 32, 3, 3)])
-@pytest.mark.parametrize("scale, mean", [(1, 0), (1e-6, 0), (1e6, 0), (1, 100)])
+@pytest.mark.parametrize("scale, mean", [(1, 0), (1e-15, 0), (1e6, 0), (1, 100)])
 def test_float32_is_near_float64_where_it_is_hard(method, shape, scale, mean):
     results = []
     for dtype in (torch.float32, torch.float64):
@@ -149,8 +149,9 @@ def test_float32_is_near_float64_where_it_is_hard(method, shape, scale, mean):
         output.backward(draw(*output.shape, seed=2, dtype=dtype))
         results.append((output.detach().double(), x.grad.double()))
     for ours, theirs in zip(*results, strict=True):
-        # Rounding of 6e-8, times the mean, is the root of an eigenvalue of 4e-15, of which the gradient has the root.
-        assert (ours - theirs).norm() <= 2e-3 * theirs.norm()
+        # Rounding of 6e-8: of numbers a hundred times as large as their deviations, or of the approximant's fractions,
+        # which add up to 11 and leave 1 / 11. Seen: 8e-6.
+        assert (ours - theirs).norm() <= 5e-5 * theirs.norm()
 
 
 @any_method

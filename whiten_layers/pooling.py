@@ -4,7 +4,7 @@ The n positions of a sample are the columns of X, with C channels. Then
 
     m = X 1 / n      Σ = (X − m)(X − m)ᵀ / n      V = Σ^½      y = V_ij, i ≤ j
 
-A gradient of y is one of V's upper triangle, and V depends on the symmetric part S of ∂L/∂Σ only:
+The gradient of y is that of V's upper triangle. From it the root's adjoint (`inverse`) yields ``S = ∂L/∂Σ``, symmetric:
 
     ∂L/∂X = 2 S (X − m) / n
 
@@ -91,7 +91,7 @@ class _CovariancePooling(nn.Module):
 
     def __init__(self, method: str = "newton_schulz", *, iterations: int = 5, degree: int = 5) -> None:
         super().__init__()
-        check("method", method, method in ROOTS, f"one of {', '.join(ROOTS)}")
+        check("method", method, isinstance(method, str) and method in ROOTS, f"one of {', '.join(ROOTS)}")
         check("iterations", iterations, is_count(iterations), "an integer of at least 1")
         check("degree", degree, is_count(degree), "an integer of at least 1")
         self.method, self.iterations, self.degree = method, iterations, degree

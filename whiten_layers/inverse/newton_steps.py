@@ -6,8 +6,8 @@ With ``A = C / tr C``, whose eigenvalues are at most 1, from ``Y = A`` and ``Z =
 
 tend to ``Y = A^½`` and ``Z = A^(-½)`` (Higham 2008, Functions of Matrices, eq. 6.35), so that ``C^½ = √tr C · Y`` and
 ``C^(-½) = Z / √tr C`` (arXiv 1712.01034). All matrices are polynomials of A, so they commute. Z is what the steps
-``Z ← (3Z − Z³ A) / 2`` on one matrix alone yield, but those amplify rounding errors. After few steps what belongs to
-eigenvalues of A far below 1 is still too small: k steps multiply it by ``1.5^k`` at most.
+``Z ← (3Z − Z³ A) / 2`` on one matrix alone yield, but those amplify rounding errors. After few steps the results
+for eigenvalues of A far below 1 are still too small: k steps multiply them by ``1.5^k`` at most.
 
 The gradient of one step follows from the product rule. With symmetric gradients G of the new Y and H of the new Z, and
 ``R = Z Y − I``,

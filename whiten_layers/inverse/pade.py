@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Root, divided, identity_like, unscaled_adjoint
+from .base import Root, divided, identity_like, trace, unscaled_adjoint
 from .cholesky import cholesky
 
 
@@ -50,7 +50,9 @@ def _root_adjoint(grad: Tensor, root: Tensor, covariance: Tensor, *inverses: Ten
 
 
 def _norm(matrices: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(matrices, keepdim=True)
+    # Divided first: squares of entries underflow long before the entries do.
+    scale = trace(matrices)
+    return scale * torch.linalg.matrix_norm(divided(matrices, scale), keepdim=True)
 
 
 def _angles(degree: int) -> list[float]:
