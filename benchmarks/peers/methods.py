@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from whiten_layers import GradientTransform, convert_batchnorm, whiten
 
@@ -14,6 +15,9 @@ from ..safety_tasks import Transformer
 from ..transforms import TransformOptions
 from .curvature import FOOF, KFAC, MAC, Preconditioner
 from .deconvolution import deconvolve
+
+if not hasattr(torch.optim, "Muon"):
+    raise ImportError(f"torch.optim.Muon is one of the methods; torch {torch.__version__} does not have it, 2.9 does")
 
 
 @dataclass
@@ -61,7 +65,7 @@ def others(network: nn.Module, chosen: Iterable[nn.Parameter]) -> list[nn.Parame
     return [parameter for parameter in network.parameters() if id(parameter) not in ids]
 
 
-class FlatMuon(Muon):
+class FlatMuon(torch.optim.Muon):
     """Muon that takes weights of any number of dimensions, as matrices of their first one and the others."""
 
     def __init__(self, weights: Iterable[nn.Parameter], **options: Any) -> None:
