@@ -67,6 +67,24 @@ def test_statistics_of_a_rank_or_a_group_alone():
         assert unsynchronized == grouped == expected != together
 
 
+def twice(rank):
+    x = draw(SHAPE, seed=rank).requires_grad_()
+    messages = []
+    for options in ({}, {"synchronize": False}):
+        (gradient,) = torch.autograd.grad(make("iter_norm", x, **options)(x).sin().sum(), x, create_graph=True)
+        try:
+            gradient.square().sum().backward()
+            messages.append("")
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_second_derivative_needs_statistics_of_one_process():
+    for together, alone in run(twice, 2):
+        assert "differentiate twice" in together and not alone
+
+
 def under_ddp(rank):
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(CHANNELS, 6), *(kinds[0](6) for kinds in KINDS.values()), nn.BatchNorm1d(6))

@@ -92,6 +92,42 @@ def test_equal_eigenvalues_have_a_gradient():
     assert constant.grad.isfinite().all()
 
 
+@any_kind
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"group_size": 3}, {"affine": False}, {"bias": False}], ids=str)
+def test_second_derivatives(kind, training, options):
+    x = draw((4, CHANNELS, 2)).requires_grad_()
+    layer = make(kind, x, eps=1e-2, **options, **({"step_size": 0.0} if kind == "swbn" else {}))
+    layer(draw((4, CHANNELS, 2), seed=2))
+    layer.train(training)
+    inputs = [x, *layer.parameters()]
+    assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), inputs)
+    first = [torch.autograd.grad(layer(x).sin().sum(), inputs, create_graph=again) for again in (False, True)]
+    torch.testing.assert_close(*first, rtol=1e-9, atol=1e-9)
+
+
+def test_second_derivatives_where_eigenvalues_are_equal():
+    layer = KINDS["decorrelated"][0](4, group_size=None, dtype=torch.float64)
+    x = torch.linalg.qr(draw((12, 4)) - draw((12, 4)).mean(0))[0] * 12**0.5  # of covariance I, all of it degenerate
+    assert torch.autograd.gradgradcheck(layer, [x.requires_grad_()])
+    dead = torch.cat([draw((12, 2)), torch.full((12, 2), 2.0, dtype=torch.float64)], 1).requires_grad_()
+    (first,) = torch.autograd.grad(layer(dead).square().sum(), dead, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), dead)
+    assert second.isfinite().all()
+
+
+@any_kind
+def test_a_gradient_penalty_asks_only_for_what_is_needed(kind):
+    layer = make(kind, draw((6, CHANNELS)), **({"step_size": 0.0} if kind == "swbn" else {}))
+    layer.weight.requires_grad_(False)
+    x = draw((6, CHANNELS)).requires_grad_()
+    (of_input,) = torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)
+    of_input.square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.any() and layer.weight.grad is None and layer.bias.grad is not None
+    (of_bias,) = torch.autograd.grad(layer(x.detach()).sin().sum(), layer.bias, create_graph=True)
+    torch.testing.assert_close(of_bias, layer(x.detach()).cos().sum(0))
+
+
 @pytest.mark.parametrize("group_size", [None, 3])
 def test_outputs_are_white(group_size):
     noise = torch.randn(64, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -353,14 +389,6 @@ def test_torch_func_differentiates_what_keeps_no_running_statistics(kind):
     gradients, of_input = torch.func.grad(loss, argnums=(0, 1))(parameters, x)
     expected = torch.autograd.grad(loss(parameters, x.requires_grad_()), [*parameters.values(), x])
     torch.testing.assert_close([*gradients.values(), of_input], list(expected))
-
-
-@any_kind
-def test_a_second_derivative_is_an_error_in_training(kind):
-    x = draw((6, CHANNELS)).requires_grad_()
-    (gradient,) = torch.autograd.grad(make(kind, x)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
 
 
 @any_kind

@@ -39,8 +39,8 @@ class WhiteningNorm(WideBuffers, ABC):
 
     A forward pass inside a backward pass, as activation checkpointing runs it, changes no buffer (unless the
     checkpoint holds a compiled graph). A batch that is empty, or whose statistics hold a NaN or Inf, changes none
-    either: it is only counted as skipped, and its output is returned as it is. Double backward through batch
-    statistics raises an error: the second derivative is not implemented.
+    either: it is only counted as skipped, and its output is returned as it is. A second derivative through the
+    statistics of several processes' batches raises an error.
 
     Subclasses compute the whitening from a covariance and choose the running statistics. Their ``__init__`` ends with
     `reset_parameters`.

@@ -6,13 +6,17 @@ is by the divided differences of λ^(-½) (`inverse.eigh`), written without a di
     K_ij = −1 / (√λ_i √λ_j (√λ_i + √λ_j))        K_ii = −½ λ_i^(-3/2)
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from ..inverse.base import identity_like
 from ..inverse.eigh import decompose, rounding, spectral_adjoint
 from ..processes import ProcessGroup
 from .base import Part, WhiteningNorm, stacked, unbiased
 from .samples import BatchMoments, Whitening
+from .square_root import square_root
 
 
 def zca(covariance: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,6 +35,11 @@ def zca_adjoint(grad: Tensor, matrix: Tensor, roots: Tensor, vectors: Tensor) ->
     """Compute the gradient of the covariance from that of `zca`'s matrix."""
     rows, columns = roots.unsqueeze(-1), roots.unsqueeze(-2)
     return spectral_adjoint(grad, vectors, -1 / (rows * columns * (rows + columns)))
+
+
+def inverse_root(covariance: Tensor, *_: Tensor, eps: float) -> Tensor:
+    """Compute `zca`'s matrix so that autograd can differentiate it any number of times."""
+    return torch.linalg.inv(square_root(covariance + eps * identity_like(covariance)))
 
 
 class _DecorrelatedBatchNorm(WhiteningNorm):
@@ -81,7 +90,7 @@ class _DecorrelatedBatchNorm(WhiteningNorm):
 
     def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
         matrix, *kept = zca(covariance, self.eps)
-        return Whitening(matrix, zca_adjoint, tuple(kept), {})
+        return Whitening(matrix, zca_adjoint, tuple(kept), partial(inverse_root, eps=self.eps), {})
 
     def _running(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> dict[str, Tensor]:
         return {"running_covariance": stacked([unbiased(one) for one in moments])}

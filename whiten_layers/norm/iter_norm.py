@@ -11,11 +11,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..inverse.base import identity_like
 from ..inverse.newton_steps import newton_root, newton_root_adjoint
 from ..options import check, is_count
 from ..processes import ProcessGroup
 from .base import Part, WhiteningNorm, stacked
 from .samples import BatchMoments, Whitening
+
+
+def inverse_root(covariance: Tensor, *_: Tensor, eps: float, iterations: int) -> Tensor:
+    """Approximate ``(covariance + eps I)^(-½)`` of n matrices ``(n, D, D)``."""
+    return newton_root(covariance + eps * identity_like(covariance), iterations, power=-0.5)
 
 
 class _IterNorm(WhiteningNorm):
@@ -68,10 +74,10 @@ class _IterNorm(WhiteningNorm):
         self._fill_diagonal(self.running_whitening, (variance + self.eps).rsqrt())
 
     def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
-        covariance = covariance.clone()
-        covariance.diagonal(dim1=-2, dim2=-1).add_(self.eps)
+        damped = covariance + self.eps * identity_like(covariance)
+        function = partial(inverse_root, eps=self.eps, iterations=self.iterations)
         adjoint = partial(newton_root_adjoint, iterations=self.iterations, power=-0.5)
-        return Whitening(newton_root(covariance, self.iterations, power=-0.5), adjoint, (covariance,), {})
+        return Whitening(function(covariance), adjoint, (damped,), function, {})
 
     def _running(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> dict[str, Tensor]:
         return {"running_whitening": stacked([whitening.matrix for whitening in whitenings])}

@@ -14,6 +14,10 @@ Neither X − m nor any intermediate result is kept: backward starts from the in
 
 With several processes, m and Σ are those of all samples, and n, ``δ 1`` and ``δ (X − m)ᵀ`` are sums over all. The
 gradients of γ and β stay each process's own, as in `nn.SyncBatchNorm`: the model's wrapper, such as DDP, averages them.
+
+For a second derivative (a gradient penalty, a Hessian's product) backward does not use these formulas: it computes the
+normalization again from the input by operations that autograd follows, and lets autograd derive the gradient. With
+several processes, and in a compiled graph, there is no second derivative.
 """
 
 from collections.abc import Callable
@@ -40,12 +44,14 @@ class Whitening(NamedTuple):
     """Whitening matrix ``(G, D, D)`` computed from a covariance, and what its gradient needs.
 
     ``adjoint(∂L/∂V, V, *kept)`` returns ∂L/∂Σ ``(G, D, D)``, or only its diagonal ``(G, D)`` where the rest is 0.
-    `learned` holds the new values of buffers, by name. They are written if the batch is valid.
+    ``function(Σ, *kept)`` is V again, by operations that autograd can differentiate any number of times. `learned`
+    holds the new values of buffers, by name. They are written if the batch is valid.
     """
 
     matrix: Tensor
     adjoint: Callable[..., Tensor]
     kept: tuple[Tensor, ...]
+    function: Callable[..., Tensor]
     learned: dict[str, Tensor]
 
 
@@ -98,10 +104,7 @@ def normalized(centred: Tensor, matrix: Tensor, weight: Tensor | None, bias: Ten
 
 
 class NormalizeByBatch(torch.autograd.Function):
-    """Autograd function of `normalized` for a mean and a matrix computed from the samples themselves.
-
-    Double backward raises an error: the second derivative is not implemented.
-    """
+    """Autograd function of `normalized` for a mean and a matrix computed from the samples themselves."""
 
     @staticmethod
     def forward(
@@ -113,6 +116,7 @@ class NormalizeByBatch(torch.autograd.Function):
         mean: Tensor,
         matrix: Tensor,
         adjoint: Callable[..., Tensor],
+        function: Callable[..., Tensor],
         process_group: ProcessGroup | None,
         *kept: Tensor,
     ) -> Tensor:
@@ -120,41 +124,61 @@ class NormalizeByBatch(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        input, weight, bias, _, rows, mean, matrix, adjoint, process_group, *kept = inputs
+        input, weight, bias, _, rows, mean, matrix, adjoint, function, process_group, *kept = inputs
         ctx.save_for_backward(input, weight, rows, mean, matrix, *kept)
-        ctx.adjoint, ctx.process_group = adjoint, process_group
+        ctx.adjoint, ctx.function, ctx.process_group = adjoint, function, process_group
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
-        input, weight, rows, mean, matrix, *kept = ctx.saved_tensors
-        of_input, of_weight, of_bias, *others = ctx.needs_input_grad
-        grad_input = grad_weight = grad_bias = None
-        with without_autocast(input.device), full_precision_outside_graphs():
-            grads = columns(grad_output, len(matrix))
-            total = grads.sum(-1, keepdim=True)
-            if of_bias:
-                grad_bias = total.flatten().to(ctx.bias_dtype)
-            if of_input or of_weight:
-                centred = columns(input, len(matrix), mean)
-                product = grads @ centred.mT
-            if of_weight:
-                grad_weight = (product * matrix).sum(-1).flatten().to(weight.dtype)
-            if of_input:
-                if ctx.process_group is not None:
-                    sums = torch.cat([total, product], -1)
-                    dist.all_reduce(sums, group=ctx.process_group)
-                    total, product = sums[..., :1], sums[..., 1:]
-                back = scaled(matrix, weight).mT
-                of_covariance = ctx.adjoint(scaled(product, weight), matrix, *kept)
-                columns_grad = torch.baddbmm(back @ total / -rows, back, grads)
-                if of_covariance.dim() == 2:
-                    columns_grad.addcmul_(2 / rows * of_covariance.unsqueeze(-1), centred)
-                else:
-                    columns_grad.baddbmm_((of_covariance + of_covariance.mT) / rows, centred)
-                grad_input = samples(columns_grad, input)
-        return grad_input, grad_weight, grad_bias, *[None] * len(others)
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling() and ctx.process_group is None
+        gradients = (_differentiable_gradients if again else _gradients)(ctx, grad_output)
+        return *gradients, *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+@once_differentiable
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of input, weight and bias by the formulas."""
+    input, weight, rows, mean, matrix, *kept = ctx.saved_tensors
+    of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
+    grad_input = grad_weight = grad_bias = None
+    with without_autocast(input.device), full_precision_outside_graphs():
+        grads = columns(grad_output, len(matrix))
+        total = grads.sum(-1, keepdim=True)
+        if of_bias:
+            grad_bias = total.flatten().to(ctx.bias_dtype)
+        if of_input or of_weight:
+            centred = columns(input, len(matrix), mean)
+            product = grads @ centred.mT
+        if of_weight:
+            grad_weight = (product * matrix).sum(-1).flatten().to(weight.dtype)
+        if of_input:
+            if ctx.process_group is not None:
+                sums = torch.cat([total, product], -1)
+                dist.all_reduce(sums, group=ctx.process_group)
+                total, product = sums[..., :1], sums[..., 1:]
+            back = scaled(matrix, weight).mT
+            of_covariance = ctx.adjoint(scaled(product, weight), matrix, *kept)
+            columns_grad = torch.baddbmm(back @ total / -rows, back, grads)
+            if of_covariance.dim() == 2:
+                columns_grad.addcmul_(2 / rows * of_covariance.unsqueeze(-1), centred)
+            else:
+                columns_grad.baddbmm_((of_covariance + of_covariance.mT) / rows, centred)
+            grad_input = samples(columns_grad, input)
+    return grad_input, grad_weight, grad_bias
+
+
+def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the same by operations that autograd follows."""
+    input, weight, _, mean, _, *kept = ctx.saved_tensors
+    of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
+    with without_autocast(input.device), full_precision_outside_graphs():
+        grad_bias = columns(grad_output, len(mean)).sum(-1).flatten().to(ctx.bias_dtype) if of_bias else None
+        moments, centred = batch_moments(input, len(mean))
+        output = normalized(centred, ctx.function(moments.covariance, *kept), weight, None, input)
+        wanted = [one for one, asks in ((input, of_input), (weight, of_weight)) if asks]
+        found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True) if wanted else ())
+    return next(found) if of_input else None, next(found) if of_weight else None, grad_bias
 
 
 def normalize_by_batch(
@@ -168,5 +192,6 @@ def normalize_by_batch(
 ) -> Tensor:
     """Normalize samples, also given as centred columns, by their own moments and whitening."""
     rows, mean, _ = moments
-    matrix, adjoint, kept, _ = whitening
-    return NormalizeByBatch.apply(input, weight, bias, centred, rows, mean, matrix, adjoint, process_group, *kept)
+    matrix, adjoint, kept, function, _ = whitening
+    constants = (rows, mean, matrix, adjoint, function, process_group, *kept)
+    return NormalizeByBatch.apply(input, weight, bias, centred, *constants)

@@ -11,6 +11,7 @@ Then W is made symmetric, W ← ½ (W + Wᵀ). Backpropagation treats W as const
 ``V (x − m)`` with V = W s⁻¹, and only the diagonal of ∂L/∂Σ is not zero: ``∂L/∂Σ_jj = −½ s_j⁻² Σ_k V_kj ∂L/∂V_kj``.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,12 @@ def whitening_step(matrix: Tensor, correlation: Tensor, step_size: Tensor, crite
     return (moved + moved.mT) / 2
 
 
-def standardised_adjoint(grad: Tensor, matrix: Tensor, variance: Tensor) -> Tensor:
+def standardised(covariance: Tensor, _: Tensor, matrix: Tensor, eps: float) -> Tensor:
+    """Compute ``V = W s⁻¹`` from n covariances ``(n, D, D)``."""
+    return matrix * (covariance.diagonal(dim1=-2, dim2=-1) + eps).rsqrt().unsqueeze(-2)
+
+
+def standardised_adjoint(grad: Tensor, matrix: Tensor, variance: Tensor, _: Tensor) -> Tensor:
     """Compute the diagonal of the covariance's gradient from the gradient of V."""
     return (grad * matrix).sum(-2) / variance / -2
 
@@ -109,8 +115,11 @@ class _StochasticWhiteningBatchNorm(WhiteningNorm):
             correlation.diagonal(dim1=-2, dim2=-1).fill_(1)
             matrix = whitening_step(matrix, correlation.to(matrix.dtype), self.step_size, self.criterion)
             learned = {"whitening": matrix}
-        whole = matrix.to(scale.dtype) * scale.unsqueeze(-2)
-        return Whitening(whole, standardised_adjoint, (variance,), learned)
+        else:
+            matrix = matrix.clone()  # a training pass may write to the buffer before this pass's backward
+        matrix = matrix.to(scale.dtype)
+        function = partial(standardised, eps=self.eps)
+        return Whitening(matrix * scale.unsqueeze(-2), standardised_adjoint, (variance, matrix), function, learned)
 
     def _running(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> dict[str, Tensor]:
         diagonals = [unbiased(one).diagonal(dim1=-2, dim2=-1).flatten() for one in moments]
