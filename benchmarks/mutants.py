@@ -12,6 +12,7 @@ mistake, and not tried again: to try some again, take their lines out of mutants
 
 import ast
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -44,6 +45,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "transforms": ("test_report.py",),
 }
 LOG = "mutants.log"  # of the last tests, in each copy
+# Each run of the tests forks from a process that has imported what takes long.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["benchmarks.environment", "benchmarks.output", "tqdm"])
 LIMIT = 1800  # seconds; what has not ended by then does not end, and is noticed
 
 
@@ -132,24 +136,34 @@ def tests_for(file: str) -> list[str]:
     return [str(one) for one in dict.fromkeys(ordered) if (ROOT / one).exists()]
 
 
+def _run(folder: Path, tests: Sequence[str]) -> None:
+    """Run tests in a process of its own, in a copy of the checkout, and end with pytest's exit status."""
+    os.setsid()
+    os.chdir(folder)
+    log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    sys.path.insert(0, str(folder))
+    # Python would take two mistakes of the same second and length for one, by the compiled file.
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    import pytest
+
+    sys.exit(pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", "-k", "not compile", *tests]))
+
+
 def are_passed(folder: Path, tests: Sequence[str]) -> bool:
     """Run tests in a copy of the checkout, until the first that fails; tell whether none did."""
-    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-k", "not compile", *tests]
-    # Python would take two mistakes of the same second and length for one, by the compiled file.
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
-    with (
-        open(folder / LOG, "wb") as log,
-        subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
-        ) as process,
-    ):
-        try:
-            return process.wait(LIMIT) == 0
-        except BaseException as error:
+    process = _context.Process(target=_run, args=(folder, tests))
+    process.start()
+    try:
+        process.join(LIMIT)
+    finally:
+        if process.is_alive():
+            assert process.pid is not None
             os.killpg(process.pid, signal.SIGKILL)  # with the processes that the tests have started
-            if isinstance(error, subprocess.TimeoutExpired):
-                return False
-            raise
+            process.join()
+    return process.exitcode == 0
 
 
 def attempt(folder: Path, place: Place) -> dict[str, Any]:
