@@ -69,7 +69,11 @@ def test_the_weight_of_the_teachers_part(data, tmp_path, teacher, monkeypatch):
     assert not torch.isclose(first["all"], first["alone"])
 
 
-@pytest.mark.parametrize("recipe", [[], ["--mixup", "0.4", "--ema", "0.9", "--accumulate", "2"]], ids=["", "mixed"])
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param([], marks=pytest.mark.slow), ["--mixup", "0.4", "--ema", "0.9", "--accumulate", "2"]],
+    ids=["", "mixed"],
+)
 def test_a_run_with_a_teacher_is_resumed_bit_for_bit(recipe, data, tmp_path, teacher, monkeypatch, capsys):
     assert main(student(data, tmp_path / "whole", teacher, *recipe)) == 0
     with monkeypatch.context() as patch:

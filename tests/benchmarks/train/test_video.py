@@ -146,6 +146,7 @@ def test_the_number_of_workers_makes_no_difference(data, tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_note_says_where_residuals_are_differences(data, tmp_path, capsys):
     root = shutil.copytree(data("ucf101"), tmp_path / "data")
     first = next(iter(VIDEOS["ucf101"](root, 1).train))[0]
