@@ -41,8 +41,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "autograd.py": ("test_founding.py", "test_func.py", "test_geometry.py", "test_precision.py"),
     "inverse": (),
     "refresh": ("test_windows.py", "distributed/test_agreement.py"),
-    "statistics": ("transforms/test_whitening.py",),
-    "transforms": ("test_report.py",),
+    "statistics": ("transforms/test_whitening.py", "test_founding.py"),
+    "transforms": ("test_report.py", "test_founding.py", "conversion/test_spelling.py"),
 }
 LOG = "mutants.log"  # of the last tests, in each copy
 # Each run of the tests forks from a process that has imported what takes long.

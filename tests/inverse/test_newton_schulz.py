@@ -28,6 +28,16 @@ def test_a_warm_start_takes_a_third_of_a_cold_ones_steps(steps):
     torch.testing.assert_close(second.matrix, cholesky(moved).matrix, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_it_stops_when_all_have_settled_or_are_lost(power, steps):
+    newton_schulz(torch.eye(6).expand(2, -1, -1), power)
+    assert len(steps) <= 4
+    steps.clear()
+    lost = torch.stack([torch.eye(6), torch.full((6, 6), torch.nan)])
+    assert newton_schulz(lost, power).matrix.isnan().all(-1).all(-1).tolist() == [False, True]
+    assert len(steps) <= 4
+
+
 @pytest.mark.parametrize("growth", [1.5, 1.9, 2.5, 100.0])
 def test_a_start_from_which_it_would_diverge_is_found_counted_and_left(growth):
     matrices = covariances(3, 30)

@@ -42,6 +42,28 @@ def test_precision_and_mean_are_written_in_place_after_the_pass():
     assert pointers == {name: value.data_ptr() for name, value in factor.named_buffers()}
 
 
+@pytest.mark.parametrize(
+    "method, power, is_warm", [("newton_schulz", 1.0, True), ("newton_schulz", 0.5, False), ("recursive", 1.0, True)]
+)
+def test_a_refresh_goes_on_from_the_last_inverse_where_the_method_can(method, power, is_warm, monkeypatch):
+    calls, original = [], METHODS[method]
+
+    def recorded(covariance, power, warm_start, *rest):
+        result = original.inverse(covariance, power, warm_start, *rest)
+        calls.append((warm_start, result.matrix.clone()))
+        return result
+
+    monkeypatch.setitem(METHODS, method, original._replace(inverse=recorded))
+    layer = WhitenedLinear(8, 3, transform=FeatureWhitening(method, power=power, rank=2, update_interval=1))
+    for _ in range(2):
+        layer(torch.randn(50, 8) * torch.arange(1, 9)).sum().backward()
+    (first, result), (second, _) = calls
+    assert [one is not None for one in (first, second)] == [is_warm, is_warm]
+    if is_warm:
+        assert first.matrix.isnan().all()  # there was none
+        torch.testing.assert_close(second.matrix, result)
+
+
 def test_outside_a_pass_a_refresh_follows_at_once():
     layer = WhitenedLinear(4, 3)
     layer(torch.randn(9, 4)).sum().backward()

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from whiten_layers import (
     Chain,
+    EigenbasisScaling,
     FeatureWhitening,
     GradientTransform,
     PSIScaling,
@@ -207,3 +208,14 @@ def test_it_has_copies_of_its_own():
     chain = Chain(given, given)
     first, second = chain.members()
     assert len({id(one) for one in (given, first, second)}) == 3
+
+
+def test_a_chain_is_plain_while_no_member_watches():
+    transform = Chain(EigenbasisScaling(interval=4), EigenbasisScaling(interval=4))
+    layer = WhitenedLinear(3, 2, transform=transform)
+    for watching in ([True, True], [False, True], [False, False]):
+        for member, one in zip(layer.transform.members(), watching, strict=True):
+            member.is_watching = one
+        assert layer.transform.is_watching is any(watching)
+        names = type(layer(torch.randn(4, 3)).grad_fn).__name__
+        assert (names == "AddmmBackward0") is not any(watching)
