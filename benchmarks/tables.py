@@ -101,8 +101,13 @@ def kept(path: Path, number: int, label: str, command: list[str]) -> dict[str, A
         rows = [row[:place] + row[place + 1 :] for row in rows if row[place] == "median"]
         head = head[:place] + head[place + 1 :]
     rows = [[f"{label}: {row[0]}" if label else row[0], *row[1:]] for row in rows]
-    rest = {key: value for key, value in result.items() if key not in BULKY}
-    return {"command": command, **rest, "title": tables[number - 1]["title"], "table": [head, *rows]}
+    return {"command": command, **_lean(result), "title": tables[number - 1]["title"], "table": [head, *rows]}
+
+
+def _lean(result: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what no table needs, at any depth of a result."""
+    kept = {key: value for key, value in result.items() if key not in BULKY}
+    return {key: _lean(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
