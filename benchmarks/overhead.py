@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from whiten_layers import FeatureWhitening, GradientTransform, OptimalInputGain, whiten
+from whiten_layers.layers import layers_of
 from whiten_layers.refresh.schedule import observation_interval, refresh_interval
-from whiten_layers.whitened import layers_of
 
 from .convergence import PLAIN
 from .counting import Counting, Peaks, measure_peaks

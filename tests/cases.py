@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from whiten_layers import GradientTransform, WhitenedLinear
-from whiten_layers.whitened import TWINS
+from whiten_layers.layers import TWINS
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torchvision.models.video.swin_transformer import SwinTransformer3d
 from torchvision.models.vision_transformer import VisionTransformer
 
 from whiten_layers import FeatureWhitening, report, unwhiten, whiten
-from whiten_layers.whitened import PLAIN, TWINS
+from whiten_layers.layers import PLAIN, TWINS
 
 SMALL = {"img_size": 64, "num_classes": 5}
 ARCHITECTURES = {

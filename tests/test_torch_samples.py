@@ -9,7 +9,7 @@ from torch.testing._internal.common_modules import module_db
 from torch.utils._pytree import tree_leaves
 
 from whiten_layers import whiten
-from whiten_layers.whitened import TWINS
+from whiten_layers.layers import TWINS
 
 
 def samples():

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from .conversion.messages import share_of
 from .conversion.whiten import convert, unwhiten
 from .estimate import copied_selections
+from .layers import layers_of
 from .options import check, check_model, is_count
 from .report import NEARLY_WHITE, Report, Row, aligned, report
 from .transforms import GradientTransform
-from .whitened import layers_of
 
 CALLED = "give a function of a model and a batch that returns a scalar, as lambda model, batch: …"
 CHEAP, DEAR = 1.3, 2.0  # times the plain step: what is hardly felt, and what has to be made up for by steps

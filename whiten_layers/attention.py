@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ._torch.attention import OutProjection, attend, project_apart
-from .layers import WhitenedLinear
+from .layers import Whitened, WhitenedLinear, attach, register
 from .options import check
 from .statistics.patches import Geometry
 from .transforms import GradientTransform
-from .whitened import Whitened, attach, register
 
 
 def _each(change: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.fx import Proxy
 from transformers.pytorch_utils import Conv1D
 
+from .layers import Whitened, attach, register
 from .statistics.patches import Geometry
 from .transforms import GradientTransform
-from .whitened import Whitened, attach, register
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .conversion.messages import listed, reasons_left, share_of
+from .layers import layers_of
 from .options import check_model
 from .statistics.eigenbasis import Eigenbasis
 from .statistics.whitening_factor import WhiteningFactor
 from .transforms import FeatureWhitening, GradientTransform
-from .whitened import layers_of
 
 SHOWN = 10  # rows of a summary
 SPECTRA = 5  # rows whose spectra are drawn

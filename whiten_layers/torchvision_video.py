@@ -6,9 +6,8 @@ file if a script has imported those networks.
 
 from torchvision.models.video.resnet import Conv3DNoTemporal, Conv3DSimple
 
-from .layers import WhitenedConv3d
+from .layers import WhitenedConv3d, attach, register
 from .transforms import GradientTransform
-from .whitened import attach, register
 
 
 class WhitenedConv3DSimple(WhitenedConv3d, Conv3DSimple):

@@ -9,7 +9,7 @@ from torch import nn
 
 from whiten_layers import Chain, FeatureWhitening, PSIScaling, models, whiten
 from whiten_layers.conversion.scale_invariance import SCALE_INVARIANT
-from whiten_layers.whitened import TWINS
+from whiten_layers.layers import TWINS
 
 
 def scaled(model):

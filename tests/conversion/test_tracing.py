@@ -10,7 +10,7 @@ from torch import nn
 
 from whiten_layers import WhitenedConv2d, models, whiten
 from whiten_layers.conversion.tracing import sole_consumers
-from whiten_layers.whitened import PLAIN, TWINS
+from whiten_layers.layers import PLAIN, TWINS
 
 LAYERS = (*TWINS, *PLAIN)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)

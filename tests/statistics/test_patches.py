@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
+from whiten_layers.layers import TWINS
 from whiten_layers.statistics import patches
 from whiten_layers.statistics.patches import channel_rows, linear_rows, patch_rows, tap_autocovariance
-from whiten_layers.whitened import TWINS
 
 from .. import reference
 from ..cases import CASES

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .._torch.convolutions import AnyTransposedConvolution
 from .._torch.modules import become, has_forward_hooks, holds_parameter
+from ..layers import PLAIN, TWINS
 from ..norm.base import WhiteningNorm
 from ..norm.samples import scaled
-from ..whitened import PLAIN, TWINS
 from .convert_batchnorm import NORMS
 from .tracing import sole_consumers
 from .whiten import unwhiten

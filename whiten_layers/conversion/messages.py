@@ -10,9 +10,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .._torch.modules import own_parameter
+from ..layers import PLAIN, TWINS, layers_of, why_not
 from ..refresh.update import cost
 from ..transforms import GradientTransform
-from ..whitened import PLAIN, TWINS, layers_of, why_not
 
 logger = logging.getLogger("whiten_layers")
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..layers import PLAIN, TWINS, attach, layers_of, twin_of, why_not
 from ..options import check, check_model
 from ..processes import ProcessGroup
 from ..refresh.schedule import Schedule
 from ..transforms import Chain, GradientTransform, PSIScaling
 from ..transforms.named import are_alike, make_transform
-from ..whitened import PLAIN, TWINS, attach, layers_of, twin_of, why_not
 from .ddp import exclude_from_wrappers
 from .messages import tell_share, warn_of_costly, warn_of_kept
 from .patterns import Selection, chosen_layers, selected, selectors
