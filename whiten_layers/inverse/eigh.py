@@ -13,7 +13,7 @@ equation ``√C S + S √C = sym(G)``.
 import torch
 from torch import Tensor
 
-from .base import Inverse, Root, identity_like
+from .base import Inverse, Root
 
 
 def decompose(symmetric: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def decompose(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     """
     finite = symmetric.isfinite().all(-1).all(-1)[:, None, None]
     # LAPACK's solver raises for a NaN, and a compiled graph cannot catch it: such a matrix is replaced.
-    values, vectors = _decompose(torch.where(finite, symmetric, identity_like(symmetric)))
+    values, vectors = _decompose(torch.where(finite, symmetric, 0))
     return torch.where(finite.squeeze(-1), values, torch.nan), torch.where(finite, vectors, torch.nan)
 
 

@@ -44,7 +44,7 @@ class Whitening(NamedTuple):
     """Whitening matrix ``(G, D, D)`` computed from a covariance, and what its gradient needs.
 
     ``adjoint(∂L/∂V, V, *kept)`` returns ∂L/∂Σ ``(G, D, D)``, or only its diagonal ``(G, D)`` where the rest is 0.
-    ``function(Σ, *kept)`` is V again, by operations that autograd can differentiate any number of times. `learned`
+    ``function(Σ, V, *kept)`` is V again, by operations that autograd can differentiate any number of times. `learned`
     holds the new values of buffers, by name. They are written if the batch is valid.
     """
 
@@ -170,12 +170,12 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the same by operations that autograd follows."""
-    input, weight, _, mean, _, *kept = ctx.saved_tensors
+    input, weight, _, mean, matrix, *kept = ctx.saved_tensors
     of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
     with without_autocast(input.device), full_precision_outside_graphs():
         grad_bias = columns(grad_output, len(mean)).sum(-1).flatten().to(ctx.bias_dtype) if of_bias else None
         moments, centred = batch_moments(input, len(mean))
-        output = normalized(centred, ctx.function(moments.covariance, *kept), weight, None, input)
+        output = normalized(centred, ctx.function(moments.covariance, matrix, *kept), weight, None, input)
         wanted = [one for one, asks in ((input, of_input), (weight, of_weight)) if asks]
         found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True) if wanted else ())
     return next(found) if of_input else None, next(found) if of_weight else None, grad_bias

@@ -40,12 +40,13 @@ def whitening_step(matrix: Tensor, correlation: Tensor, step_size: Tensor, crite
     return (moved + moved.mT) / 2
 
 
-def standardised(covariance: Tensor, _: Tensor, matrix: Tensor, eps: float) -> Tensor:
-    """Compute ``V = W s⁻¹`` from n covariances ``(n, D, D)``."""
-    return matrix * (covariance.diagonal(dim1=-2, dim2=-1) + eps).rsqrt().unsqueeze(-2)
+def standardised_again(covariance: Tensor, matrix: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """Compute V from n covariances ``(n, D, D)``, with the W of a V and of the variance that it was computed from."""
+    scale = (covariance.diagonal(dim1=-2, dim2=-1) + eps).rsqrt()
+    return matrix * variance.sqrt().unsqueeze(-2) * scale.unsqueeze(-2)
 
 
-def standardised_adjoint(grad: Tensor, matrix: Tensor, variance: Tensor, _: Tensor) -> Tensor:
+def standardised_adjoint(grad: Tensor, matrix: Tensor, variance: Tensor) -> Tensor:
     """Compute the diagonal of the covariance's gradient from the gradient of V."""
     return (grad * matrix).sum(-2) / variance / -2
 
@@ -115,11 +116,9 @@ class _StochasticWhiteningBatchNorm(WhiteningNorm):
             correlation.diagonal(dim1=-2, dim2=-1).fill_(1)
             matrix = whitening_step(matrix, correlation.to(matrix.dtype), self.step_size, self.criterion)
             learned = {"whitening": matrix}
-        else:
-            matrix = matrix.clone()  # a training pass may write to the buffer before this pass's backward
-        matrix = matrix.to(scale.dtype)
-        function = partial(standardised, eps=self.eps)
-        return Whitening(matrix * scale.unsqueeze(-2), standardised_adjoint, (variance, matrix), function, learned)
+        whole = matrix.to(scale.dtype) * scale.unsqueeze(-2)
+        function = partial(standardised_again, eps=self.eps)
+        return Whitening(whole, standardised_adjoint, (variance,), function, learned)
 
     def _running(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> dict[str, Tensor]:
         diagonals = [unbiased(one).diagonal(dim1=-2, dim2=-1).flatten() for one in moments]
