@@ -63,7 +63,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Place:
-    """A mistake: the kind of it, and the how manieth place in the file where it can be made."""
+    """A mistake: what kind it is, and where it is made: at one of the places in the file that allow this kind."""
 
     file: str
     line: int
@@ -72,8 +72,13 @@ class Place:
     occurrence: int
 
 
+def place_of(row: dict[str, Any]) -> Place:
+    """Return the mistake that a row is about."""
+    return Place(**{name: row[name] for name in Place.__dataclass_fields__})
+
+
 def annotated(source: str) -> set[int]:
-    """List the lines of a file that hold nothing but annotations of types, or the arguments of a function."""
+    """List the lines of a file that an annotation of a type stands on."""
     lines: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         for name in ("annotation", "returns"):
@@ -258,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     kept = options.out / "mutants.jsonl"
     tried = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    rows = {Place(**{name: row[name] for name in Place.__dataclass_fields__}): row for row in tried}
+    rows = {place_of(row): row for row in tried}
     result: dict[str, Any] = {"places": len(found)}
     left = [one for one in chosen if one not in rows]
     with (
@@ -268,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         tqdm(total=len(left), unit="mistake", dynamic_ncols=True) as bar,
     ):
         for row in attempts(left, options.jobs, Path(folder)):
-            rows[Place(**{name: row[name] for name in Place.__dataclass_fields__})] = row
+            rows[place_of(row)] = row
             file.write(f"{json.dumps(row)}\n")
             file.flush()
             bar.update()

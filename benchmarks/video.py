@@ -32,7 +32,7 @@ from .train.datasets import Data, Prepared
 from .train.distillation import Teacher
 from .train.options import given
 from .train.run import Run
-from .train.video import ClipKind, Video, decode
+from .train.video import ClipKind, Video, decode, start_of
 from .train.world import Stop, World
 
 PROGRAM = "python -m benchmarks.video"
@@ -107,7 +107,7 @@ def count_all() -> list[dict[str, Any]]:
 def time_clips(path: Path, frames: int) -> dict[str, Any]:
     """Time decoding a file alone, and with making a raw or a residual clip of its middle."""
     film = decode(path, vectors=True)
-    start = (len(film) - frames) // 2
+    start = start_of(frames, len(film), varied=False)
     numbers = range(start, start + frames)
     seconds = median_seconds(
         lambda: decode(path),
@@ -136,8 +136,7 @@ class Window:
     varied: bool
 
     def __call__(self, film: Film) -> tuple[Tensor, ...]:
-        rest = len(film["rgb"]) - self.frames
-        start = int(torch.randint(rest + 1, ())) if self.varied else rest // 2
+        start = start_of(self.frames, len(film["rgb"]), self.varied)
         return tuple(film[kind][start : start + self.frames].transpose(0, 1) for kind in self.kinds)
 
 

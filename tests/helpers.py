@@ -14,6 +14,8 @@ each_transform = pytest.mark.parametrize(
     "transform", [FeatureWhitening(**EVERY_BATCH), BOTH_SIDES], ids=["input", "both"]
 )
 
+compilers_may_warn = pytest.mark.filterwarnings("ignore")  # those of some versions warn of themselves
+
 
 def mostly_slow(every, quick):
     """Mark all of some parameters as slow but for those that are quick, or stand for the others."""

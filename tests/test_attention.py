@@ -22,6 +22,8 @@ from whiten_layers import (
     whiten,
 )
 
+from .helpers import compilers_may_warn
+
 WIDTH, HEADS = 12, 3
 TRANSFORMS = {
     "inputs": FeatureWhitening(),
@@ -271,7 +273,7 @@ def test_a_frozen_part_is_neither_transformed_nor_observed(frozen):
     assert attention.out_proj.transform.num_batches_tracked == (0 if frozen == "out_proj.weight" else 3)
 
 
-@pytest.mark.filterwarnings("ignore")  # the compilers of some versions warn of themselves
+@compilers_may_warn
 @each_transform
 def test_compiled_it_trains_alike(transform):
     attention = whiten(make(batch_first=True), transform)
@@ -287,7 +289,7 @@ def test_compiled_it_trains_alike(transform):
     assert twin.transform.num_batches_tracked == attention.transform.num_batches_tracked >= 4
 
 
-@pytest.mark.filterwarnings("ignore")  # the compilers of some versions warn of themselves
+@compilers_may_warn
 def test_a_compiled_pass_for_the_output_alone_does_not_count_for_the_rest():
     attention = whiten(make(batch_first=True))
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
@@ -297,7 +299,7 @@ def test_a_compiled_pass_for_the_output_alone_does_not_count_for_the_rest():
     assert (attention.transform.num_batches_tracked, attention.out_proj.transform.num_batches_tracked) == (0, 1)
 
 
-@pytest.mark.filterwarnings("ignore")  # the compilers of some versions warn of themselves
+@compilers_may_warn
 @pytest.mark.parametrize("wrong", [(3, 6), (4, 5)])
 def test_a_padding_mask_compiled_and_of_a_wrong_shape(wrong):
     plain = make(batch_first=True)

@@ -24,6 +24,8 @@ from .inverse import ROOTS
 from .options import check, is_count
 from .state import safe_to_load
 
+STEPS = {"newton_schulz": ("iterations",), "pade": ("degree",)}  # what a root takes beside the factor
+
 
 def _centred(input: Tensor) -> Tensor:
     """Copy samples ``(N, C, …)`` to ``(N, C, n)``, in float32 or wider, minus their means."""
@@ -97,12 +99,11 @@ class _CovariancePooling(nn.Module):
         self.method, self.iterations, self.degree = method, iterations, degree
 
     def forward(self, input: Tensor) -> Tensor:
-        steps = {"newton_schulz": (self.iterations,), "pade": (self.degree,)}.get(self.method, ())
+        steps = tuple(getattr(self, name) for name in STEPS.get(self.method, ()))
         return _pool(input, self.dims, self.method, steps)
 
     def extra_repr(self) -> str:
-        steps = {"newton_schulz": f", iterations={self.iterations}", "pade": f", degree={self.degree}"}
-        return f"{self.method!r}{steps.get(self.method, '')}"
+        return ", ".join([repr(self.method), *(f"{name}={getattr(self, name)}" for name in STEPS.get(self.method, ()))])
 
 
 @safe_to_load

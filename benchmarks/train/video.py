@@ -152,6 +152,12 @@ def decode(path: Path, *, vectors: bool = False) -> Video:
 CURE = "mend it and --resume, or take it off the list of its split and begin again"
 
 
+def start_of(span: int, length: int, varied: bool) -> int:
+    """Choose where in a video of this length a clip begins: at random, or so that it is the middle."""
+    rest = length - span
+    return int(torch.randint(rest + 1, ())) if varied else rest // 2
+
+
 @dataclass(frozen=True)
 class Clip:
     """Transform of a file's path into clips of it, all of the same frames and the same part of the picture.
@@ -181,8 +187,7 @@ class Clip:
                 f"{path} is too short: it has {len(video)} frames, and a clip of --frames {self.frames} with "
                 f"--frame-interval {self.interval} takes {span}; {CURE}"
             )
-        rest = len(video) - span
-        start = int(torch.randint(rest + 1, ())) if self.varied else rest // 2
+        start = start_of(span, len(video), self.varied)
         numbers = range(start, start + span, self.interval)
         whole = torch.cat([video.clip(kind, numbers) for kind in self.kinds], 1)
         return tuple(part.transpose(0, 1).contiguous() for part in self.picture(whole).split(3, 1))

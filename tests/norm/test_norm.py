@@ -1,6 +1,7 @@
 """What holds for every whitening normalization: the formulas, their gradients, what a batch normalization promises."""
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -70,15 +71,20 @@ def test_outputs_and_gradients_are_those_of_the_formulas(kind, shape, group_size
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
 
 
-@any_kind
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("options", [{}, {"group_size": 3}, {"affine": False}, {"bias": False}], ids=str)
-def test_gradcheck(kind, training, options):
+@pytest.fixture(
+    params=itertools.product(KINDS, [True, False], [{}, {"group_size": 3}, {"affine": False}, {"bias": False}]), ids=str
+)
+def smooth(request):
+    """A layer whose matrix does not learn, in training or not, and what it can be differentiated by."""
+    kind, training, options = request.param
     x = draw((4, CHANNELS, 2)).requires_grad_()
     layer = make(kind, x, eps=1e-2, **options, **({"step_size": 0.0} if kind == "swbn" else {}))
     layer(draw((4, CHANNELS, 2), seed=2))
-    layer.train(training)
-    inputs = [x, *layer.parameters()]
+    return layer.train(training), [x, *layer.parameters()]
+
+
+def test_gradcheck(smooth):
+    layer, inputs = smooth
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), inputs)
 
 
@@ -92,17 +98,10 @@ def test_equal_eigenvalues_have_a_gradient():
     assert constant.grad.isfinite().all()
 
 
-@any_kind
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("options", [{}, {"group_size": 3}, {"affine": False}, {"bias": False}], ids=str)
-def test_second_derivatives(kind, training, options):
-    x = draw((4, CHANNELS, 2)).requires_grad_()
-    layer = make(kind, x, eps=1e-2, **options, **({"step_size": 0.0} if kind == "swbn" else {}))
-    layer(draw((4, CHANNELS, 2), seed=2))
-    layer.train(training)
-    inputs = [x, *layer.parameters()]
+def test_second_derivatives(smooth):
+    layer, inputs = smooth
     assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), inputs)
-    first = [torch.autograd.grad(layer(x).sin().sum(), inputs, create_graph=again) for again in (False, True)]
+    first = [torch.autograd.grad(layer(inputs[0]).sin().sum(), inputs, create_graph=again) for again in (False, True)]
     torch.testing.assert_close(*first, rtol=1e-9, atol=1e-9)
 
 

@@ -21,6 +21,8 @@ from whiten_layers import (
     whiten,
 )
 
+from ..helpers import compilers_may_warn
+
 EVERY_BATCH = {"update_interval": 1, "statistics_interval": 1}
 BOTH_SIDES = FeatureWhitening(features="kronecker", output_power=0.5, update_interval=3, statistics_interval=2)
 
@@ -185,7 +187,7 @@ def test_the_report_has_a_row_for_each_factor_under_the_layers_name():
     assert report(model).left == {} and report(model[5]).rows[0].layer == "the model"
 
 
-@pytest.mark.filterwarnings("ignore")  # the compilers of some versions warn of themselves
+@compilers_may_warn
 def test_compiled_is_eager_in_one_graph():
     torch._dynamo.reset()
     counters.clear()

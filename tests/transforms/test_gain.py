@@ -14,6 +14,7 @@ from whiten_layers import Chain, FeatureWhitening, OptimalInputGain, WhitenedCon
 from whiten_layers.transforms.gain import Gains, nonnegative_minimum
 
 from ..cases import everywhere
+from ..helpers import compilers_may_warn
 
 EVERY_BATCH = {"update_interval": 1, "statistics_interval": 1, "max_rows": None, "damping": 0.03}
 WHITENING = FeatureWhitening(shrink=False, bound=None, update_interval=1, statistics_interval=1)
@@ -292,7 +293,7 @@ def test_copies_pickles_and_checkpoints_go_on_bit_for_bit(transform):
     torch.testing.assert_close(model[0].transform.state_dict(), network(transform)[0].transform.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore")  # the compilers of some versions warn of themselves
+@compilers_may_warn
 def test_compiled_is_eager():
     torch._dynamo.reset()
     transform = Chain(FeatureWhitening(), OptimalInputGain())

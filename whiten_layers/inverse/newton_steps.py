@@ -17,6 +17,7 @@ The gradient of one step follows from the product rule. With symmetric gradients
 The steps are computed again for it, not kept.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -52,7 +53,9 @@ def newton_root(covariance: Tensor, iterations: int, power: float) -> Tensor:
     The root of 0 is 0; its inverse is not finite.
     """
     scale = trace(covariance)
-    root, inverse_root, residual = _states(divided(covariance, scale), iterations)[-1]
+    for state in _states(divided(covariance, scale), iterations):
+        last_state = state  # the others need not stay in memory
+    root, inverse_root, residual = last_state
     last = root if power > 0 else inverse_root
     return torch.baddbmm(last, last, residual, alpha=-0.5) * scale**power
 
@@ -87,11 +90,12 @@ def _step_adjoint(grad: Tensor | None, residual: Tensor, other: Tensor, other_gr
     return kept if other_grad is None else torch.baddbmm(kept, other @ other_grad, other, alpha=-0.5)
 
 
-def _states(scaled: Tensor, iterations: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _states(scaled: Tensor, iterations: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Compute root, inverse root and residual before each step."""
     identity = identity_like(scaled)
-    states = [(scaled, identity, scaled - identity)]
+    state = scaled, identity, scaled - identity
+    yield state
     for _ in range(iterations - 1):
-        root, inverse_root = coupled_step(*states[-1])
-        states.append((root, inverse_root, minus_identity(inverse_root @ root)))
-    return states
+        root, inverse_root = coupled_step(*state)
+        state = root, inverse_root, minus_identity(inverse_root @ root)
+        yield state

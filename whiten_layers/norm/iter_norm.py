@@ -20,7 +20,7 @@ from .samples import BatchMoments, Whitening
 
 
 def inverse_root(covariance: Tensor, *_: Tensor, eps: float, iterations: int) -> Tensor:
-    """Approximate ``(covariance + eps I)^(-½)`` of n matrices ``(n, D, D)``."""
+    """Compute the whitening matrix so that autograd can differentiate it any number of times."""
     return newton_root(covariance + eps * identity_like(covariance), iterations, power=-0.5)
 
 
@@ -75,9 +75,10 @@ class _IterNorm(WhiteningNorm):
 
     def _whitening(self, covariance: Tensor, part: Part, learns: bool) -> Whitening:
         damped = covariance + self.eps * identity_like(covariance)
-        function = partial(inverse_root, eps=self.eps, iterations=self.iterations)
+        root = newton_root(damped, self.iterations, power=-0.5)
         adjoint = partial(newton_root_adjoint, iterations=self.iterations, power=-0.5)
-        return Whitening(function(covariance), adjoint, (damped,), function, {})
+        function = partial(inverse_root, eps=self.eps, iterations=self.iterations)
+        return Whitening(root, adjoint, (damped,), function, {})
 
     def _running(self, moments: list[BatchMoments], whitenings: list[Whitening]) -> dict[str, Tensor]:
         return {"running_whitening": stacked([whitening.matrix for whitening in whitenings])}

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inverse.eigh import decompose
+from ..inverse.eigh import decompose, spectral_adjoint
 
 
 class _Lyapunov(torch.autograd.Function):
+    """Solves ``root X + X root = (right + rightᵀ) / 2``."""
+
     @staticmethod
     def forward(root: Tensor, right: Tensor) -> Tensor:
         values, vectors = decompose(root)
-        turned = vectors.mT @ right @ vectors / (values.unsqueeze(-1) + values.unsqueeze(-2))
-        return vectors @ turned @ vectors.mT
+        return spectral_adjoint(right, vectors, 1 / (values.unsqueeze(-1) + values.unsqueeze(-2)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -32,7 +33,7 @@ class _Lyapunov(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         root, solution = ctx.saved_tensors
-        of_right = _solution(root, grad_output)
+        of_right = _Lyapunov.apply(root, grad_output)
         product = of_right @ solution
         return -(product + product.mT), of_right
 
@@ -49,12 +50,7 @@ class _SquareRoot(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # type: ignore[override]
-        return _solution(ctx.saved_tensors[0], grad_output)
-
-
-def _solution(root: Tensor, right: Tensor) -> Tensor:
-    """Solve ``root X + X root = (right + rightᵀ) / 2``."""
-    return _Lyapunov.apply(root, (right + right.mT) / 2)
+        return _Lyapunov.apply(ctx.saved_tensors[0], grad_output)
 
 
 def square_root(matrix: Tensor) -> Tensor:
