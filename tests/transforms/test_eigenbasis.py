@@ -74,6 +74,8 @@ def expected_scaling(layer, batches, gradients, options):
             bases.append(torch.linalg.eigh(covariance + torch.outer(mean, mean)).eigenvectors)
         right, left = bases
         rotated = left.T @ gradient @ right
+        if variance is not None and rotated.square().mean() > 9 * variance.mean():  # three times the usual length
+            rotated = rotated * 3 * (variance.mean() / rotated.square().mean()).sqrt()
         share = max(1 / step, 1 - options.variance_decay)
         variance = rotated.square() if variance is None else variance + share * (rotated.square() - variance)
         scaled = rotated / (variance + options.damping * variance.mean()).sqrt()
@@ -102,16 +104,17 @@ def test_backward_is_the_plain_layers(case):
     ],
     ids=["linear", "conv"],
 )
-def test_an_optimizer_steps_by_the_gradient_over_its_deviation_in_the_eigenbases(make):
+@pytest.mark.parametrize("lengths", [[1] * 6, [0.1, 1, 1, 50, 1, 200]], ids=["alike", "some are long"])
+def test_an_optimizer_steps_by_the_gradient_over_its_deviation_in_the_eigenbases(make, lengths):
     torch.manual_seed(0)
     layer = make(EVERY_STEP)
     optimizer, batches, gradients = Noted(layer.parameters()), [], []
-    for _ in range(6):
+    for length in lengths:
         x = torch.randn(9, 5) if isinstance(layer, nn.Linear) else torch.randn(4, 3, 4, 4)
         x = x.double().cumsum(1) + 0.5
         optimizer.zero_grad()
         y = layer(x)
-        upstream = torch.randn_like(y)
+        upstream = length * torch.randn_like(y)
         y.backward(upstream)
         deltas = reference.output_rows(layer, upstream)[0]
         batches.append((x, deltas / deltas.square().sum(1).mean().sqrt()))
@@ -121,6 +124,24 @@ def test_an_optimizer_steps_by_the_gradient_over_its_deviation_in_the_eigenbases
         expected = expected_scaling(layer, batches, gradients, EVERY_STEP).view_as(layer.weight)
         torch.testing.assert_close(optimizer.seen[-1], [expected, bias], rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(layer.weight.grad.flatten(1), gradients[-1], rtol=0, atol=0)  # plain again
+
+
+@pytest.mark.parametrize("size", [1e3, 1e19, 1e30])
+def test_a_bad_batch_is_forgotten_in_twenty_steps(size):
+    """Also where the square of its gradient overflows; and a layer whose first gradients are zero begins at any size."""
+    torch.manual_seed(0)
+    layer = WhitenedLinear(5, 4, transform=EigenbasisScaling())
+    optimizer, upstream = Noted(layer.parameters()), torch.randn(4)
+    for step in range(45):
+        optimizer.zero_grad()
+        scale = {0: 0.0, 20: size}.get(step, 1.0)
+        (layer(torch.randn(9, 5)) * torch.randn(9, 4) * upstream * scale).sum().backward()
+        optimizer.step()
+    lengths = [seen[0].norm().item() / 20**0.5 for seen in optimizer.seen]
+    assert lengths[0] == 0 and 0 < lengths[1] < 3
+    usual = sum(lengths[10:20]) / 10
+    assert lengths[20] < 3 * usual
+    assert sum(lengths[40:]) / 5 > 0.7 * usual
 
 
 @everywhere

@@ -29,6 +29,7 @@ from ..statistics.patches import Geometry
 from .base import Samples
 from .covariances import CovarianceTransform, Side
 
+LONGEST = 3.0  # length of a gradient, relative to its usual one, beyond which it is shortened to this
 PATIENCE = 100  # batches without a step of an optimizer, before a warning
 
 
@@ -40,6 +41,9 @@ class EigenbasisScaling(CovarianceTransform):
 
     The entries of the result are of size 1, whatever the gradient's are, as those of Adam's steps. So it is for AdamW
     at AdamW's learning rates. Plain SGD would need a rate of that kind, at which biases and norms hardly move.
+
+    A gradient of more than three times its usual length (the root mean square, with V's weights) is shortened to that,
+    so that a bad batch does not hold V up for long.
 
     Between two steps that are observed the layer is the plain one, in forward and backward.
 
@@ -160,6 +164,10 @@ class EigenbasisScaling(CovarianceTransform):
         steps, variance = self._steps + 1, self.variance
         matrix = self.geometry.matrix(grad_weight).to(variance.dtype)
         rotated = self._rotated(matrix)
+        # One batch out of line would otherwise hold V up, and all steps down, for a hundred steps.
+        usual = variance.mean().sqrt()
+        length = torch.linalg.vector_norm(rotated) / math.sqrt(rotated.numel())
+        rotated.mul_(torch.where(usual > 0, LONGEST * usual / length, 1.0).clamp_(max=1.0))
         squares = rotated.square()
         level = squares.mean()
         if level.is_cpu and not math.isfinite(level):  # there a number can be read without waiting
