@@ -86,7 +86,7 @@ def conforms(plain: nn.Module, inputs: list[torch.Tensor], options: dict, method
 @everywhere
 @pytest.mark.parametrize("options, method", TABLE.values(), ids=TABLE.keys())
 def test_a_case_of_the_table(case, options, method):
-    inputs = [case.make_input(seed) for seed in range(4)]
+    inputs = [case.make_input(seed) for seed in range(3)]
     conforms(case.make_plain(), inputs, {"damping": 0.1, "decay": 0.9, **options}, method)
 
 
@@ -105,7 +105,7 @@ def is_computed_rightly(plain: nn.Module, inputs: list[torch.Tensor]) -> bool:
     )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(
     example=layers(),
     features=st.sampled_from(["patch", "kronecker"]),

@@ -212,7 +212,7 @@ def test_the_way_of_fewer_operations_is_taken(kind, outputs, block_size, bias, t
     layer = make()
     x = torch.randn(1, 64) if kind == "linear" else torch.randn(1, 64 if kind == "grouped" else 32, 2, 2)
     chosen = set()
-    for number in (1, 4, 16, 64, 128, 512):
+    for number in (1, 16, 64, 512):
         batch = x.repeat(number, *[1] * (x.dim() - 1))
         taken.clear()
         counts = {}
