@@ -255,7 +255,7 @@ def plot(runs: list[dict[str, Any]]) -> Figure:
             label = f"{run['variant']}, {run['layers']}"
             values = [epoch[f"test_{kind}"] for epoch in run["epochs"]]
             panel.plot(range(1, len(values) + 1), values, styles[run["layers"]], color=colour, label=label, alpha=0.8)
-        annotate(panel, "epoch", f"test {kind}", legend=kind == "accuracy")
+        annotate(panel, "epoch", f"test {kind}", legend=kind == "loss")  # which leaves room for it
     return figure
 
 

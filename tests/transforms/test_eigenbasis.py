@@ -128,7 +128,7 @@ def test_an_optimizer_steps_by_the_gradient_over_its_deviation_in_the_eigenbases
 
 @pytest.mark.parametrize("size", [1e3, 1e19, 1e30])
 def test_a_bad_batch_is_forgotten_in_twenty_steps(size):
-    """Also where the square of its gradient overflows; and a layer whose first gradients are zero begins at any size."""
+    """Also where the square of its gradient overflows. A layer whose first gradients are zero begins at any size."""
     torch.manual_seed(0)
     layer = WhitenedLinear(5, 4, transform=EigenbasisScaling())
     optimizer, upstream = Noted(layer.parameters()), torch.randn(4)
