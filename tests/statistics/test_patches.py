@@ -85,6 +85,13 @@ def test_sampled_linear_rows_are_rows_and_few(shape, max_rows):
     assert seen == every  # the phase brings every row in turn
 
 
+@pytest.mark.parametrize("length, max_rows, every", [(6, 200, 5), (7, 200, 2), (12, 100, 5), (12, 400, 1), (2, 300, 3)])
+def test_rows_are_no_fewer_than_a_step_that_shares_no_divisor_with_the_length_takes(length, max_rows, every):
+    assert len(linear_rows(torch.randn(400 // length, length, 3), max_rows)[0]) == math.ceil(
+        400 // length * length / every
+    )
+
+
 @pytest.mark.parametrize("max_rows", [1, 5, 33, 200, 10_000, None])
 @pytest.mark.parametrize("shape", [(1, 2, 1, 9), (6, 4, 5, 7), (40, 2, 3, 3), (3, 2, 12, 12)])
 def test_sampled_positions_are_positions_and_few(shape, max_rows):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, report, whiten
-from whiten_layers.statistics.gradient_norms import GradientNorms, Measurement
+from whiten_layers.statistics.gradient_norms import WAITING, GradientNorms, Measurement
 from whiten_layers.transforms.bound import _shortened_by_numbers, _shortened_by_tensors
 
 
@@ -259,6 +259,15 @@ def test_norms_of_many_layers_are_renewed_together_as_each_alone(flags):
             for name, buffer in one.named_buffers():
                 torch.testing.assert_close(other.get_buffer(name), buffer, msg=lambda text, n=name: f"{n}: {text}")
     assert len({float(one.limit) for one in each}) > 3 and len({float(one.correction) for one in each}) > 3
+
+
+def test_numbers_of_many_gradients_between_two_refreshes_are_summed_up():
+    one = Layer(FeatureWhitening(update_interval=10**6))
+    waiting = []
+    for _ in range(5 * WAITING):
+        one.step()
+        waiting.append(len(one.layer.transform.norms._window.measured))
+    assert max(waiting) == WAITING - 1 and waiting.count(0) >= 4
 
 
 def test_a_long_gradient_does_not_raise_the_bound_and_what_stays_long_does():
