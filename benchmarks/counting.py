@@ -1,9 +1,10 @@
 """Operations and bytes of a piece of code, and the least time that a machine can take for them."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch.utils.flop_counter import flop_registry
 
 from .timing import synchronize
 
-IN_CACHE = 2**20  # bytes of an operation up to which its tensors are taken to be in the processor's cache
 # Operations for each of a decomposition's n³, by LAPACK's own counts; PyTorch counts those of products alone.
 DECOMPOSITIONS = {
     torch.ops.aten._linalg_eigh: 9.0,
@@ -31,6 +31,34 @@ class Peaks:
     operations: float
     cache: float
     memory: float
+    half: float | None = None  # operations a second in products of 16-bit numbers, where they are faster
+    decompositions: float = 1.0  # part of `operations` that a decomposition of matrices reaches
+    in_cache: int = 2**20  # bytes of a call up to which its tensors are taken to be in the cache
+    call: float = 0.0  # seconds that a call takes at least
+
+    def least_seconds(self, one: "Call") -> float:
+        """Return the least time of a call: that of its operations or of its bytes, whichever is longer."""
+        speed = self.operations
+        if one.is_decomposition:
+            speed *= self.decompositions
+        elif one.is_half:
+            speed = self.half or speed
+        bandwidth = self.cache if one.bytes <= self.in_cache else self.memory
+        return max(one.operations / speed, one.bytes / bandwidth, self.call)
+
+
+# An H100 on paper, from data sheets and public reports: products reach 45 and 600 Tflop/s of the 67 and 990 of the data
+# sheet, `eigh` less than 3 % of the former (pytorch#175585), and PyTorch calls a kernel every five microseconds.
+PAPER = {"h100": Peaks(45e12, 5.5e12, 3e12, half=600e12, decompositions=0.03, in_cache=2**24, call=5e-6)}
+
+
+class Call(NamedTuple):
+    """What a call of one of PyTorch's operations does: operations in products and decompositions, and bytes."""
+
+    operations: int
+    bytes: int
+    is_half: bool
+    is_decomposition: bool
 
 
 def best_seconds(call: Callable[[], object], device: torch.device, times: int = 20) -> float:
@@ -56,25 +84,28 @@ def measure_peaks(device: torch.device, size: int = 1024, bytes_in_memory: int =
 
     operations = 2 * size**3 / best_seconds(lambda: torch.mm(square, square, out=product), device)
     memory = bandwidth(bytes_in_memory)
-    return Peaks(operations, max(memory, bandwidth(IN_CACHE)), memory)
+    return Peaks(operations, max(memory, bandwidth(Peaks.in_cache)), memory)
 
 
 class Counting(TorchDispatchMode):
     """Context that counts the operations and the bytes of what is computed in it, backward passes too.
 
-    An operation's bytes are those of its tensors, each read or written once; views have none. Its least time is what
-    the operations take, or what the bytes take, whichever is longer.
+    An operation's bytes are those of its tensors, each read or written once; views have none, and are no calls of a
+    kernel.
 
     Attributes:
         operations, bytes, calls: sums over all operations.
-        seconds: sum of the least times.
+        kernels: the calls but for views, and how often each was made.
     """
 
-    def __init__(self, peaks: Peaks) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.peaks = peaks
         self.operations = self.bytes = self.calls = 0
-        self.seconds = 0.0
+        self.kernels = Counter[Call]()
+
+    def least_seconds(self, peaks: Peaks) -> float:
+        """Return the sum of the calls' least times on a device."""
+        return sum(times * peaks.least_seconds(one) for one, times in self.kernels.items())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -88,10 +119,10 @@ class Counting(TorchDispatchMode):
             return result  # a view
         operations = count_operations(func.overloadpacket, args, kwargs, result)
         number = sum(tensor.nbytes for tensor in [*given, *made])
-        speed = self.peaks.cache if number <= IN_CACHE else self.peaks.memory
         self.operations += operations
         self.bytes += number
-        self.seconds += max(operations / self.peaks.operations, number / speed)
+        is_half = bool(given) and given[0].dtype in (torch.bfloat16, torch.float16)
+        self.kernels[Call(operations, number, is_half, func.overloadpacket in DECOMPOSITIONS)] += 1
         return result
 
 

@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +32,7 @@ from whiten_layers.layers import layers_of
 from whiten_layers.refresh.schedule import observation_interval, refresh_interval
 
 from .convergence import PLAIN
-from .counting import Counting, Peaks, measure_peaks
+from .counting import PAPER, Counting, Peaks, measure_peaks
 from .environment import describe, device_name
 from .options import PositiveInt, Switch, Wrong, choice, read, reject, value
 from .output import Column, cells, show, write
@@ -76,6 +76,7 @@ class Options:
     batches: PositiveInt = 1000  # that count as having come when the timing begins: refreshes become rarer
     # Time networks that only transform, and that never refresh, too; count what each part does.
     breakdown: Switch = False
+    simulate: Annotated[str, choice(PAPER)] | None = None  # estimate what the counted parts take on another device
     stretches: PositiveInt = 9  # stretches of whole cycles to take the median of
     system_allocator: Switch = False  # leave memory allocation as the system has it
     out: Path = Path("results/overhead")  # folder for results.json
@@ -192,7 +193,7 @@ def prepare(
         gradients(copy.deepcopy(network).to(images.device).to(memory_format=options.layout), *batch)
     for mode in MODES[options.compile]:
         expected = None
-        for kind in ("plain", *(PARTS if options.breakdown else ["whitened"])):
+        for kind in ("plain", *(PARTS if options.breakdown or options.simulate else ["whitened"])):
             name = f"{kind} {mode}"
             if images.is_cuda:
                 others = torch.cuda.memory_allocated(images.device) - images.nbytes - labels.nbytes
@@ -220,7 +221,10 @@ def prepare(
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a whitened step: seconds, operations and bytes that it adds, and the least seconds for those."""
+    """A part of a whitened step: seconds, operations and bytes that it adds, and the least seconds for those.
+
+    The last two are the least seconds on a device that is not here, with what each call takes at least and without.
+    """
 
     name: str
     seconds: float
@@ -228,27 +232,32 @@ class Part:
     bytes: float
     calls: float
     least: float
+    elsewhere: float
+    elsewhere_without_calls: float
 
 
-def count(steps: dict[str, Callable[[], float]], cycle: int, peaks: Peaks) -> dict[str, Counting]:
+def count(steps: dict[str, Callable[[], float]], cycle: int) -> dict[str, Counting]:
     """Count what each network does in a cycle of steps that are not timed."""
     counted = {}
     for name, step in steps.items():
-        with Counting(peaks) as counted[name]:
+        with Counting() as counted[name]:
             for _ in tqdm(range(cycle), desc=f"counting {name}", unit="step", leave=False, dynamic_ncols=True):
                 step()
     return counted
 
 
-def parts_of(seconds: dict[str, float], counted: dict[str, Counting], cycle: int) -> list[Part]:
+def parts_of(
+    seconds: dict[str, float], counted: dict[str, Counting], cycle: int, peaks: Peaks, elsewhere: Peaks
+) -> list[Part]:
     """Take the parts of a step apart: what a network does more than the one that leaves the part out."""
+    devices = peaks, elsewhere, replace(elsewhere, call=0.0)
     whole, *others = PARTS
     names = {"plain step": ("plain", None), "whitening": (whole, "plain")}
     names |= {"refreshes": (whole, others[0]), "statistics": (others[0], others[1]), "transform": (others[1], "plain")}
-    totals: dict[str | None, list[float]] = {None: [0.0] * 5}
+    totals: dict[str | None, list[float]] = {None: [0.0] * len(fields(Part)[1:])}
     for kind in ("plain", *PARTS):
         own = counted[f"{kind} eager"]
-        sums = (own.operations, own.bytes, own.calls, own.seconds)
+        sums = (own.operations, own.bytes, own.calls, *map(own.least_seconds, devices))
         totals[kind] = [seconds[f"{kind} eager"], *(number / cycle for number in sums)]
     return [
         Part(name, *(own - other for own, other in zip(totals[more], totals[less], strict=True)))
@@ -328,10 +337,11 @@ def main(arguments: list[str] | None = None) -> int:
     for mode, all_ratios in ratios.items():
         middle = f"ratio {mode} {statistics.median(all_ratios):.3f} (median of {len(all_ratios)} stretches of"
         print(f"{middle} {cycle} steps, {min(all_ratios):.3f} to {max(all_ratios):.3f})")
-    if options.breakdown and options.compile != "yes":
+    if (options.breakdown or options.simulate) and options.compile != "yes":
         eager = {name: step for name, step in steps.items() if name.endswith("eager")}
         peak = measure_peaks(images.device)
-        parts = parts_of(medians, count(eager, cycle, peak), cycle)
+        paper = PAPER.get(options.simulate or "", peak)
+        parts = parts_of(medians, count(eager, cycle), cycle, peak, paper)
         title = f"a step's parts; peaks: {peak.operations / 1e9:.0f} Gflop/s in float32 products, "
         title += f"{peak.cache / 1e9:.0f} GB/s from the cache, {peak.memory / 1e9:.0f} GB/s from memory"
         plain = parts[0].seconds
@@ -346,6 +356,19 @@ def main(arguments: list[str] | None = None) -> int:
             ("least, times plain", lambda part: f"{part.least / plain:.3f}"),
         ]
         show(result, title, cells(part_columns, parts))
+        if options.simulate:
+            title = f"the same calls on paper, by {options.simulate}: {paper.operations / 1e12:g} Tflop/s in float32 "
+            title += f"products, {(paper.half or paper.operations) / 1e12:g} in 16 bits, {paper.memory / 1e12:g} TB/s, "
+            title += f"decompositions at {paper.decompositions:.0%}"
+            first = parts[0]
+            paper_columns: list[Column] = [
+                ("", lambda part: part.name),
+                (f"ms, {1e6 * paper.call:g} µs a call", lambda part: f"{1e3 * part.elsewhere:.4g}"),
+                ("times plain", lambda part: f"{part.elsewhere / first.elsewhere:.3f}"),
+                ("ms without that", lambda part: f"{1e3 * part.elsewhere_without_calls:.4g}"),
+                ("times plain", lambda part: f"{part.elsewhere_without_calls / first.elsewhere_without_calls:.3f}"),
+            ]
+            show(result, title, cells(paper_columns, parts))
         result |= {"peaks": asdict(peak), "parts": list(map(asdict, parts))}
     names = ("model", "precision", "channels_last", "batch_size", "size", "batches")
     given = {name: getattr(options, name) for name in names}
