@@ -52,6 +52,17 @@ def test_tap_autocovariance_is_the_reference(case):
     torch.testing.assert_close(diagonal, diagonal[:, :1].expand_as(diagonal))
 
 
+def test_images_are_the_samples_that_effective_rows_of_taps_count():
+    layer = nn.Conv2d(4, 6, 3, groups=2).double()
+    x = torch.randn(7, 4, 8, 9, dtype=torch.float64) * torch.linspace(0.2, 3, 7).view(-1, 1, 1, 1)
+    mean = centre(layer, x)
+    positions, effective, _ = tap_autocovariance(x, TWINS[nn.Conv2d].geometry(layer), mean)
+    alone = [reference.tap_autocovariance(layer, image.unsqueeze(0), mean) for image in x]
+    expected = [reference.effective_rows([matrices[group] for matrices in alone], positions) for group in (0, 1)]
+    assert effective.tolist() == pytest.approx(expected, rel=1e-9)
+    assert max(expected) < positions / 2
+
+
 @pytest.mark.parametrize("cut", [1, 2])
 def test_tap_autocovariance_is_a_mean_over_images_whoever_has_which(cut):
     layer = nn.Conv2d(4, 6, 3, groups=2).double()
