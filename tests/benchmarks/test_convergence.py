@@ -93,15 +93,13 @@ def test_gains_beside_whitening(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_whitened_sgd_reaches_the_plain_loss_in_fewer_steps(tmp_path):
-    """The README's table of crops, with one seed: there the median of three takes two thirds of plain's steps.
+    """The README's table of crops, with one seed: there the median of ten takes 0.65 of plain's steps.
 
-    A single run scatters: with power 1 this one takes 156 steps on one thread and 129 on two. Hence three quarters.
+    A single run scatters, by a tenth between one thread and two. Hence three quarters.
     """
-    arguments = ["--dataset", "crops", "--compare", "power=0.5", "power=1", "--seeds", "0", "--out", str(tmp_path)]
-    assert convergence.main(arguments) == 0
-    plain, *whitened = results(tmp_path)["rows"]
-    for row in whitened:
-        assert row["steps_to_plain"] <= 0.75 * plain["steps_to_plain"], row["variant"]
+    assert convergence.main(["--dataset", "crops", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    plain, whitened = results(tmp_path)["rows"]
+    assert whitened["steps_to_plain"] <= 0.75 * plain["steps_to_plain"]
 
 
 def test_a_curve_finds_when_a_loss_is_reached():
