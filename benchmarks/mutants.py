@@ -38,11 +38,31 @@ PROGRAM = "python -m benchmarks.mutants"
 ROOT = Path(__file__).parent.parent
 # The rooms, each with further tests of what it does, after those in the folder that mirrors it.
 ROOMS: dict[str, tuple[str, ...]] = {
-    "autograd.py": ("test_founding.py", "test_func.py", "test_geometry.py", "test_precision.py"),
+    "autograd.py": (
+        "test_founding.py",
+        "test_func.py",
+        "test_geometry.py",
+        "test_precision.py",
+        "transforms/test_psi.py",
+        "test_layers.py",
+    ),
     "inverse": (),
-    "refresh": ("test_windows.py", "distributed/test_agreement.py"),
-    "statistics": ("transforms/test_whitening.py", "test_founding.py"),
-    "transforms": ("test_report.py", "test_founding.py", "conversion/test_spelling.py"),
+    "refresh": ("test_windows.py", "distributed/test_agreement.py", "test_checkpoint.py"),
+    "statistics": (
+        "transforms/test_whitening.py",
+        "transforms/test_norms.py",
+        "test_founding.py",
+        "test_windows.py",
+        "test_hugging_face.py",
+        "test_checkpoint.py",
+    ),
+    "transforms": (
+        "test_report.py",
+        "test_founding.py",
+        "conversion/test_spelling.py",
+        "test_checkpoint.py",
+        "test_conformance.py",
+    ),
 }
 LOG = "mutants.log"  # of the last tests, in each copy
 # Each run of the tests forks from a process that has imported what takes long.

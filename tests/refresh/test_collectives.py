@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from whiten_layers.refresh.collectives import merge_windows, share
+from whiten_layers.refresh.collectives import _listed, merge_windows, share
 from whiten_layers.statistics.covariance import FeatureCovariance
 
 
@@ -24,6 +24,12 @@ def test_a_window_without_rows_stays_one_of_zeros(group):
     for part in empty.window:
         assert torch.equal(part, torch.zeros_like(part))
     torch.testing.assert_close(tuple(full.window), tuple(before), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("number, end", [(0, "nothing"), (12, "11"), (13, "11, and 1 more"), (40, "11, and 28 more")])
+def test_a_message_lists_twelve_layers(number, end):
+    listed = _listed([str(label) for label in range(number)])
+    assert listed.endswith(end) and listed.count(",") == max(0, min(number, 13) - 1)
 
 
 @pytest.mark.parametrize(

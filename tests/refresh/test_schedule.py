@@ -246,3 +246,22 @@ def test_a_transform_of_ones_own_stays_in_sync_with_the_others():
             network(x).sum().backward()
         torch.testing.assert_close(model[0].weight.grad, 2 * plain[0].weight.grad)
         assert {layer.transform.num_batches_tracked for layer in model} == {batch}
+
+
+def test_after_a_reset_a_layer_trains_as_a_new_one():
+    torch.manual_seed(0)
+    layer = WhitenedLinear(4, 3, transform=FeatureWhitening(update_interval=10, statistics_interval=3))
+    new = copy.deepcopy(layer)
+
+    def train(one, seeds):
+        for seed in seeds:
+            one.zero_grad()
+            one(torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+
+    train(layer, range(45))
+    layer.transform.reset_state()
+    train(layer, range(100, 133))
+    train(new, range(100, 133))
+    assert layer.transform.num_batches_tracked == 33
+    torch.testing.assert_close(layer.state_dict(), new.state_dict(), rtol=0, atol=0)
+    assert torch.equal(layer.weight.grad, new.weight.grad)
