@@ -74,6 +74,16 @@ def test_tap_autocovariance_is_a_mean_over_images_whoever_has_which(cut):
     torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
 
 
+def test_the_phase_brings_every_image_in_turn():
+    layer = nn.Conv2d(2, 3, 3).double()
+    x, geometry = torch.randn(100, 2, 4, 5, dtype=torch.float64), TWINS[nn.Conv2d].geometry(layer)
+    mean = centre(layer, x)
+    positions, _, whole = tap_autocovariance(x, geometry, mean)
+    parts = [tap_autocovariance(x, geometry, mean, max_rows=1, phase=phase) for phase in range(4)]
+    assert [part[0] for part in parts] == [positions / 4] * 4  # every fourth image: of every third, more than 32
+    torch.testing.assert_close(sum(part[2] for part in parts) / 4, whole, rtol=1e-12, atol=1e-12)
+
+
 def test_taps_farther_apart_than_the_image_is_wide_do_not_vary_together():
     layer = nn.Conv2d(2, 3, 3, dilation=4, padding=4).double()
     x = torch.randn(2, 2, 3, 5, dtype=torch.float64)
