@@ -80,7 +80,7 @@ def test_the_phase_brings_every_image_in_turn():
     mean = centre(layer, x)
     positions, _, whole = tap_autocovariance(x, geometry, mean)
     parts = [tap_autocovariance(x, geometry, mean, max_rows=1, phase=phase) for phase in range(4)]
-    assert [part[0] for part in parts] == [positions / 4] * 4  # every fourth image: of every third, more than 32
+    assert [part[0] for part in parts] == [positions / 4] * 4  # 25 images each: 32 at most
     torch.testing.assert_close(sum(part[2] for part in parts) / 4, whole, rtol=1e-12, atol=1e-12)
 
 
