@@ -30,6 +30,7 @@ OPTIONS = {
     "kronecker, not rescaled": {"features": "kronecker", "power": 1.0, "rescale": False},
     "kronecker, both sides": {"features": "kronecker", "output_power": 0.5},
     "kronecker, about zero": {"features": "kronecker", "center": False},
+    "kronecker, about the mean": {"features": "kronecker", "center": True},
     "kronecker, blocks": {"features": "kronecker", "power": 1.0, "block_size": 2, "output_power": 0.5},
     "patch, blocks": {"features": "patch", "block_size": 2},
 }

@@ -446,9 +446,9 @@ def test_bad_options_are_named(options, message):
 
 
 def test_it_has_a_name_and_its_cost_is_told():
-    model = whiten(plain(), "eigenbasis", interval=5)
+    model = whiten(plain(), "eigenbasis", interval=5, features="kronecker")
     assert model[0].transform.interval == 5
-    made = estimate(plain(), "eigenbasis")
+    made = estimate(plain(), "eigenbasis", features="kronecker")
     train(model, range(3))
     shown = report(model)
     kept = [buffer for i in (0, 2, 4) for factor in model[i].transform.factors() for buffer in factor.buffers()]
