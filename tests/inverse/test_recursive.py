@@ -157,6 +157,14 @@ def test_a_tail_that_is_rounding_has_no_inverse_power(power):
     assert not recursive(with_spectrum(values)[None], power, None, 4).matrix.isfinite().any()
 
 
+@pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
+def test_each_matrix_is_inverted_as_if_it_were_alone(power):
+    covariance = torch.stack([scale * with_spectrum(1 / torch.arange(1, 21), 7) for scale in (1.0, 30.0, 0.01)])
+    together = recursive(covariance, power, None, 4).matrix
+    alone = torch.cat([recursive(one[None], power, None, 4).matrix for one in covariance])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
+
+
 def test_one_matrix_without_an_inverse_costs_the_others_nothing():
     covariance = torch.stack([with_spectrum(1 / torch.arange(1, 41), seed) for seed in range(3)])
     alone, last = recursive(covariance, 1.0, None, 4), recursive(covariance, 1.0, None, 4)

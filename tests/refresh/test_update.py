@@ -120,6 +120,15 @@ def test_features_that_are_all_alike_are_inverted_in_float64_if_not_in_float32(m
         torch.testing.assert_close(narrow.precision.double(), wide.precision, rtol=1e-3, atol=1e-3)
 
 
+def test_what_failed_is_tried_again_behind_one_that_did_not_fail():
+    model = whiten(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), shrink=False)
+    model(torch.randn(500, 4)).sum().backward()
+    factors = [layer.transform.inputs for layer in model]
+    factors[1].running_covariance.copy_(1.2 - 0.2 * torch.eye(4))  # indefinite
+    refresh_factors(factors, names=dict(zip(factors, "01", strict=True)))
+    assert [factor.num_refreshes_rescued.item() for factor in factors] == [0, 1]
+
+
 def test_an_indefinite_covariance_is_damped_more_and_a_hopeless_one_keeps_the_last_inverse(caplog):
     model = whiten(nn.Sequential(nn.Linear(4, 3)), shrink=False)
     layer, factor = model[0], model[0].transform.inputs
