@@ -24,6 +24,15 @@ DECOMPOSITIONS = {
 }
 
 
+class Call(NamedTuple):
+    """What a call of one of PyTorch's operations does: operations in products and decompositions, and bytes."""
+
+    operations: int
+    bytes: int
+    is_half: bool
+    is_decomposition: bool
+
+
 @dataclass(frozen=True)
 class Peaks:
     """What a device reaches: operations a second in float32 products, bytes a second from its cache and its memory."""
@@ -36,7 +45,7 @@ class Peaks:
     in_cache: int = 2**20  # bytes of a call up to which its tensors are taken to be in the cache
     call: float = 0.0  # seconds that a call takes at least
 
-    def least_seconds(self, one: "Call") -> float:
+    def least_seconds(self, one: Call) -> float:
         """Return the least time of a call: that of its operations or of its bytes, whichever is longer."""
         speed = self.operations
         if one.is_decomposition:
@@ -50,15 +59,6 @@ class Peaks:
 # An H100 on paper, from data sheets and public reports: products reach 45 and 600 Tflop/s of the 67 and 990 of the data
 # sheet, `eigh` less than 3 % of the former (pytorch#175585), and PyTorch calls a kernel every five microseconds.
 PAPER = {"h100": Peaks(45e12, 5.5e12, 3e12, half=600e12, decompositions=0.03, in_cache=2**24, call=5e-6)}
-
-
-class Call(NamedTuple):
-    """What a call of one of PyTorch's operations does: operations in products and decompositions, and bytes."""
-
-    operations: int
-    bytes: int
-    is_half: bool
-    is_decomposition: bool
 
 
 def best_seconds(call: Callable[[], object], device: torch.device, times: int = 20) -> float:

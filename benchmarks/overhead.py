@@ -76,11 +76,16 @@ class Options:
     batches: PositiveInt = 1000  # that count as having come when the timing begins: refreshes become rarer
     # Time networks that only transform, and that never refresh, too; count what each part does.
     breakdown: Switch = False
-    simulate: Annotated[str, choice(PAPER)] | None = None  # estimate what the counted parts take on another device
+    simulate: Annotated[str, choice(PAPER)] | None = None  # the same, and what it would take on another device
     stretches: PositiveInt = 9  # stretches of whole cycles to take the median of
     system_allocator: Switch = False  # leave memory allocation as the system has it
     out: Path = Path("results/overhead")  # folder for results.json
     transform: TransformOptions = field(default_factory=TransformOptions)
+
+    @property
+    def takes_apart(self) -> bool:
+        """Whether a step is taken apart; what it would take on another device is told by its parts."""
+        return self.breakdown or self.simulate is not None
 
     @property
     def layout(self) -> torch.memory_format:
@@ -193,7 +198,7 @@ def prepare(
         gradients(copy.deepcopy(network).to(images.device).to(memory_format=options.layout), *batch)
     for mode in MODES[options.compile]:
         expected = None
-        for kind in ("plain", *(PARTS if options.breakdown or options.simulate else ["whitened"])):
+        for kind in ("plain", *(PARTS if options.takes_apart else ["whitened"])):
             name = f"{kind} {mode}"
             if images.is_cuda:
                 others = torch.cuda.memory_allocated(images.device) - images.nbytes - labels.nbytes
@@ -337,10 +342,10 @@ def main(arguments: list[str] | None = None) -> int:
     for mode, all_ratios in ratios.items():
         middle = f"ratio {mode} {statistics.median(all_ratios):.3f} (median of {len(all_ratios)} stretches of"
         print(f"{middle} {cycle} steps, {min(all_ratios):.3f} to {max(all_ratios):.3f})")
-    if (options.breakdown or options.simulate) and options.compile != "yes":
+    if options.takes_apart and options.compile != "yes":
         eager = {name: step for name, step in steps.items() if name.endswith("eager")}
         peak = measure_peaks(images.device)
-        paper = PAPER.get(options.simulate or "", peak)
+        paper = PAPER[options.simulate] if options.simulate else peak
         parts = parts_of(medians, count(eager, cycle), cycle, peak, paper)
         title = f"a step's parts; peaks: {peak.operations / 1e9:.0f} Gflop/s in float32 products, "
         title += f"{peak.cache / 1e9:.0f} GB/s from the cache, {peak.memory / 1e9:.0f} GB/s from memory"

@@ -93,11 +93,10 @@ def test_batches_of_any_size_share_a_graph(transform, backend):
     train((eager, fast), batches)
     assert_equal(compiled, eager)
     assert graphs() <= 2  # one for the first size, one for all others
-    if backend == "aot_eager":  # the sizes are taken to vary before a backend sees them
-        torch._dynamo.reset()
-        counters.clear()
-        train((torch.compile(compiled, backend=backend, fullgraph=True, dynamic=True),), batches)
-        assert graphs() == 1
+    torch._dynamo.reset()
+    counters.clear()
+    train((torch.compile(compiled, backend=backend, fullgraph=True, dynamic=True),), batches)
+    assert graphs() == 1
 
 
 @each_backend
