@@ -1,4 +1,7 @@
-"""Real images that a dependency ships: scikit-learn's handwritten digits and its two photographs."""
+"""Real images that a dependency ships: scikit-learn's handwritten digits and its two photographs.
+
+It is imported where they are loaded: that takes over a second, which a training on other images need not wait for.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits, load_sample_images
 from torch import Generator, Tensor
 
 
@@ -36,6 +38,8 @@ def random_affine(images: Tensor, generator: Generator) -> Tensor:
 
 def all_digits() -> tuple[Tensor, Tensor]:
     """Load 1,797 handwritten digits of 8×8 pixels, enlarged to 16×16."""
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None]
     images = F.interpolate(images, size=16, mode="bilinear").expand(-1, 3, -1, -1)
@@ -44,6 +48,8 @@ def all_digits() -> tuple[Tensor, Tensor]:
 
 def photographs() -> list[Tensor]:
     """Load two photographs, (3, 427, 640)."""
+    from sklearn.datasets import load_sample_images
+
     images = [torch.tensor(np.ascontiguousarray(image)) for image in load_sample_images().images]
     return [image.permute(2, 0, 1).float() / 255 for image in images]
 

@@ -9,10 +9,9 @@ from torch import nn
 from whiten_layers import FeatureWhitening, whiten
 
 EVERY_BATCH: dict[str, Any] = {"update_interval": 1, "statistics_interval": 1, "bound": None}  # a linear map
+INPUT_SIDE = FeatureWhitening(**EVERY_BATCH)
 BOTH_SIDES = FeatureWhitening(output_power=0.5, **EVERY_BATCH)
-each_transform = pytest.mark.parametrize(
-    "transform", [FeatureWhitening(**EVERY_BATCH), BOTH_SIDES], ids=["input", "both"]
-)
+each_transform = pytest.mark.parametrize("transform", [INPUT_SIDE, BOTH_SIDES], ids=["input", "both"])
 
 compilers_may_warn = pytest.mark.filterwarnings("ignore")  # those of some versions warn of themselves
 

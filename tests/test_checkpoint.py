@@ -1,6 +1,7 @@
 """State dicts: a plain checkpoint loads, a run goes on bit for bit, a foreign one is an error."""
 
 import io
+import math
 import warnings
 
 import pytest
@@ -272,6 +273,26 @@ def test_state_that_cannot_be_starts_afresh(key, value):
     assert parts
     torch.testing.assert_close(dict(other.state_dict()), expected, rtol=0, atol=0)
     steps(other, torch.optim.SGD(other.parameters(), 0.02), range(12, 30))
+
+
+def test_of_a_part_of_a_state_dict_that_part_is_taken():
+    model, other = whiten(plain()), whiten(plain())
+    steps(model, torch.optim.SGD(model.parameters(), 0.02), range(12))
+    part = {name: value for name, value in model.state_dict().items() if name.endswith(".precision")}
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.warns(UserWarning, match="what does not fit starts afresh"):
+        missing, unexpected = other.load_state_dict(part, strict=False)
+    assert part and not unexpected and "0.transform.inputs.running_count" in missing
+    torch.testing.assert_close(dict(other.state_dict()), before | part, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_counts_that_are_not_finite_are_not_taken(value):
+    model = whiten(plain())
+    steps(model, torch.optim.SGD(model.parameters(), 0.02), range(12))
+    before = model[0].transform.get_extra_state()
+    model[0].transform.set_extra_state(torch.full_like(before, value))
+    torch.testing.assert_close(model[0].transform.get_extra_state(), before, rtol=0, atol=0)
 
 
 def test_a_checkpoint_of_one_layer():

@@ -13,11 +13,20 @@ from whiten_layers import FeatureWhitening, whiten
 from whiten_layers.refresh import schedule
 
 from .cases import everywhere
-from .helpers import batch, buffers, each_transform, network
+from .helpers import BOTH_SIDES, INPUT_SIDE, batch, buffers, each_transform, mostly_slow, network
 
 # The compilers of some versions warn of themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
-each_backend = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+each_pair = pytest.mark.parametrize(
+    "transform, backend",
+    [
+        (INPUT_SIDE, "aot_eager"),
+        pytest.param(INPUT_SIDE, "inductor", marks=pytest.mark.slow),
+        pytest.param(BOTH_SIDES, "aot_eager", marks=pytest.mark.slow),
+        (BOTH_SIDES, "inductor"),
+    ],
+    ids=["input-aot_eager", "input-inductor", "both-aot_eager", "both-inductor"],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +61,7 @@ def assert_equal(compiled, eager):
 
 
 @everywhere
-@each_transform
+@pytest.mark.parametrize("transform", mostly_slow([INPUT_SIDE, BOTH_SIDES], [BOTH_SIDES]), ids=["input", "both"])
 def test_every_layer_is_eager_in_one_graph(case, transform):
     _, eager = case.make_pair(transform)
     compiled = copy.deepcopy(eager)
@@ -70,8 +79,7 @@ def test_every_layer_is_eager_in_one_graph(case, transform):
     assert graphs() == 1
 
 
-@each_transform
-@each_backend
+@each_pair
 def test_nothing_is_compiled_again_in_fifty_steps(transform, backend):
     # torch 2.6 compiles no activation that works in place on the output of `ObserveOutput`.
     inplace = not transform.observes_output
@@ -84,8 +92,7 @@ def test_nothing_is_compiled_again_in_fifty_steps(transform, backend):
     assert compiled[0].transform.num_batches_tracked == 50
 
 
-@each_transform
-@each_backend
+@each_pair
 def test_batches_of_any_size_share_a_graph(transform, backend):
     batches = [batch(seed)[: 6 - seed % 4].clone() for seed in range(8)]
     eager, compiled = network(transform, inplace=False), network(transform, inplace=False)
@@ -99,8 +106,7 @@ def test_batches_of_any_size_share_a_graph(transform, backend):
     assert graphs() == 1
 
 
-@each_backend
-@each_transform
+@each_pair
 def test_blocks_compiled_one_by_one_share_a_graph(transform, backend):
     """All that tells one block from the next, the handle, is a tensor: they are more than the compiler would repeat."""
 

@@ -1,6 +1,7 @@
 """Every layer, in every configuration, under every option: the plain layer's numbers, the reference's gradients."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from whiten_layers import FeatureWhitening, whiten
 
 from . import reference
-from .cases import everywhere
+from .cases import CASES
 from .strategies import layers
 
 OPTIONS = {
@@ -84,8 +85,16 @@ def conforms(plain: nn.Module, inputs: list[torch.Tensor], options: dict, method
         truth.observe(x, upstream)
 
 
-@everywhere
-@pytest.mark.parametrize("options, method", TABLE.values(), ids=TABLE.keys())
+def quick_or_slow() -> list:
+    """Every layer under every option; two of three are slow tests, so that each layer and each option is in both."""
+    every = itertools.product(enumerate(CASES), enumerate(TABLE))
+    return [
+        pytest.param(case, *TABLE[name], id=f"{case.name}-{name}", marks=[pytest.mark.slow] if (i + j) % 3 else [])
+        for (i, case), (j, name) in every
+    ]
+
+
+@pytest.mark.parametrize("case, options, method", quick_or_slow())
 def test_a_case_of_the_table(case, options, method):
     inputs = [case.make_input(seed) for seed in range(3)]
     conforms(case.make_plain(), inputs, {"damping": 0.1, "decay": 0.9, **options}, method)

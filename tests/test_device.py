@@ -1,14 +1,25 @@
 """What a layer asks of its device: to be made on the meta device and filled later, and never to be waited for."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, whiten
+from whiten_layers import (
+    Chain,
+    EigenbasisScaling,
+    FeatureWhitening,
+    OptimalInputGain,
+    WhitenedConv2d,
+    WhitenedLinear,
+    whiten,
+)
 
 from .cases import everywhere
 from .helpers import each_transform
@@ -135,6 +146,57 @@ def test_waiting_would_be_noticed():
         torch.randn(3).to("meta")
     with pytest.raises(AssertionError, match="moves numbers"), NoWaiting():
         torch.as_tensor(torch.tensor(True), device="meta")
+
+
+class Elsewhere(TorchFunctionMode):
+    """Lets tensors say that they are not on the CPU: their numbers are not read, but computed with, as on a GPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return False if function is torch.Tensor.is_cpu.__get__ else function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        FeatureWhitening(power=1.0),
+        FeatureWhitening(output_power=0.5, features="kronecker", statistics_interval=1),
+        EigenbasisScaling(),
+        OptimalInputGain(),
+        Chain(FeatureWhitening(), OptimalInputGain()),
+    ],
+    ids=["power=1", "both", "eigenbasis", "gain", "chain"],
+)
+def test_what_is_not_read_is_computed_alike(transform):
+    """Bad batches and gradients that jump are among them: each choice that the CPU makes by reading a number."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 5)).double()
+    results = []
+    for mode in (contextlib.nullcontext(), Elsewhere()):
+        model = whiten(copy.deepcopy(plain), transform)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        for step in range(30):
+            x = torch.randn(6, 3, 6, 6, generator=torch.Generator().manual_seed(step)).double()
+            x[0, 0, 0, 0] = {13: torch.nan, 17: torch.inf}.get(step, 1.0)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x) * (1e4 if step == 20 else 1), torch.arange(6) % 5)
+            with mode:
+                loss.backward()
+                if step in (13, 17):
+                    model[1].reset_running_stats()
+                    optimizer.zero_grad()
+                optimizer.step()
+        results.append({name: value for name, value in model.state_dict().items() if "extra" not in name})
+    assert any(value > 0 for name, value in results[0].items() if name.endswith("num_batches_skipped"))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+
+
+def test_a_scaled_step_waits_for_no_device():
+    model = network("eigenbasis", device="meta")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        model(torch.randn(6, 3, 6, 6, device="meta")).square().sum().backward()
+        with NoWaiting():
+            optimizer.step()
+    assert model[0].transform.state_dict()["num_steps"].is_meta
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

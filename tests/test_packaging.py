@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from .helpers import mostly_slow
+
 ROOT = Path(__file__).parent.parent
 NETWORKS = ("resnet_cifar", "resnet_imagenet", "video")
 
@@ -36,7 +38,7 @@ def source(tmp_path):
     return copy
 
 
-@pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
+@pytest.mark.parametrize("editable", mostly_slow([False, True], [False]), ids=["wheel", "editable"])
 def test_an_install_stands_beside_a_users_own_models(tmp_path, source, editable):
     target, project = tmp_path / "site", tmp_path / "project"
     (project / "models").mkdir(parents=True)

@@ -164,6 +164,8 @@ def test_what_cannot_be_told_is_said():
         report(layer).plot("report.png")
     for _ in range(2):
         layer(torch.zeros(4, 3)).sum().backward()
+    with pytest.raises(ValueError, match="no batch has been seen: there is nothing to draw"):
+        report(layer).plot("report.png")
     lines = str(report(layer)).splitlines()
     assert "batches: 2" in lines[0] and lines[1] == (
         "No condition number is known: all inputs were constant, or not finite."

@@ -261,3 +261,27 @@ def test_diffusers_weights_are_plain_if_a_copy_is_unwhitened(tmp_path):
     assert len({(tmp_path / name / file).stat().st_size for name in ("plain", "whitened", "averages")}) == 1
     loaded = diffusers.UNet2DModel.from_pretrained(tmp_path / "whitened")
     assert torch.equal(loaded(noisy, times).sample, model.eval()(noisy, times).sample)
+
+
+def test_callbacks_of_other_processes_than_the_first_and_without_a_folder_write_nothing(tmp_path, caplog):
+    class Untouched:
+        """Any use of the model would fail."""
+
+    here, small = SimpleNamespace(output_dir=tmp_path), whiten(nn.Linear(3, 2))
+    with caplog.at_level("INFO", logger="whiten_layers"):
+        for state, folder in ((False, "plain"), (True, None)):
+            state = SimpleNamespace(is_world_process_zero=state, global_step=3)
+            callback = hugging_face_callbacks.WhiteningCallback(plain_weights=folder)
+            callback.on_save(here, state, None, model=Untouched())
+        state = SimpleNamespace(is_world_process_zero=False, global_step=3)
+        callback.on_log(here, state, None, model=Untouched())
+        assert not caplog.records
+        state = SimpleNamespace(is_world_process_zero=True, global_step=3)
+        callback.on_log(here, state, None, model=small)  # into the log alone
+        assert len(caplog.records) == 1
+    trainer = SimpleNamespace(is_global_zero=False, default_root_dir=tmp_path, current_epoch=0)
+    lightning_callbacks.WhiteningCallback().on_fit_end(trainer, Untouched())
+    lightning_callbacks.WhiteningCallback().on_train_epoch_end(trainer, Untouched())
+    trainer = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path)
+    lightning_callbacks.WhiteningCallback(plain_weights=None).on_fit_end(trainer, Untouched())
+    assert not list(tmp_path.iterdir())

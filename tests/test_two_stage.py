@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from whiten_layers import FeatureWhitening, TwoStageNetwork, WhitenedLinear
+from whiten_layers import FeatureWhitening, TwoStageNetwork, WhitenedLinear, two_stage
+from whiten_layers.inverse.cholesky import cholesky
 from whiten_layers.two_stage import (
     augmented,
     gain_model,
@@ -229,11 +230,12 @@ def test_a_wrong_option_is_named_with_its_value_and_the_choices(options, message
         (torch.zeros(3, 2), torch.zeros(4, 1), "3 rows of inputs and 4 of targets do not fit"),
         (torch.zeros(3, 2), torch.full((3, 1), float("nan")), "targets hold a NaN or Inf"),
         (torch.zeros(0, 2), torch.zeros(0, 1), r"inputs of shape \(0, 2\)"),
+        (torch.zeros(1, 2), torch.zeros(1, 1), "batches=2 is not possible: there are 1 rows"),
     ],
 )
 def test_data_that_do_not_fit_are_an_error(inputs, targets, message):
     with pytest.raises(ValueError, match=message):
-        TwoStageNetwork(3).fit(inputs, targets)
+        TwoStageNetwork(3, batches=2).fit(inputs, targets)
 
 
 def test_arrays_and_a_network_that_was_not_trained():
@@ -242,3 +244,19 @@ def test_arrays_and_a_network_that_was_not_trained():
         TwoStageNetwork(2).predict(x)
     network = TwoStageNetwork(2, iterations=2).fit(x.numpy(), x[:, 0].numpy())
     assert network.predict(x.numpy()).shape == (40,)
+    with pytest.raises(ValueError, match="inputs of 2 features are not those of the training inputs"):
+        network.predict(x[:, :2])
+
+
+def test_what_cannot_be_inverted_is_damped_ten_times_more(monkeypatch):
+    rows, tried = problem()[0], []
+
+    def failing(matrices):
+        tried.append(matrices)
+        return cholesky(matrices * (torch.nan if len(tried) < 3 else 1))
+
+    monkeypatch.setattr(two_stage, "cholesky", failing)
+    inverse = inverse_second_moment(rows, 1e-4)
+    second = rows.mT @ rows / len(rows)
+    damping = 1e-2 * second.diagonal().mean() * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(inverse, torch.linalg.inv(second + damping))

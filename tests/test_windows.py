@@ -57,6 +57,11 @@ def test_what_is_saved_and_loaded_is_a_copy_and_takes_the_place_of_all_windows()
             r"mean of shape \(1, 5\) .* \(1, 4\)",
         ),
         (lambda state: {k: v for k, v in state.items() if "count" not in k}, "inputs.window_count is missing"),
+        (lambda state: state | {"transform.inputs.other": torch.ones(1)}, "inputs.other is no part of a window"),
+        (
+            lambda state: state | {"transform.inputs.pending_3_by_1": torch.ones(1, 5, 3)},
+            r"pending_3_by_1 of shape \(1, 5, 3\) is not possible: give \(1, any number, 4\)",
+        ),
     ],
 )
 def test_windows_of_another_model_are_an_error_and_change_nothing(change, message):

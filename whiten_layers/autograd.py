@@ -261,8 +261,7 @@ class TransformGradientFunctional(torch.autograd.Function):
     ) -> tuple:
         if any(dim is not None for dim in in_dims[3:]):
             raise RuntimeError(NO_VMAP_OVER_PARAMETERS)
-        if in_dims[0] is not None:
-            input = input.movedim(in_dims[0], 0)
+        input = input.movedim(in_dims[0], 0)  # PyTorch does not call this where nothing is mapped over
         parameters = TransformGradientFunctional.apply(input, subject, reads_weight, *parameters)
         return parameters, (None,) * len(parameters)
 

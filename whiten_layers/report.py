@@ -207,7 +207,8 @@ class Report:
             from matplotlib.figure import Figure
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("a plot needs matplotlib: pip install matplotlib") from error
-        if not self.known:
+        known = self.known
+        if not known:
             raise ValueError("no batch has been seen: there is nothing to draw")
         figure = Figure(figsize=(max(6.0, 0.3 * len(self.rows)) + 5, 4.5), layout="constrained")
         axes, spectra = figure.subplots(1, 2, width_ratios=[max(6.0, 0.3 * len(self.rows)), 5])
@@ -219,8 +220,7 @@ class Report:
         axes.set_xticks(list(places), [f"{row.layer} {row.factor}" for row in self.rows], rotation=90, fontsize=7)
         axes.set_ylabel("condition number")
         axes.legend()
-        known = self.known
-        picked = [known[round(i * (len(known) - 1) / (SPECTRA - 1))] for i in range(SPECTRA)] if known else []
+        picked = [known[round(i * (len(known) - 1) / (SPECTRA - 1))] for i in range(SPECTRA)]
         for number, row in enumerate(dict.fromkeys(picked)):
             for spectrum, style in ((row.spectrum, "--"), (row.whitened_spectrum or (), "-")):
                 values = [value * len(spectrum) / sum(spectrum) for value in spectrum] if spectrum else []
@@ -228,8 +228,7 @@ class Report:
                 spectra.loglog(range(1, len(values) + 1), values, style, color=f"C{number}", label=label)
         spectra.set_xlabel("eigenvalue: its place")
         spectra.set_title("eigenvalues: covariance (dashed), whitened", fontsize=9)
-        if picked:
-            spectra.legend(fontsize=7)
+        spectra.legend(fontsize=7)
         figure.savefig(path, dpi=120)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -134,6 +135,14 @@ def test_whitening_twice_keeps_the_state():
     with pytest.warns(UserWarning, match="whitened already, and kept as they were: stem"):
         whiten(model, FeatureWhitening(power=1.0))
     assert model.stem.transform is transform and transform.num_batches_tracked == 1
+
+
+def test_a_class_of_the_users_own_from_a_twin_is_not_unwhitened():
+    class Mine(WhitenedLinear):
+        pass
+
+    with pytest.raises(ValueError, match="head is a Mine, made from a whitened layer: unwhiten the layer before"):
+        unwhiten(nn.Sequential(OrderedDict(head=Mine(3, 2))))
 
 
 def test_two_transforms_in_two_calls():

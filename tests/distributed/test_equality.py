@@ -28,6 +28,7 @@ from .runs import (
 from .world import needs_fsdp2, run
 
 STEPS = 50
+QUICK = ("alike", "both sides", "whitened, then scaled")
 
 
 def follow(rank, kind, transform, options, steps=STEPS):
@@ -44,7 +45,11 @@ def follow(rank, kind, transform, options, steps=STEPS):
 @pytest.mark.parametrize(
     "kind, ranks, transform",
     [
-        *[("DDP", 2, transform) for transform, options in TRANSFORMS.items() if ALIKE.items() <= options.items()],
+        *[
+            pytest.param("DDP", 2, transform, marks=[] if transform in QUICK else [pytest.mark.slow])
+            for transform, options in TRANSFORMS.items()
+            if ALIKE.items() <= options.items()
+        ],
         ("DDP", 4, "both sides"),
         pytest.param("FSDP2", 2, "both sides", marks=needs_fsdp2),
         pytest.param("FSDP2", 4, "alike", marks=needs_fsdp2),

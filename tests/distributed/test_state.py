@@ -41,9 +41,12 @@ def buffers_that_ddp_sends(rank, way):
         whiten(model[0], windows, psi="*" if way == "in chains" else False)
     sent = sent_at_once()
     wrapped = DistributedDataParallel(model)
-    if way == "whitened afterwards":
+    if way == "layer by layer":
+        whiten(model, windows, include="0.0")
+        whiten(nn.Linear(3, 2))  # of no wrapper
+    if way in ("whitened afterwards", "layer by layer"):
         whiten(model, windows)
-    assert sent and len({id(tensor) for tensor in sent}) == len(sent)
+    assert sent and (way == "layer by layer" or len({id(tensor) for tensor in sent}) == len(sent))
     if way not in ("by hand", "in chains"):
         for step in range(6):  # a window is open after the last
             wrapped(batch(step + 100 * rank)[0]).sum().backward()
@@ -54,7 +57,7 @@ def buffers_that_ddp_sends(rank, way):
     return len(wrapped.modules_buffers), len(list(model.buffers()))
 
 
-@pytest.mark.parametrize("way", ["within a model", "in chains", "whitened afterwards", "by hand"])
+@pytest.mark.parametrize("way", ["within a model", "in chains", "whitened afterwards", "layer by layer", "by hand"])
 def test_ddp_sends_no_buffer_of_a_transform(way):
     for sent, held in run(buffers_that_ddp_sends, 2, way):
         assert sent == (0 if way == "by hand" else 3) and held > 8

@@ -24,9 +24,9 @@ LAYERS = {
     "wide_resnet50_2": 50 + 4,
     "wide_resnet101_2": 101 + 4,
 }
-MEMBERS = [(name, member) for name in LAYERS for member in get_model_weights(name).__members__]
 
 each_network = pytest.mark.parametrize("name", LAYERS)
+some_networks = pytest.mark.parametrize("name", mostly_slow(LAYERS, ["resnet18", "resnet50"]))
 
 
 def builder(name):
@@ -59,7 +59,7 @@ def test_layers_and_parameters(name):
     assert all(type(layer) in (WhitenedConv2d, WhitenedLinear) and layer.transform.power == 1.0 for layer in layers)
 
 
-@pytest.mark.parametrize("name", mostly_slow(LAYERS, ["resnet18", "resnet50"]))
+@some_networks
 def test_with_torchvisions_weights_it_evaluates_as_torchvisions(name, downloads):
     torch.manual_seed(0)
     plain = getattr(torchvision.models, name)().eval()
@@ -79,15 +79,15 @@ def test_with_torchvisions_weights_it_evaluates_as_torchvisions(name, downloads)
     assert all(torch.equal(ours[key], value) for key, value in plain.state_dict().items())
 
 
-@pytest.mark.parametrize("name, member", MEMBERS)
-def test_weights_are_an_enum_or_its_name(name, member, downloads):
-    weights = get_model_weights(name)[member]
+@some_networks
+def test_weights_are_an_enum_or_its_name(name, downloads):
     with torch.device("meta"):
         state = getattr(torchvision.models, name)().state_dict()
-        for given in (weights, member):
-            downloads[weights.url] = state
-            builder(name)(weights=given, progress=False)
-            assert not downloads
+        for member, weights in get_model_weights(name).__members__.items():
+            for given in (weights, member):
+                downloads[weights.url] = state
+                builder(name)(weights=given, progress=False)
+                assert not downloads
     assert get_model_weights(builder(name)) is get_model_weights(name)
 
 

@@ -127,6 +127,16 @@ def test_a_gradient_penalty_asks_only_for_what_is_needed(kind):
     torch.testing.assert_close(of_bias, layer(x.detach()).cos().sum(0))
 
 
+@any_kind
+def test_only_the_biases_gradient_is_that_of_all_three(kind):
+    layer = make(kind, draw((6, CHANNELS)), **({"step_size": 0.0} if kind == "swbn" else {}))
+    x = draw((6, CHANNELS))
+    (expected,) = torch.autograd.grad(layer(x).sin().sum(), layer.bias)
+    layer.weight.requires_grad_(False)
+    layer(x).sin().sum().backward()
+    torch.testing.assert_close(layer.bias.grad, expected)
+
+
 @pytest.mark.parametrize("group_size", [None, 3])
 def test_outputs_are_white(group_size):
     noise = torch.randn(64, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -456,6 +456,7 @@ def test_it_has_a_name_and_its_cost_is_told():
     assert made.bytes == shown.bytes == sum(buffer.nbytes for buffer in kept)
     assert {row.whitened for row in shown.rows} == {None} and all(row.condition >= 1 for row in shown.rows)
     assert "–" in str(shown) and "eigenbasis" in str(made)
+    assert "eigenbases, features='kronecker'" in str(model[0])
 
 
 def test_it_is_far_ahead_of_adamw_at_adamws_best_rate():
@@ -483,6 +484,29 @@ def test_it_is_far_ahead_of_adamw_at_adamws_best_rate():
             best.append(min(losses))
         ratios.append(best[1] / best[0])
     assert sorted(ratios)[2] < 0.5
+
+
+def test_a_layer_that_starts_afresh_forgets_its_steps():
+    model, fresh = train(whiten(plain(), EVERY_STEP), range(5)), whiten(plain(), EVERY_STEP)
+    model[4].reset_parameters()
+    assert model[4].transform.num_steps == 0 and not model[4].transform.variance.any()
+    for one in (fresh, model):
+        one.load_state_dict({name: p.detach() for name, p in whiten(plain(), EVERY_STEP).named_parameters()})
+    optimizers = Noted(model[4].parameters()), Noted(fresh[4].parameters())
+    for one, optimizer in zip((model, fresh), optimizers, strict=True):
+        train(one, range(5, 8), optimizer)
+    torch.testing.assert_close(optimizers[0].seen, optimizers[1].seen, rtol=0, atol=0)
+
+
+def test_a_gradient_that_is_replaced_while_the_optimizer_steps_stays():
+    class Clears(torch.optim.SGD):
+        def step(self):
+            super().step()
+            self.zero_grad()
+
+    model = train(whiten(plain(), EVERY_STEP), range(3))
+    train(model, range(3, 5), Clears(model.parameters(), 0.01))
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_state_of_the_default_loads_with_a_warning():

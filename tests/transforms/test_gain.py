@@ -273,6 +273,7 @@ def test_a_batch_without_a_gradient_tells_nothing_and_is_no_bad_one():
     model = train(network(OptimalInputGain(**EVERY_BATCH)), range(3))
     before = copy.deepcopy(gains(model))
     (model(inputs(3)) * 0).sum().backward()
+    model(inputs(4)[:0]).sum().backward()  # an empty one
     torch.testing.assert_close(gains(model), before, rtol=0, atol=0)
     assert model[0].transform.num_batches_skipped == 0
 
@@ -363,3 +364,12 @@ def test_the_name_stands_for_the_defaults():
     layer = WhitenedLinear(4, 3, transform="optimal_gain")
     assert isinstance(layer.transform, OptimalInputGain)
     assert all(isinstance(module.transform, OptimalInputGain) for module in network() if hasattr(module, "transform"))
+
+
+def test_without_a_minimum_the_steps_end_with_nan_or_a_number():
+    """A matrix that is not positive definite, as rounding may leave it: the search must not go on for ever."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(200, 6, 6, generator=generator, dtype=torch.float64)
+    slope = torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    gains = nonnegative_minimum(matrix + matrix.mT, slope)
+    assert (gains.isnan() | (gains >= 0)).all() and gains.isnan().any()

@@ -196,8 +196,7 @@ def operations(layer: nn.Module, x: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("block_size", [None, 16])
+@pytest.mark.parametrize("block_size, bias", [(None, True), (16, False)])
 @pytest.mark.parametrize("outputs", [8, 64, 300])
 @pytest.mark.parametrize("kind", ["linear", "conv", "strided", "grouped"])
 def test_the_way_of_fewer_operations_is_taken(kind, outputs, block_size, bias, taken):

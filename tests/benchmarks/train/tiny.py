@@ -1,5 +1,7 @@
 """Data sets of a few images in the true formats, and the program run on them in a process of its own.
 
+Its residual networks are small ones under the true names: what is tested is the program.
+
 torchvision knows CIFAR's files by their digests. Those of the few images are kept beside them, in ``digests.json``,
 and take the place of the true ones, so that all of its checks are made.
 """
@@ -12,12 +14,15 @@ import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import whiten_layers.models
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
+from whiten_layers.models.resnet_cifar import BasicBlock, CifarResNet
 
 from benchmarks.moving import encode
 
@@ -120,8 +125,20 @@ def write(root: Path, dataset: str) -> Path:
     return root
 
 
+SMALL = {"resnet20": (1, 1, 1), "resnet18": (1, 1)}  # blocks of each stage
+
+
+def small(depths: tuple[int, ...], num_classes: int) -> CifarResNet:
+    return CifarResNet(BasicBlock, depths, 8, num_classes, projection=True)
+
+
 def know(root: Path, address: str | None = None) -> None:
-    """Let torchvision take the files of a `root` for the true ones, and fetch them from an `address`."""
+    """Let torchvision take the files of a `root` for the true ones, and fetch them from an `address`.
+
+    The program then knows the small networks.
+    """
+    for name, depths in SMALL.items():
+        setattr(whiten_layers.models, name, partial(small, depths))
     known = json.loads((root / "digests.json").read_text()) if (root / "digests.json").exists() else {}
     for kind in KINDS.values():
         if kind.filename in known:
