@@ -1,13 +1,11 @@
 """What a layer asks of its device: to be made on the meta device and filled later, and never to be waited for."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -148,13 +146,6 @@ def test_waiting_would_be_noticed():
         torch.as_tensor(torch.tensor(True), device="meta")
 
 
-class Elsewhere(TorchFunctionMode):
-    """Lets tensors say that they are not on the CPU: their numbers are not read, but computed with, as on a GPU."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return False if function is torch.Tensor.is_cpu.__get__ else function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     "transform",
     [
@@ -166,11 +157,15 @@ class Elsewhere(TorchFunctionMode):
     ],
     ids=["power=1", "both", "eigenbasis", "gain", "chain"],
 )
-def test_what_is_not_read_is_computed_alike(transform):
-    """Bad batches and gradients that jump are among them: each choice that the CPU makes by reading a number."""
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 5)).double()
+def test_what_is_not_read_is_computed_alike(transform, monkeypatch):
+    """On a CPU some choices are made by reading a number; elsewhere, that is where no tensor is a CPU's, by computing.
+
+    Bad batches and gradients that jump ask for each of them.
+    """
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 5)).double()
     results = []
-    for mode in (contextlib.nullcontext(), Elsewhere()):
+    for is_cpu in (True, False):
+        monkeypatch.setattr(torch.Tensor, "is_cpu", is_cpu)
         model = whiten(copy.deepcopy(plain), transform)
         optimizer = torch.optim.AdamW(model.parameters(), 0.01)
         for step in range(30):
@@ -178,13 +173,14 @@ def test_what_is_not_read_is_computed_alike(transform):
             x[0, 0, 0, 0] = {13: torch.nan, 17: torch.inf}.get(step, 1.0)
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x) * (1e4 if step == 20 else 1), torch.arange(6) % 5)
-            with mode:
-                loss.backward()
-                if step in (13, 17):
-                    model[1].reset_running_stats()
-                    optimizer.zero_grad()
-                optimizer.step()
-        results.append({name: value for name, value in model.state_dict().items() if "extra" not in name})
+            loss.backward()
+            if step in (13, 17):
+                model[1].reset_running_stats()
+                optimizer.zero_grad()
+            optimizer.step()
+        # After a bad batch bases are computed again where it is not known to be bad: the same, and counted.
+        left_out = ("extra_state", "num_refreshes" if isinstance(transform, EigenbasisScaling) else "extra_state")
+        results.append({name: value for name, value in model.state_dict().items() if not name.endswith(left_out)})
     assert any(value > 0 for name, value in results[0].items() if name.endswith("num_batches_skipped"))
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
 
