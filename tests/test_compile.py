@@ -1,6 +1,7 @@
 """`torch.compile`: eager's numbers, in one graph that is compiled once."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -228,3 +229,13 @@ def test_the_import_leaves_a_compiled_backward_of_plain_layers_alone():
     with torch._dynamo.config.patch(compiled_autograd=True):
         torch.compile(lambda loss: loss.backward(), backend="eager")(loss)
     torch.testing.assert_close(layer.weight.grad, expected, rtol=0, atol=0)
+
+
+def test_a_model_that_is_gone_before_its_backward_pass_is_named():
+    model = network(FeatureWhitening())
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(batch(0)).sum()
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    with pytest.raises(RuntimeError, match="the layer of this backward pass is gone: keep a compiled model"):
+        loss.backward()

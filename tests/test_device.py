@@ -185,6 +185,12 @@ def test_what_is_not_read_is_computed_alike(transform, monkeypatch):
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
 
 
+def test_eigenbases_on_the_meta_device_take_a_state_without_numbers():
+    model = network("eigenbasis", device="meta")
+    model.load_state_dict(network("eigenbasis", device="meta").state_dict())
+    assert all(buffer.is_meta for buffer in model.buffers())
+
+
 def test_a_scaled_step_waits_for_no_device():
     model = network("eigenbasis", device="meta")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

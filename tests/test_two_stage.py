@@ -142,10 +142,11 @@ def test_no_stage_raises_the_training_error(trainer, activation, rows, features,
         assert found**0.5 <= last**0.5 + 10 * torch.finfo(dtype).eps * (1 + terms.item())
 
 
+@pytest.mark.parametrize("size", [1e120, 1e150])
 @each_trainer
-def test_inputs_so_large_that_curvatures_overflow_leave_the_weights_finite(direction, gains):
+def test_inputs_so_large_that_curvatures_overflow_leave_the_weights_finite(direction, gains, size):
     inputs, targets = problem()
-    network = TwoStageNetwork(5, direction=direction, gains=gains, iterations=3).fit(1e120 * inputs, targets)
+    network = TwoStageNetwork(5, direction=direction, gains=gains, iterations=3).fit(size * inputs, targets)
     assert network.hidden_weight.isfinite().all() and network.history[-1].error <= network.history[0].hidden_error
 
 

@@ -85,8 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
             if world.rank == 0:
                 print(f"{PROGRAM}: {error}", file=sys.stderr)
             return 2
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the last two where it died while it sent images
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             message = "a process that loads images has died, of want of memory perhaps; --resume with fewer --workers"
             print(f"{PROGRAM}: {message}", file=sys.stderr)

@@ -266,3 +266,6 @@ def test_the_older_weight_norm_trains_whitened(first):
     assert model[0].transform.num_batches_tracked == 12
     assert not torch.allclose(model[0].weight_v.grad, plain[0].weight_v.grad, rtol=0.05)
     torch.testing.assert_close(model[1].bias.grad, plain[1].bias.grad)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)

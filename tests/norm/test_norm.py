@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from whiten_layers import convert_batchnorm
+
 from .. import reference
 from .cases import CHANNELS, KINDS, PLAIN, any_kind, any_shape, draw, make, state
 
@@ -421,3 +423,11 @@ def test_state_is_saved_copied_and_made_on_meta(kind):
 def test_torchs_converter_of_batch_normalizations_leaves_them_alone(kind):
     model = nn.Sequential(KINDS[kind][0](4))
     assert type(nn.SyncBatchNorm.convert_sync_batchnorm(model)[0]) is KINDS[kind][0]
+
+
+def test_a_batch_normalization_that_counts_no_batches_is_converted():
+    plain = nn.BatchNorm2d(4)
+    plain.num_batches_tracked = None
+    made = convert_batchnorm(nn.Sequential(plain), "iter_norm")[0]
+    assert made.num_batches_tracked == 0
+    torch.testing.assert_close(made.running_mean, plain.running_mean)

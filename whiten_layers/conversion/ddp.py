@@ -29,9 +29,9 @@ _refusing: WeakSet[DistributedDataParallel] = WeakSet()  # those with the hook b
 
 def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     # The compiler traces this call for modules of its own, whose attributes cannot be read yet.
-    if torch.compiler.is_compiling() or name != "module" or not isinstance(parent, DistributedDataParallel):
+    if torch.compiler.is_compiling() or name != "module" or module is None:
         return
-    if module is not None:
+    if isinstance(parent, DistributedDataParallel):
         _wrappers.add(parent)
         _exclude(parent, module)
 

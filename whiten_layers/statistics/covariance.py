@@ -293,7 +293,7 @@ class FeatureCovariance(WideBuffers):
                 return False
             rows = rows.clone() if number < most else rows  # so many are not kept
         else:
-            valid = torch.isfinite(norm) & torch.as_tensor(valid, device=norm.device)
+            valid = torch.lt(norm, math.inf) & torch.as_tensor(valid, device=norm.device)  # a NaN is not less either
             rows, is_marked = torch.where(valid, rows, torch.nan), True  # to be left out
         size = 1 if samples is None else number // min(samples, number)
         self._append(rows, size, is_marked)

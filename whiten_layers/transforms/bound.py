@@ -1,8 +1,6 @@
 """Limit on the length of a transformed gradient: one that is longer than usual is mixed and shortened."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +8,9 @@ from torch import Tensor
 from ..statistics.gradient_norms import GradientNorms, Measurement
 
 
-def shorten(plain: Tensor, mapped: Tensor, measured: Measurement, norms: GradientNorms, mix: bool) -> Tensor:
+def shorten(
+    plain: Tensor, mapped: Tensor, measured: Measurement, norms: GradientNorms, mix: bool, is_longer: Tensor | bool
+) -> Tensor:
     """Mix a transformed gradient beyond the limit with the plain one, and shorten it; return others as they are.
 
     Near the largest stable learning rate a few long gradients follow each other, and grow. What ends that is the plain
@@ -27,12 +27,13 @@ def shorten(plain: Tensor, mapped: Tensor, measured: Measurement, norms: Gradien
         norms: the limit, and the norm from which to mix.
         mix: False to shorten only: before a normalization a long step lengthens W, and later ones turn it by less, so
             spikes end by themselves.
+        is_longer: whether ‖Ĝ‖ is beyond the limit: True where that was read, or a tensor (), where nothing is read.
     """
-    numbers: Any = measured.norm, measured.product(), measured.mapped_norm, norms.limit, norms.mixed_from
-    if norms.limit.is_cpu:  # there they are read without waiting, and Python computes faster than thirty operations
-        norm, product, mapped_norm, limit, mixed_from = map(float, numbers)
-        return _shortened_by_numbers(plain, mapped, norm, product, mapped_norm, limit, mixed_from, mix)
-    return _shortened_by_tensors(plain, mapped, *numbers, mix)
+    norm, mapped_norm, limit, mixed_from = measured.norm, measured.mapped_norm, norms.limit, norms.mixed_from
+    if isinstance(is_longer, Tensor):
+        return _shortened_by_tensors(plain, mapped, norm, mapped_norm, limit, mixed_from, mix, is_longer)
+    own = float(norm), float(measured.product()), float(mapped_norm)
+    return _shortened_by_numbers(plain, mapped, *own, float(limit), float(mixed_from), mix)
 
 
 def _shortened_by_numbers(
@@ -42,50 +43,45 @@ def _shortened_by_numbers(
     product: float,
     mapped_norm: float,
     limit: float,
-    start: float,
+    mixed_from: float,
     mix: bool,
 ) -> Tensor:
-    if not mapped_norm > limit > 0:
-        return mapped
+    """Shorten a gradient that is longer than the limit.
+
+    Where a norm is out of range, no length can be kept: a gradient whose entries are finite becomes zero.
+    """
     try:
-        part, length = _mixture(norm, product, mapped_norm, limit, start, mix, 1.0, math.sqrt, min, max)
+        part = min(mixed_from / mapped_norm, 1.0) if mix else 1.0
+        part = part * part
+        # Squared norm of the mixture and norm that is allowed, relative to ‖G‖, so that no square is out of range
+        share, rest = part * mapped_norm / norm, 1 - part
+        mixed = share * share + 2 * part * rest * (product / norm / norm) + rest * rest
+        allowed = limit / norm
+        length = min(max(allowed, math.sqrt(allowed)) / math.sqrt(mixed), 1.0)
     except (ArithmeticError, ValueError):  # where tensors give an Inf or a NaN
         return mapped * 0.0
     length = 0.0 if math.isnan(length) else length
     return mapped * length if part == 1 else torch.lerp(plain, mapped, part).mul_(length)
 
 
-def _shortened_by_tensors(plain: Tensor, mapped: Tensor, *numbers: Any) -> Tensor:
-    *_, mapped_norm, limit, _, _ = numbers
-    one, functions = torch.ones_like(limit), (torch.sqrt, torch.minimum, torch.maximum)
-    part, length = _mixture(*(*numbers, one, *functions))
-    is_longer = (mapped_norm > limit) & (limit > 0)
-    part, length = torch.where(is_longer, part, 1), torch.where(is_longer, length.nan_to_num(nan=0), 1)
-    return torch.lerp(plain, mapped, part) * length
-
-
-def _mixture(
-    norm: Any,
-    product: Any,
-    mapped_norm: Any,
-    limit: Any,
-    mixed_from: Any,
+def _shortened_by_tensors(
+    plain: Tensor,
+    mapped: Tensor,
+    norm: Tensor,
+    mapped_norm: Tensor,
+    limit: Tensor,
+    mixed_from: Tensor,
     mix: bool,
-    one: Any,
-    sqrt: Callable[..., Any],
-    least: Callable[..., Any],
-    most: Callable[..., Any],
-) -> tuple[Any, Any]:
-    """Compute a, and what a gradient beyond the limit, so mixed, is multiplied by: of numbers, or of tensors ().
+    is_longer: Tensor,
+) -> Tensor:
+    """Do the same without reading a number, and return the gradient as it is where it is not longer.
 
-    Where a norm is out of range, no length can be kept, and the second is a NaN: a gradient whose entries are finite is
-    to become zero.
+    Here each operation of numbers is a kernel of its own, so the mixture's norm is measured, and not computed.
     """
-    part = least(mixed_from / mapped_norm, one) if mix else one
-    part = part * part
-    # Squared norm of the mixture and norm that is allowed, relative to ‖G‖, so that no square is out of range
-    share, rest = part * mapped_norm / norm, one - part
-    mixed = share * share + 2 * part * rest * (product / norm / norm) + rest * rest
+    if mix:
+        part = (mixed_from / mapped_norm).clamp_(max=1).square_()
+        mapped = torch.lerp(plain, mapped, torch.where(is_longer, part, 1))
+        mapped_norm = torch.linalg.vector_norm(mapped)
     allowed = limit / norm
-    allowed = most(allowed, sqrt(allowed))
-    return part, least(allowed / sqrt(mixed), one)
+    length = torch.maximum(allowed, allowed.sqrt()).mul_(norm).div_(mapped_norm).clamp_(max=1).nan_to_num_(nan=0)
+    return mapped * torch.where(is_longer, length, 1)

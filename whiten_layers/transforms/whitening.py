@@ -302,7 +302,7 @@ class FeatureWhitening(CovarianceTransform):
             is_longer = (measured.mapped_norm > limit) & (limit > 0)
         self.num_batches_bounded.add_(is_longer)
         mix = not self.geometry.precedes_normalization
-        return shorten(plain, mapped, measured, self.norms, mix)
+        return shorten(plain, mapped, measured, self.norms, mix, is_longer)
 
     def _measure(self, plain: Tensor, mapped: Tensor) -> None:
         if plain.dim() > 3:  # under `torch.vmap`; every step comes here

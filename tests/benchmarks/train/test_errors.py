@@ -194,6 +194,16 @@ def test_a_worker_that_is_killed(data, tmp_path, capsys, monkeypatch):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
+def test_a_worker_that_is_killed_while_it_sends_images(error, data, tmp_path, capsys, monkeypatch):
+    def broken(self, batches):
+        raise error
+
+    monkeypatch.setattr(Run, "_parts", broken)
+    arguments = options("cifar10", data("cifar10"), tmp_path / "run", "--workers", "1")
+    assert "a process that loads images has died" in fails(arguments, capsys)
+
+
 def test_an_error_of_the_program_itself_ends_its_workers(data, tmp_path, monkeypatch):
     """Else multiprocessing waits for them at exit, for ever."""
 
