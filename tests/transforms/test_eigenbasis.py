@@ -25,6 +25,7 @@ from whiten_layers.statistics.eigenbasis import Eigenbasis
 
 from .. import reference
 from ..cases import everywhere
+from ..helpers import compilers_may_warn
 
 EVERY_STEP = EigenbasisScaling(interval=1, max_rows=None, decay=0.9, variance_decay=0.8, damping=1e-3)
 
@@ -409,6 +410,7 @@ def test_in_a_chain_it_scales_what_the_others_made_of_the_gradient():
     assert model[4].transform.is_watching and len(report(model).rows) == 3 * 3
 
 
+@compilers_may_warn
 def test_a_compiled_model_trains_alike():
     """Every batch is observed: in directions that none has shown, rounding chooses the basis."""
     eager, compiled = (whiten(plain(), EVERY_STEP) for _ in range(2))
@@ -417,6 +419,7 @@ def test_a_compiled_model_trains_alike():
     torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), rtol=1e-6, atol=1e-6)
 
 
+@compilers_may_warn
 def test_a_compiled_step_of_the_optimizer_is_the_same():
     eager, other = (whiten(plain(), EVERY_STEP) for _ in range(2))
     train(eager, range(5))
