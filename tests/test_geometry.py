@@ -10,6 +10,8 @@ from torch import nn
 
 from whiten_layers import Chain, FeatureWhitening, OptimalInputGain, plain_state_dict, unwhiten, whiten
 
+from .helpers import compilers_may_warn
+
 TRANSFORMS = {
     "default": FeatureWhitening(),
     "both sides, patches": FeatureWhitening(output_power=0.5, features="patch"),
@@ -173,6 +175,7 @@ def test_other_layers_go_on_counting():
     assert model[2].transform.inputs.running_count > 100
 
 
+@compilers_may_warn
 def test_a_compiled_layer_says_what_to_do():
     layer = whiten(nn.Linear(6, 4))
     layer.weight = nn.Parameter(torch.randn(4, 3))
