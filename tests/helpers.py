@@ -17,8 +17,9 @@ compilers_may_warn = pytest.mark.filterwarnings("ignore")  # those of some versi
 
 
 def mostly_slow(every, quick):
-    """Mark all of some parameters as slow but for those that are quick, or stand for the others."""
-    return [pytest.param(one, marks=[] if one in quick else [pytest.mark.slow]) for one in every]
+    """Mark all of some parameters, or tuples of them, as slow but for those that are quick, or stand for the others."""
+    marks = {True: [], False: [pytest.mark.slow]}
+    return [pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=marks[one in quick]) for one in every]
 
 
 def network(transform, inplace=True):

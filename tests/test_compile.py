@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 
 import pytest
 import torch
@@ -20,12 +21,10 @@ from .helpers import BOTH_SIDES, INPUT_SIDE, batch, buffers, each_transform, mos
 pytestmark = pytest.mark.filterwarnings("ignore")
 each_pair = pytest.mark.parametrize(
     "transform, backend",
-    [
-        (INPUT_SIDE, "aot_eager"),
-        pytest.param(INPUT_SIDE, "inductor", marks=pytest.mark.slow),
-        pytest.param(BOTH_SIDES, "aot_eager", marks=pytest.mark.slow),
-        (BOTH_SIDES, "inductor"),
-    ],
+    mostly_slow(
+        itertools.product([INPUT_SIDE, BOTH_SIDES], ["aot_eager", "inductor"]),
+        [(INPUT_SIDE, "aot_eager"), (BOTH_SIDES, "inductor")],
+    ),
     ids=["input-aot_eager", "input-inductor", "both-aot_eager", "both-inductor"],
 )
 

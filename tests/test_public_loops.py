@@ -1,5 +1,7 @@
 """Loops as people write them: small batches, turns, two passes an iteration, wide layers. One line must not hurt."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,10 +10,12 @@ from torch import nn
 
 from whiten_layers import FeatureWhitening, report, whiten
 
+from .helpers import mostly_slow
+
 bce = F.binary_cross_entropy_with_logits
 
 
-@pytest.mark.parametrize("power, batch", [(0.5, 16), (1.0, 8)])
+@pytest.mark.parametrize("power, batch", mostly_slow(itertools.product([0.5, 1.0], [8, 16]), [(0.5, 16), (1.0, 8)]))
 def test_a_resnet_at_a_small_batch_does_not_explode(batch, power):
     patterns = torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     losses = {}

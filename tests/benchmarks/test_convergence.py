@@ -93,13 +93,13 @@ def test_gains_beside_whitening(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_whitened_sgd_reaches_the_plain_loss_in_fewer_steps(tmp_path):
-    """The README's table of digits, with one seed: its three take 0.77 to 0.81 of plain's steps.
+    """The README's table of crops, with one seed: there the median of ten takes 0.65 of plain's steps.
 
-    A single run scatters, by a tenth between one thread and two. Hence nine tenths.
+    A single run scatters, by a tenth between one thread and two. Hence three quarters.
     """
-    assert convergence.main(["--seeds", "0", "--out", str(tmp_path)]) == 0
+    assert convergence.main(["--dataset", "crops", "--seeds", "0", "--out", str(tmp_path)]) == 0
     plain, whitened = results(tmp_path)["rows"]
-    assert whitened["steps_to_plain"] <= 0.9 * plain["steps_to_plain"]
+    assert whitened["steps_to_plain"] <= 0.75 * plain["steps_to_plain"]
 
 
 def test_a_curve_finds_when_a_loss_is_reached():

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from whiten_layers import FeatureWhitening, WhitenedConv2d, WhitenedLinear, whiten
 
+from ..helpers import mostly_slow
 from .runs import (
     ALIKE,
     CUTS,
@@ -28,7 +29,6 @@ from .runs import (
 from .world import needs_fsdp2, run
 
 STEPS = 50
-QUICK = ("alike", "both sides", "whitened, then scaled")
 
 
 def follow(rank, kind, transform, options, steps=STEPS):
@@ -45,11 +45,10 @@ def follow(rank, kind, transform, options, steps=STEPS):
 @pytest.mark.parametrize(
     "kind, ranks, transform",
     [
-        *[
-            pytest.param("DDP", 2, transform, marks=[] if transform in QUICK else [pytest.mark.slow])
-            for transform, options in TRANSFORMS.items()
-            if ALIKE.items() <= options.items()
-        ],
+        *mostly_slow(
+            [("DDP", 2, transform) for transform, options in TRANSFORMS.items() if ALIKE.items() <= options.items()],
+            [("DDP", 2, transform) for transform in ("alike", "both sides", "whitened, then scaled")],
+        ),
         ("DDP", 4, "both sides"),
         pytest.param("FSDP2", 2, "both sides", marks=needs_fsdp2),
         pytest.param("FSDP2", 4, "alike", marks=needs_fsdp2),

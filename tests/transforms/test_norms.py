@@ -218,7 +218,7 @@ NUMBERS = (0.0, 1e-30, 1e-4, 0.5, 1.0, 1.3, 40.0, 1e20)
 def test_numbers_and_tensors_bound_alike(mix):
     """Where numbers can be read without waiting the length is computed by Python."""
     by_numbers, by_tensors = [], []
-    for norm, cosine, mapped_norm, limit, start in itertools.product(NUMBERS, (-0.9, 0.3, 1.0), *[NUMBERS] * 3):
+    for norm, cosine, mapped_norm, limit, start in itertools.product(NUMBERS, (-1.0, 0.3, 1.0), *[NUMBERS] * 3):
         first, second = torch.eye(2, 3, dtype=torch.float64)
         plain, mapped = norm * first, mapped_norm * (cosine * first + (1 - cosine**2) ** 0.5 * second)
         numbers = torch.tensor([norm, mapped_norm, limit, start], dtype=torch.float64)
@@ -236,11 +236,17 @@ def test_norms_out_of_range_leave_a_gradient_finite_and_no_longer(norm, mapped_n
     plain, mapped = (torch.full((2, 3), size, dtype=torch.float64) for size in (norm, mapped_norm))
     numbers = torch.tensor([plain.norm(), mapped.norm(), 0.5, 0.4], dtype=torch.float64)
     values = [numbers[0].item(), (plain * mapped).sum().item(), *numbers[1:].tolist()]
-    for result in (
-        _shortened_by_tensors(plain, mapped, *numbers, mix, torch.tensor(True)),
-        _shortened_by_numbers(plain, mapped, *values, mix),
-    ):
-        assert result.isfinite().all() and result.norm() <= max(1, plain.norm())
+    assert torch.equal(_shortened_by_numbers(plain, mapped, *values, mix), torch.zeros_like(mapped))
+    result = _shortened_by_tensors(plain, mapped, *numbers, mix, torch.tensor(True))
+    # At most the limit, or its geometric mean with ‖G‖
+    assert result.isfinite().all() and result.norm() <= 1.000001 * max(0.5, (0.5 * numbers[0]).sqrt())
+
+
+@pytest.mark.parametrize("mix", [True, False])
+def test_a_gradient_that_is_not_a_number_stays_none(mix):
+    plain = mapped = torch.full((2, 3), torch.nan)
+    numbers = torch.tensor([torch.nan, torch.nan, 0.5, 0.4])
+    assert _shortened_by_tensors(plain, mapped, *numbers, mix, torch.tensor(False)).isnan().all()
 
 
 def norms_of(bound, rescale, gradients):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from whiten_layers import Chain, FeatureWhitening, PSIScaling, WhitenedConv2d, WhitenedLinear, layers
 
 from ..cases import everywhere
+from ..helpers import mostly_slow
 
 TRANSFORMS = {
     "defaults": FeatureWhitening(update_interval=1),
@@ -196,7 +198,9 @@ def operations(layer: nn.Module, x: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("block_size, bias", [(None, True), (16, False)])
+@pytest.mark.parametrize(
+    "block_size, bias", mostly_slow(itertools.product([None, 16], [True, False]), [(None, True), (16, False)])
+)
 @pytest.mark.parametrize("outputs", [8, 64, 300])
 @pytest.mark.parametrize("kind", ["linear", "conv", "strided", "grouped"])
 def test_the_way_of_fewer_operations_is_taken(kind, outputs, block_size, bias, taken):

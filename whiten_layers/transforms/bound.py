@@ -76,7 +76,8 @@ def _shortened_by_tensors(
 ) -> Tensor:
     """Do the same without reading a number, and return the gradient as it is where it is not longer.
 
-    Here each operation of numbers is a kernel of its own, so the mixture's norm is measured, and not computed.
+    Here each operation of numbers is a kernel of its own, so the mixture's norm is measured, and not computed. Where
+    ‖Ĝ‖ alone is out of range, that is the plain gradient's, which is left, shortened.
     """
     if mix:
         part = (mixed_from / mapped_norm).clamp_(max=1).square_()
