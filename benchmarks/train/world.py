@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,9 @@ def join_world(device_option: str) -> Iterator[World]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     yield World(rank, local_rank, size, device)
     if started:
+        # torch 2.6 can wait forever here: a thread of the group's still frees the last message's tensors, for which it
+        # needs Python's lock, and the group, which waits for its threads, holds it. The pause lets go of the lock.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 
