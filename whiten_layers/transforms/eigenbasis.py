@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from ..options import check, is_count, is_real
-from ..refresh.schedule import is_due
+from ..refresh.schedule import LONG, Interval, is_due, times_as_rarely
 from ..state import COUNT
 from ..statistics.eigenbasis import Eigenbasis
 from ..statistics.patches import Geometry
 from .base import Samples
 from .covariances import CovarianceTransform, Side
 
+STEPS = 5  # from one that is observed to the next, at first, with the interval "auto"
 LONGEST = 3.0  # length of a gradient, relative to its usual one, beyond which it is shortened to this
 PATIENCE = 100  # batches without a step of an optimizer, before a warning
 
@@ -52,7 +53,7 @@ class EigenbasisScaling(CovarianceTransform):
         variance_decay: factor on the weight of past steps in V, in [0, 1).
         decay: factor on the weight of past rows at each batch that is observed, in [0, 1).
         interval: steps of the optimizer between two that are observed, after which the bases are renewed; at first
-            after 1, 2, 4, 8, … steps.
+            after 1, 2, 4, 8, … steps. "auto" is 5, then 10 from step 500 on, and 20 from step 1,000 on.
         features, max_rows, block_size: as for `FeatureWhitening`.
 
     Raises:
@@ -80,8 +81,8 @@ class EigenbasisScaling(CovarianceTransform):
         *,
         damping: float = 1e-4,
         variance_decay: float = 0.9,
-        decay: float = 0.95,
-        interval: int = 10,
+        decay: float = 0.8,
+        interval: Interval = "auto",
         features: str = "auto",
         max_rows: int | None = 512,
         block_size: int | Literal["auto"] | None = "auto",
@@ -100,7 +101,7 @@ class EigenbasisScaling(CovarianceTransform):
         check("damping", damping, is_real(damping) and 0 <= damping < math.inf, "a number of at least 0")
         is_decay = is_real(variance_decay) and 0 <= variance_decay < 1
         check("variance_decay", variance_decay, is_decay, "a number in [0, 1)")
-        check("interval", interval, is_count(interval), "an integer of at least 1")
+        check("interval", interval, interval == "auto" or is_count(interval), "an integer of at least 1, or 'auto'")
         self.damping, self.variance_decay, self.interval = damping, variance_decay, interval
         self._steps = 0  # what `num_steps` is, without asking a device
 
@@ -127,7 +128,11 @@ class EigenbasisScaling(CovarianceTransform):
         self._count_from(0)
 
     def _count_from(self, steps: int) -> None:
-        self._steps, self.is_watching = steps, is_due(steps + 1, self.interval)
+        self._steps = steps
+        self.is_watching = is_due(steps + 1, self._interval_at(steps + 1))
+
+    def _interval_at(self, step: int) -> int:
+        return STEPS * times_as_rarely(step) if self.interval == "auto" else self.interval
 
     def before_loading(self, state_dict: dict[str, Any], prefix: str) -> None:
         super().before_loading(state_dict, prefix)
@@ -157,7 +162,7 @@ class EigenbasisScaling(CovarianceTransform):
 
     @property
     def batches_between_refreshes(self) -> int:
-        return self.interval
+        return self._interval_at(LONG)
 
     @torch.no_grad()
     def scale_at_step(self, grad_weight: Tensor) -> Tensor:
