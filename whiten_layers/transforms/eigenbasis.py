@@ -169,22 +169,29 @@ class EigenbasisScaling(CovarianceTransform):
         steps, variance = self._steps + 1, self.variance
         matrix = self.geometry.matrix(grad_weight).to(variance.dtype)
         rotated = self._rotated(matrix)
-        # One batch out of line would otherwise hold V up, and all steps down, for a hundred steps.
-        usual = variance.mean().sqrt()
-        length = torch.linalg.vector_norm(rotated) / math.sqrt(rotated.numel())
-        rotated.mul_(torch.where(usual > 0, LONGEST * usual / length, 1.0).clamp_(max=1.0))
-        squares = rotated.square()
-        level = squares.mean()
-        if level.is_cpu and not math.isfinite(level):  # there a number can be read without waiting
-            return grad_weight
+        weight, tiny = max(1 / steps, 1 - self.variance_decay), torch.finfo(variance.dtype).tiny
+        valid: Tensor | None = None
+        least: float | Tensor
+        # One batch out of line would otherwise hold V up, and all steps down, for a hundred steps: it is shortened. Its
+        # length is measured again, since one that overflowed is zero then, and one that was infinite is NaN.
+        if variance.is_cpu:  # there a number can be read without waiting, and computing with it is quicker
+            usual, length = variance.mean().sqrt().item(), _length(rotated).item()
+            if usual > 0 and length > LONGEST * usual:
+                length = _length(rotated.mul_(LONGEST * usual / length)).item()
+            if not math.isfinite(length):
+                return grad_weight
+            variance.mul_(1 - weight).addcmul_(rotated, rotated, value=weight)
+            level = (1 - weight) * usual**2 + weight * length**2  # V's mean, without computing it again
+            least = max(self.damping * level, tiny)
+        else:
+            limit = LONGEST * variance.mean().sqrt()
+            rotated.mul_(torch.where(limit > 0, limit / _length(rotated), 1.0).clamp_(max=1.0))
+            valid = torch.isfinite(_length(rotated))
+            variance.lerp_(torch.where(valid, rotated.square(), variance), weight)
+            least = (self.damping * variance.mean()).clamp_(min=tiny)
         self.num_steps.fill_(steps)
         self._count_from(steps)
-        valid = None if level.is_cpu else torch.isfinite(level)
-        if valid is not None:
-            squares = torch.where(valid, squares, variance)
-        variance.lerp_(squares, max(1 / steps, 1 - self.variance_decay))
-        least = (self.damping * variance.mean()).clamp_(min=torch.finfo(variance.dtype).tiny)
-        scaled = self._rotated_back(rotated.mul_(torch.add(variance, least, out=squares).rsqrt_())).view(matrix.shape)
+        scaled = self._rotated_back(rotated.mul_(torch.add(variance, least).rsqrt_())).view(matrix.shape)
         if valid is not None:
             scaled = torch.where(valid, scaled, matrix)
         return self.geometry.weight(scaled, grad_weight).to(grad_weight.dtype)
@@ -209,3 +216,8 @@ class EigenbasisScaling(CovarianceTransform):
 
     def extra_repr(self) -> str:
         return f"eigenbases, features={self.features!r}"
+
+
+def _length(entries: Tensor) -> Tensor:
+    """Compute the root mean square."""
+    return torch.linalg.vector_norm(entries) / math.sqrt(entries.numel())
