@@ -21,7 +21,7 @@ from ..state import safe_to_load
 from .covariance import effective_rows
 
 MIN_IMAGES = 32  # of a batch that has as many, in `tap_autocovariance`
-LARGEST_TABLE, TABLES = 2**15, 64  # places that are kept for the next batch, and of how many layers: 19 MiB at most
+LARGEST_TABLE, TABLES = 2**15, 64  # places that are kept for the next batch, and of how many layers: 51 MiB at most
 
 
 @safe_to_load
@@ -105,10 +105,29 @@ def _coprime(least: int, number: int) -> int:
     return next(step for step in itertools.count(least) if math.gcd(step, number) == 1)
 
 
+def _multiples(number: int, step: int, modulus: int, device: torch.device, times: int = 1) -> Tensor:
+    """Return so many multiples of a step, from 0 on, modulo a number, each several times: ``(number·times,)``.
+
+    They depend on shapes alone, and are kept: elsewhere than on a CPU each operation that is spared is a kernel less.
+    """
+    make = _kept_multiples if number * times <= LARGEST_TABLE else _new_multiples
+    return make(number, step, modulus, device, times)
+
+
+def _new_multiples(number: int, step: int, modulus: int, device: torch.device, times: int) -> Tensor:
+    return (torch.arange(number, device=device) * step % modulus).repeat_interleave(times)
+
+
+_kept_multiples = lru_cache(2 * TABLES)(_new_multiples)
+
+
 def _sampled_positions(
     images: int, positions: int, max_rows: int | None, phase: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Choose at most `max_rows` positions in images, as many in each: ``(n,)`` images and ``(n, each)`` positions.
+) -> tuple[Tensor | None, Tensor, int]:
+    """Choose at most `max_rows` positions in images, as many in each.
+
+    Returns:
+        The images ``(n,)``, None for all; the positions ``(n·each,)``; and how many there are in each image.
 
     Space is thinned before the batch, since two images tell more than two positions of one image. Every image has
     positions of its own, and the batches of as many phases as there are positions come to each position equally often.
@@ -117,18 +136,16 @@ def _sampled_positions(
     if max_rows is not None and images * positions > max_rows:
         chosen = min(images, max_rows)
         each = max_rows // chosen
-    which, where = torch.arange(chosen, device=device), torch.arange(chosen * each, device=device)
+    which = None
     if chosen < images:
-        which = (which * images // chosen + phase) % images
-    if each < positions:
-        # Each row is the golden section of all positions farther than the one before, and each batch goes on from near
-        # there: so few positions lie evenly too.
-        first = phase * _coprime(chosen * each + 1, positions)
-        golden = _coprime(round(positions * (math.sqrt(5) - 1) / 2), positions)
-        where = (where + first % positions) * golden % positions
-    else:
-        where = where % positions
-    return which, where.view(chosen, each)
+        which = (torch.arange(chosen, device=device) * images // chosen + phase) % images
+    if each == positions:
+        return which, _multiples(chosen * each, 1, positions, device), each
+    # Each row is the golden section of all positions farther than the one before, and each batch goes on from near
+    # there: so few positions lie evenly too.
+    golden = _coprime(round(positions * (math.sqrt(5) - 1) / 2), positions)
+    first = phase * _coprime(chosen * each + 1, positions) * golden % positions
+    return which, (_multiples(chosen * each, golden, positions, device) + first) % positions, each
 
 
 def _batched(input: Tensor, spatial_dims: int) -> Tensor:
@@ -250,19 +267,24 @@ def _picked_patches(input: Tensor, geometry: Geometry, max_rows: int, phase: int
     """Pick the numbers of few patches one by one: padding the whole input would take longer than all the rest."""
     strides, sizes, device = input.stride(), input.shape, input.device
     number, taps = math.prod(output_sizes(geometry, sizes[2:])), geometry.taps
-    images, positions = _sampled_positions(sizes[0], number, max_rows, phase, device)
+    images, positions, each = _sampled_positions(sizes[0], number, max_rows, phase, device)
+    has_outside = any(geometry.padding) or bool(geometry.upsampling)
+    outside: Tensor | None = None
     if number * taps <= LARGEST_TABLE:
-        tables = _all_places(geometry, sizes[2:], strides[2:], number, device)
-        places, outside = (table[positions.flatten()] for table in tables)
+        place_of, is_outside = _all_places(geometry, sizes[2:], strides[2:], number, device)
+        places, outside = place_of[positions], is_outside[positions] if has_outside else None
     else:
-        places, outside = _places(geometry, sizes[2:], strides[2:], positions.flatten())
-    starts = (images * strides[0]).repeat_interleave(positions.shape[1])
-    channels = (torch.arange(sizes[1], device=device) * strides[1]).view(geometry.groups, 1, -1, 1)
+        places, outside = _places(geometry, sizes[2:], strides[2:], positions)
+    memory_size = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    if images is None:
+        starts = _multiples(sizes[0], strides[0], memory_size, device, each)
+    else:
+        starts = (images * strides[0]).repeat_interleave(each)
+    channels = _multiples(sizes[1], strides[1], memory_size, device).view(geometry.groups, 1, -1, 1)
     index = (places + starts.unsqueeze(1)).unsqueeze(1) + channels
-    last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    memory = input.as_strided((last + 1,), (1,), input.storage_offset())
+    memory = input.as_strided((memory_size,), (1,), input.storage_offset())
     rows = memory.index_select(0, index.flatten()).view(index.shape)
-    if any(geometry.padding) or geometry.upsampling:
+    if has_outside and outside is not None:
         rows.masked_fill_(outside.unsqueeze(1), 0)
     return rows.flatten(2)
 

@@ -169,8 +169,12 @@ class CovarianceTransform(GradientTransform):
             # A NaN or Inf anywhere in the input or in the output's gradient reaches the weight's gradient. Reading a
             # number on the CPU does not block, and saves three small operations per step.
             measured = self._batch.measured
-            valid: Tensor | bool = measured is not None and measured.norm.is_cpu and math.isfinite(measured.norm)
-            if not valid:  # not measured, or a norm that is out of range
+            valid: Tensor | bool = False
+            if measured is not None and measured.norm.is_cpu:
+                valid = math.isfinite(measured.norm)
+            elif measured is not None and measured.norm.element_size() >= 4:  # no norm of use is out of float32's range
+                valid = measured.norm < math.inf
+            if valid is False:  # not measured, or a norm that is out of range
                 total = grad_weight.sum(dtype=torch.promote_types(grad_weight.dtype, torch.float32))
                 # On other devices a number is not read, and two operations are less than the four of `isfinite`.
                 valid = math.isfinite(total) if total.is_cpu else total.abs() < math.inf
