@@ -169,26 +169,27 @@ class EigenbasisScaling(CovarianceTransform):
         steps, variance = self._steps + 1, self.variance
         matrix = self.geometry.matrix(grad_weight).to(variance.dtype)
         rotated = self._rotated(matrix)
-        weight, tiny = max(1 / steps, 1 - self.variance_decay), torch.finfo(variance.dtype).tiny
+        weight, limits = max(1 / steps, 1 - self.variance_decay), torch.finfo(variance.dtype)
         valid: Tensor | None = None
         least: float | Tensor
         # One batch out of line would otherwise hold V up, and all steps down, for a hundred steps: it is shortened. Its
-        # length is measured again, since one that overflowed is zero then, and one that was infinite is NaN.
+        # length is measured again: what overflowed is zero then, and an Inf is NaN.
         if variance.is_cpu:  # there a number can be read without waiting, and computing with it is quicker
             usual, length = variance.mean().sqrt().item(), _length(rotated).item()
             if usual > 0 and length > LONGEST * usual:
                 length = _length(rotated.mul_(LONGEST * usual / length)).item()
-            if not math.isfinite(length):
+            if not rotated.numel() * length * length < limits.max:  # a NaN is not less either
                 return grad_weight
             variance.mul_(1 - weight).addcmul_(rotated, rotated, value=weight)
-            level = (1 - weight) * usual**2 + weight * length**2  # V's mean, without computing it again
-            least = max(self.damping * level, tiny)
+            level = (1 - weight) * usual * usual + weight * length * length  # V's mean, without computing it again
+            least = max(self.damping * level, limits.tiny)
         else:
             limit = LONGEST * variance.mean().sqrt()
             rotated.mul_(torch.where(limit > 0, limit / _length(rotated), 1.0).clamp_(max=1.0))
-            valid = torch.isfinite(_length(rotated))
-            variance.lerp_(torch.where(valid, rotated.square(), variance), weight)
-            least = (self.damping * variance.mean()).clamp_(min=tiny)
+            squares = rotated.square()
+            valid = torch.isfinite(squares.mean())
+            variance.lerp_(torch.where(valid, squares, variance), weight)
+            least = (self.damping * variance.mean()).clamp_(min=limits.tiny)
         self.num_steps.fill_(steps)
         self._count_from(steps)
         scaled = self._rotated_back(rotated.mul_(torch.add(variance, least).rsqrt_())).view(matrix.shape)
