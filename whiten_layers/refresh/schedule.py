@@ -54,8 +54,7 @@ def last_due(batch: int, interval: int) -> int:
     return due if due <= batch else last_due(stretch * interval - 1, interval)
 
 
-def times_as_rarely(batch: int) -> int:
-    """Return how many times as rarely something with the interval "auto" happens, when so many batches have come."""
+def _times_as_rarely(batch: int) -> int:
     return next(times for start, times in reversed(RARER) if batch >= start)
 
 
@@ -69,7 +68,7 @@ def last_refresh(batch: int, interval: Interval, turn: int = 0) -> int:
     if interval != "auto":
         return last_due(batch, interval)
     due = last_due(batch, REFRESHES)
-    while (due // REFRESHES - turn) % times_as_rarely(due):
+    while (due // REFRESHES - turn) % _times_as_rarely(due):
         due = last_due(due - 1, REFRESHES)
     return due
 
@@ -84,15 +83,20 @@ def last_observed(batch: int, interval: Interval) -> int:
     return due if due >= start else last_observed(start - 1, interval)
 
 
+def interval_at(batch: int, interval: Interval, first: int) -> int:
+    """Return how many batches lie between two when so many have come; with "auto" `first` of them, later more."""
+    return first * _times_as_rarely(batch) if interval == "auto" else interval
+
+
 def refresh_interval(batch: int, interval: Interval) -> int:
     """Return how many batches there are from one refresh to the next, on the mean, when so many have come."""
-    return REFRESHES * times_as_rarely(batch) if interval == "auto" else interval
+    return interval_at(batch, interval, REFRESHES)
 
 
 @lru_cache
 def observation_interval(batch: int, interval: Interval) -> int:
     """Return how many batches there are from one that is observed to the next, on the mean, when so many have come."""
-    return STATISTICS * times_as_rarely(batch) if interval == "auto" else interval
+    return interval_at(batch, interval, STATISTICS)
 
 
 def _scatter(number: int) -> int:
@@ -312,7 +316,7 @@ def _end_pass(number: int) -> None:
 def _refresh(members: Sequence[Scheduled]) -> None:
     """Refresh transforms together, those of one group of processes at a time, in the same order on every process."""
     together: dict[ProcessGroup | None, list[DueTransform]] = defaultdict(list)
-    schedules = {member.schedule for member in members if times_as_rarely(member.schedule.batch) > 1}
+    schedules = {member.schedule for member in members if _times_as_rarely(member.schedule.batch) > 1}
     turns = {member: turn for schedule in schedules for member, turn in schedule.turns().items()}
     for member in sorted(members, key=lambda member: int(member.handle)):
         batch, turn = member.schedule.batch, turns.get(member, 0)

@@ -233,11 +233,11 @@ def patch_rows(input: Tensor, geometry: Geometry, max_rows: int | None = None, p
 
 def _places(
     geometry: Geometry, sizes: Sequence[int], strides: Sequence[int], positions: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Work out where output positions ``(n,)`` read an image, and whether that is outside of it: both ``(n, taps)``.
 
     Places are counted in memory, from the first number of the image's channel. Outside is the padding, and what lies
-    between the positions of a transposed convolution's input.
+    between the positions of a transposed convolution's input; None where there is neither.
     """
     dims, outputs = geometry.spatial_dims, output_sizes(geometry, sizes)
     places, outside = positions.new_zeros(()), torch.zeros((), dtype=torch.bool, device=positions.device)
@@ -252,13 +252,13 @@ def _places(
         shape = [len(reads), *[1] * axis, reads.shape[1], *[1] * (dims - 1 - axis)]
         places = places + (inside * strides[axis]).view(shape)
         outside = outside | (inside * step != reads).view(shape)
-    return places.flatten(1), outside.flatten(1)
+    return places.flatten(1), outside.flatten(1) if any(geometry.padding) or geometry.upsampling else None
 
 
 @lru_cache(TABLES)
 def _all_places(
     geometry: Geometry, sizes: Sequence[int], strides: Sequence[int], number: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Work out `_places` of all positions: at every step a layer reads images of the same sizes."""
     return _places(geometry, sizes, strides, torch.arange(number, device=device))
 
@@ -268,11 +268,9 @@ def _picked_patches(input: Tensor, geometry: Geometry, max_rows: int, phase: int
     strides, sizes, device = input.stride(), input.shape, input.device
     number, taps = math.prod(output_sizes(geometry, sizes[2:])), geometry.taps
     images, positions, each = _sampled_positions(sizes[0], number, max_rows, phase, device)
-    has_outside = any(geometry.padding) or bool(geometry.upsampling)
-    outside: Tensor | None = None
     if number * taps <= LARGEST_TABLE:
-        place_of, is_outside = _all_places(geometry, sizes[2:], strides[2:], number, device)
-        places, outside = place_of[positions], is_outside[positions] if has_outside else None
+        places, outside = _all_places(geometry, sizes[2:], strides[2:], number, device)
+        places, outside = places[positions], None if outside is None else outside[positions]
     else:
         places, outside = _places(geometry, sizes[2:], strides[2:], positions)
     memory_size = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
@@ -284,7 +282,7 @@ def _picked_patches(input: Tensor, geometry: Geometry, max_rows: int, phase: int
     index = (places + starts.unsqueeze(1)).unsqueeze(1) + channels
     memory = input.as_strided((memory_size,), (1,), input.storage_offset())
     rows = memory.index_select(0, index.flatten()).view(index.shape)
-    if has_outside and outside is not None:
+    if outside is not None:
         rows.masked_fill_(outside.unsqueeze(1), 0)
     return rows.flatten(2)
 

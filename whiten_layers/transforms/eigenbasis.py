@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..options import check, is_count, is_real
-from ..refresh.schedule import LONG, Interval, is_due, times_as_rarely
+from ..refresh.schedule import LONG, Interval, interval_at, is_due
 from ..state import COUNT
 from ..statistics.eigenbasis import Eigenbasis
 from ..statistics.patches import Geometry
@@ -129,10 +129,7 @@ class EigenbasisScaling(CovarianceTransform):
 
     def _count_from(self, steps: int) -> None:
         self._steps = steps
-        self.is_watching = is_due(steps + 1, self._interval_at(steps + 1))
-
-    def _interval_at(self, step: int) -> int:
-        return STEPS * times_as_rarely(step) if self.interval == "auto" else self.interval
+        self.is_watching = is_due(steps + 1, interval_at(steps + 1, self.interval, STEPS))
 
     def before_loading(self, state_dict: dict[str, Any], prefix: str) -> None:
         super().before_loading(state_dict, prefix)
@@ -162,7 +159,7 @@ class EigenbasisScaling(CovarianceTransform):
 
     @property
     def batches_between_refreshes(self) -> int:
-        return self._interval_at(LONG)
+        return interval_at(LONG, self.interval, STEPS)
 
     @torch.no_grad()
     def scale_at_step(self, grad_weight: Tensor) -> Tensor:
